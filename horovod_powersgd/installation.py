@@ -1,0 +1,160 @@
+"""What is installed in this environment: torch, TensorFlow, MPI and Horovod.
+
+Everything here reads files; nothing imports a framework, which would take seconds. The one exception is
+require_horovod, whose caller is about to import Horovod anyway.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import re
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+INSTALL_COMMAND = "python -m horovod_powersgd install-horovod"
+
+
+@dataclass(frozen=True)
+class Framework:
+    """A framework that Horovod can be built for."""
+
+    name: str  # of its module, and of the module inside horovod
+    title: str  # as people write it
+    distributions: tuple[str, ...]  # the names under which package indexes have it
+    metadata_key: str  # its key in horovod/metadata.json
+    extension: str  # Horovod's compiled module for it
+    libraries: tuple[str, ...]  # of the framework, needed before the extension can be loaded
+
+    def directory(self) -> Path | None:
+        """The folder of the installed framework, or None."""
+        return _package_directory(self.name)
+
+    def version(self) -> str | None:
+        """Its version as it gives it itself (with torch's local part, as in 2.13.0+cpu), or None."""
+        directory = self.directory()
+        if directory is None:
+            return None
+        # An index's torch 2.13.0 can call itself 2.13.0+cu130, and Horovod records what torch calls itself.
+        stated = directory / "version.py"
+        if stated.is_file():
+            match = re.search(r"^__version__\s*=\s*['\"](.+?)['\"]", stated.read_text(), re.MULTILINE)
+            if match:
+                return match.group(1)
+        for distribution in self.distributions:
+            try:
+                return importlib.metadata.version(distribution)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return "unknown"
+
+
+TORCH = Framework(
+    name="torch",
+    title="PyTorch",
+    distributions=("torch",),
+    metadata_key="pytorch",
+    extension="mpi_lib_v2",
+    libraries=("lib/libtorch_python.so",),
+)
+TENSORFLOW = Framework(
+    name="tensorflow",
+    title="TensorFlow",
+    distributions=("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "tensorflow-rocm", "intel-tensorflow", "tf-nightly"),
+    metadata_key="tensorflow",
+    extension="mpi_lib",
+    libraries=("libtensorflow_framework.so.2", "libtensorflow_cc.so.2"),
+)
+FRAMEWORKS = {framework.name: framework for framework in (TORCH, TENSORFLOW)}
+
+
+def installed_frameworks() -> list[Framework]:
+    """The frameworks that can be imported here."""
+    return [framework for framework in FRAMEWORKS.values() if framework.directory() is not None]
+
+
+def horovod_version() -> str | None:
+    """The version of the installed Horovod, or None."""
+    if _package_directory("horovod") is None:
+        return None
+    try:
+        return importlib.metadata.version("horovod")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def horovod_extension(framework: Framework) -> Path | None:
+    """Horovod's compiled module for a framework, or None where it was not built."""
+    directory = _package_directory("horovod")
+    if directory is None:
+        return None
+    path = directory / framework.name / (framework.extension + sysconfig.get_config_var("EXT_SUFFIX"))
+    return path if path.is_file() else None
+
+
+def built_for(framework: Framework) -> str | None:
+    """The version of the framework that the installed Horovod was built for; None where it was not or does not say."""
+    if horovod_extension(framework) is None:
+        return None
+    try:
+        recorded = json.loads((_package_directory("horovod") / "metadata.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return recorded.get(framework.metadata_key)
+
+
+def horovod_problem(framework: Framework) -> str | None:
+    """Why the installed Horovod cannot serve a framework, as far as files tell; None where nothing is wrong."""
+    if framework.directory() is None:
+        return f"{framework.title} is not installed"
+    if horovod_version() is None:
+        return "Horovod is not installed"
+    if horovod_extension(framework) is None:
+        return f"Horovod was built without {framework.title}"
+    wanted, found = built_for(framework), framework.version()
+    if wanted is not None and _normalised(wanted) != _normalised(found):
+        return f"Horovod was built for {framework.title} {wanted}, but {found} is installed"
+    return None
+
+
+def require_horovod(framework: str) -> None:
+    """Import Horovod's module for 'torch' or 'tensorflow', or say why that is impossible and what to do.
+
+    Raises:
+        ImportError: the framework or Horovod is missing, Horovod was built without the framework or for another
+            version of it, or its compiled module does not load. The message names the command that mends it.
+    """
+    wanted = FRAMEWORKS[framework]
+    if wanted.directory() is None:
+        raise ImportError(f"horovod_powersgd.{framework} needs {wanted.title}. Run: pip install {framework}")
+    problem = horovod_problem(wanted)
+    if problem is not None:
+        raise ImportError(f"{problem}. Run: {INSTALL_COMMAND}")
+    try:
+        importlib.import_module(f"horovod.{framework}")
+    except Exception as error:  # TensorFlow's loader raises its own kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ImportError(
+            f"Horovod's module for {wanted.title} does not load: {reason}. Run: {INSTALL_COMMAND} --force"
+        ) from error
+
+
+def find_program(name: str) -> Path | None:
+    """A program of this environment, or else of PATH: an environment need not be activated to be used."""
+    folders = [str(Path(sys.executable).parent), str(Path(sys.prefix) / "bin")]
+    found = next((path for folder in folders if (path := shutil.which(name, path=folder))), None) or shutil.which(name)
+    return Path(found) if found else None
+
+
+def _package_directory(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
+    # A folder that merely has the name is a namespace package, without an origin.
+    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+
+
+def _normalised(version: str) -> str:
+    # TensorFlow calls itself 2.22.0-rc1 where its distribution is 2.22.0rc1.
+    return re.sub(r"[-.](?=rc|dev)", "", version)

@@ -1,0 +1,110 @@
+"""Launchers: which one started this process, and how to start a job under each of them.
+
+Horovod's own init() has two traps on the stack that this package installs. A plain `python train.py` aborts inside
+Open MPI when that was installed by pip, and a job that mpirun or srun started can come up as many jobs of one worker,
+each of which trains alone. The first is prevented here, the second is turned into an error.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from horovod_powersgd.installation import INSTALL_COMMAND, find_program
+
+LAUNCHERS = ("horovodrun --gloo", "horovodrun --mpi", "mpirun")
+
+# Where each launcher says how many workers it started. mpirun comes before srun, which may have started mpirun's own
+# daemons; a Slurm batch script, which is one process of a larger allocation, has no SLURM_STEP_NUM_TASKS.
+_WORLD_SIZES = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun", "SLURM_STEP_NUM_TASKS": "srun"}
+# What a process has that MPI or Horovod can ask for its place in the job.
+_PLACES = ("OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE", "PMIX_RANK", "HOROVOD_RANK", "HOROVOD_SIZE")
+
+
+def prepare_single_worker() -> None:
+    """Call before Horovod's init(): make one worker without a launcher work, and refuse what would abort.
+
+    Raises:
+        RuntimeError: mpirun started several workers and HOROVOD_CONTROLLER or HOROVOD_CPU_OPERATIONS says gloo. Horovod
+            would come up as separate jobs, or be killed by MPI or by a segmentation fault without a Python error.
+    """
+    if not any(name in os.environ for name in _PLACES):
+        # Open MPI starts a daemon for a process without a launcher, from the folder in which it was compiled: with a
+        # pip-installed one that folder does not exist. A worker that is alone needs no daemon.
+        os.environ.setdefault("OMPI_MCA_ess_singleton_isolated", "1")
+        return
+    launcher, workers = _started_by(os.environ)
+    if launcher is None or workers == 1:
+        return
+    _refuse_gloo(launcher, workers)
+
+
+def check_world(size: int) -> None:
+    """Call after Horovod's init() for the whole job, with its size(): notice workers that would train alone.
+
+    Raises:
+        RuntimeError: the launcher started several workers, and each of them came up as a job of one.
+    """
+    launcher, workers = _started_by(os.environ)
+    if size > 1 or launcher is None or workers == 1:
+        return
+    _refuse_gloo(launcher, workers)
+    if launcher == "mpirun":
+        cause = "Probably Horovod was built without MPI, or for another MPI than this mpirun's"
+        remedy = f"python -m horovod_powersgd doctor tells; {INSTALL_COMMAND} --force builds it for the MPI that it finds"
+    else:
+        cause = "Probably srun and Horovod's MPI do not know each other"
+        remedy = "try srun --mpi=pmix or --mpi=pmi2, or start mpirun or horovodrun inside the allocation"
+    raise RuntimeError(
+        f"{launcher} started {workers} workers, but each of them came up as a job of size 1: they would train "
+        f"separately. {cause}. What to do: {remedy}; or start the job with horovodrun --gloo -np {workers} python ..."
+    )
+
+
+def launch_command(launcher: str, workers: int, program: list[str]) -> list[str] | None:
+    """The command line of a job on this machine, or None where the launcher is not installed.
+
+    Args:
+        launcher: one of LAUNCHERS.
+        workers: how many processes to start.
+        program: the command line of one worker.
+    """
+    name, *options = launcher.split()
+    path = find_program(name)
+    return None if path is None else [str(path), *options, "-np", str(workers), *program]
+
+
+def launch_environment() -> dict[str, str]:
+    """The environment in which launch_command's jobs run: this process's, and what lets them start on any machine."""
+    environment = dict(os.environ)
+    folders = [str(Path(sys.executable).parent)]
+    mpirun = find_program("mpirun")  # horovodrun --mpi looks for it in PATH
+    if mpirun is not None and str(mpirun.parent) not in folders:
+        folders.append(str(mpirun.parent))
+    environment["PATH"] = os.pathsep.join([*folders, environment.get("PATH", os.defpath)])
+    # More workers than cores is fine for a test or a demonstration.
+    environment.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")
+    if os.geteuid() == 0:
+        environment.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
+        environment.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    return environment
+
+
+def _refuse_gloo(launcher: str, workers: int) -> None:
+    for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
+        if os.environ.get(name, "").lower() == "gloo":
+            raise RuntimeError(
+                f"{launcher} started {workers} workers, but {name}={os.environ[name]} keeps Horovod from using MPI: "
+                f"they would be {workers} jobs of size 1, or crash. Unset {name}, or start the job with: "
+                f"horovodrun --gloo -np {workers} python ..."
+            )
+
+
+def _started_by(environment: Mapping[str, str]) -> tuple[str | None, int]:
+    """The launcher that MPI would ask, and how many workers it started; (None, 1) where Horovod knows by itself."""
+    if "HOROVOD_SIZE" in environment or "HOROVOD_ELASTIC" in environment:
+        return None, 1
+    for name, launcher in _WORLD_SIZES.items():
+        if environment.get(name, "").isdigit():
+            return launcher, int(environment[name])
+    return None, 1

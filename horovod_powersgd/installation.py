@@ -1,7 +1,8 @@
 """What is installed in this environment: torch, TensorFlow, MPI and Horovod.
 
-Everything here reads files; nothing imports a framework, which would take seconds. The one exception is
-require_horovod, whose caller is about to import Horovod anyway.
+Nothing here imports a framework into this process, which would take seconds: files are read, and what only a loaded
+module can tell is asked in a process of its own. The one exception is require_horovod, whose caller is about to import
+Horovod anyway.
 """
 
 import importlib
@@ -10,6 +11,7 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
@@ -44,12 +46,8 @@ class Framework:
             match = re.search(r"^__version__\s*=\s*['\"](.+?)['\"]", stated.read_text(), re.MULTILINE)
             if match:
                 return match.group(1)
-        for distribution in self.distributions:
-            try:
-                return importlib.metadata.version(distribution)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        return "unknown"
+        versions = (distribution_version(distribution) for distribution in self.distributions)
+        return next((version for version in versions if version is not None), "unknown")
 
 
 TORCH = Framework(
@@ -63,7 +61,7 @@ TORCH = Framework(
 TENSORFLOW = Framework(
     name="tensorflow",
     title="TensorFlow",
-    distributions=("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "tensorflow-rocm", "intel-tensorflow", "tf-nightly"),
+    distributions=("tensorflow", "tensorflow-cpu", "tensorflow-gpu", "tensorflow-rocm", "tf-nightly"),
     metadata_key="tensorflow",
     extension="mpi_lib",
     libraries=("libtensorflow_framework.so.2", "libtensorflow_cc.so.2"),
@@ -80,10 +78,7 @@ def horovod_version() -> str | None:
     """The version of the installed Horovod, or None."""
     if _package_directory("horovod") is None:
         return None
-    try:
-        return importlib.metadata.version("horovod")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+    return distribution_version("horovod") or "unknown"
 
 
 def horovod_extension(framework: Framework) -> Path | None:
@@ -120,6 +115,46 @@ def horovod_problem(framework: Framework) -> str | None:
     return None
 
 
+# The extension is linked against the framework's libraries, but may not know where they are. Loading them takes a
+# fraction of the time that importing the framework takes; importing is the way of last resort.
+_LOAD_EXTENSION = """
+import ctypes, importlib, json, sys
+framework, extension, features, *libraries = sys.argv[1:]
+try:
+    for library in libraries:
+        ctypes.CDLL(library)
+except OSError:
+    importlib.import_module(framework)
+loaded = ctypes.CDLL(extension)
+print(json.dumps({name: bool(getattr(loaded, f"horovod_{name}_built")()) for name in features.split()}))
+"""
+# What Horovod can be built with, as its functions call it and as people write it.
+FEATURES = {"mpi": "MPI", "gloo": "Gloo", "nccl": "NCCL", "cuda": "CUDA", "rocm": "ROCm", "ddl": "DDL", "ccl": "oneCCL"}
+
+
+def horovod_features(framework: Framework) -> dict[str, bool]:
+    """What Horovod's compiled module for a framework was built with: FEATURES, each true or false.
+
+    Raises:
+        OSError: the module is missing or cannot be loaded; the message is the loader's.
+    """
+    extension = horovod_extension(framework)
+    if extension is None:
+        raise OSError(f"Horovod was built without {framework.title}")
+    libraries = [framework.directory() / library for library in framework.libraries]
+    command = [sys.executable, "-c", _LOAD_EXTENSION, framework.name, extension, " ".join(FEATURES), *libraries]
+    try:
+        # A module that was built for something else can crash or hang whoever loads it.
+        outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        raise OSError("loading it takes more than two minutes") from None
+    if outcome.returncode < 0:
+        raise OSError(f"loading it ends the process with signal {-outcome.returncode}")
+    if outcome.returncode != 0:
+        raise OSError(outcome.stderr.strip().splitlines()[-1])
+    return json.loads(outcome.stdout.splitlines()[-1])
+
+
 def require_horovod(framework: str) -> None:
     """Import Horovod's module for 'torch' or 'tensorflow', or say why that is impossible and what to do.
 
@@ -138,8 +173,43 @@ def require_horovod(framework: str) -> None:
     except Exception as error:  # TensorFlow's loader raises its own kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ImportError(
-            f"Horovod's module for {wanted.title} does not load: {reason}. Run: {INSTALL_COMMAND} --force"
+            f"Horovod's module for {wanted.title} does not load: {reason}. Run: {INSTALL_COMMAND}"
         ) from error
+
+
+@dataclass(frozen=True)
+class Mpi:
+    """The MPI of this environment; each part can be missing."""
+
+    compiler: Path | None  # mpicxx, which Horovod needs to be built with MPI
+    launcher: Path | None  # mpirun
+    version: str | None  # such as 'Open MPI 4.1.8'
+
+    def identity(self) -> str | None:
+        """What tells two MPIs apart for whoever links against one, the same in every copy of an environment."""
+        if self.compiler is None:
+            return None
+        shown = _output([self.compiler, "-show"]).replace(sys.prefix, "PREFIX")
+        return f"{self.version}: {shown}"
+
+
+def find_mpi() -> Mpi:
+    """The MPI of this environment, or else of PATH."""
+    launcher = find_program("mpirun")
+    version = None
+    if launcher is not None:
+        first_line = (_output([launcher, "--version"]).splitlines() or ["unknown"])[0]
+        open_mpi = re.fullmatch(r"mpirun \(Open MPI\) (\S+)", first_line.strip())
+        version = f"Open MPI {open_mpi.group(1)}" if open_mpi else first_line.strip()
+    return Mpi(compiler=find_program("mpicxx"), launcher=launcher, version=version)
+
+
+def distribution_version(name: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def find_program(name: str) -> Path | None:
@@ -147,6 +217,13 @@ def find_program(name: str) -> Path | None:
     folders = [str(Path(sys.executable).parent), str(Path(sys.prefix) / "bin")]
     found = next((path for folder in folders if (path := shutil.which(name, path=folder))), None) or shutil.which(name)
     return Path(found) if found else None
+
+
+def _output(command: list[str | Path]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def _package_directory(name: str) -> Path | None:

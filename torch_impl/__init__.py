@@ -1,0 +1,23 @@
+"""horovod.torch with PowerSGD: everything that it exports, and a DistributedOptimizer that compresses.
+
+    import horovod_powersgd.torch as hvd            # was: import horovod.torch as hvd
+"""
+
+from horovod_powersgd.installation import require_horovod
+
+require_horovod("torch")
+
+import functools  # noqa: E402
+
+import horovod.torch  # noqa: E402
+from horovod.torch import *  # noqa: E402, F401, F403
+
+from horovod_powersgd import PowerSGD, launcher  # noqa: E402, F401
+from horovod_powersgd.torch.optimizer import DistributedOptimizer  # noqa: E402, F401
+
+
+@functools.wraps(horovod.torch.init)
+def init(*args, **kwargs):
+    launcher.prepare_single_worker()
+    horovod.torch.init(*args, **kwargs)
+    launcher.check_world(horovod.torch.size())

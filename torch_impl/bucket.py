@@ -1,0 +1,127 @@
+"""Gradients that are exchanged together."""
+
+import math
+from typing import Dict, Generator, List, Sequence, Tuple, Union
+
+import torch
+from horovod.common.util import split_list
+
+from horovod_powersgd.torch.workers import Mean, Workers
+from horovod_powersgd.torch.gradient import MatrixGradient, PlainGradient
+
+# A bucket is closed when its gradients take this many bytes: few enough to start early in backward, enough to pay
+# for a round of messages.
+BUCKET_BYTES = 25 * 2**20
+# A gradient that is averaged as it is travels alone from this size on: copying it costs more than a message.
+ALONE_BYTES = 64 * 2**10
+
+
+class Verdict:
+    """Whether a step's averages are finite, on all workers alike; known when every bucket has said so."""
+
+    def __init__(self, buckets: int):
+        self._buckets, self._finite = buckets, []
+
+    def add(self, finite: torch.Tensor) -> "Verdict":
+        """Takes one bucket's word: a boolean, left on its device until all are there."""
+        self._finite.append(finite)
+        return self
+
+    def done(self) -> bool:
+        """Whether all buckets have their averages."""
+        return len(self._finite) == self._buckets
+
+    def result(self) -> bool:
+        """Whether all of them are finite."""
+        return all(self._finite)
+
+
+class Bucket:
+    """Gradients that travel in one flat tensor, of one device and one dtype on the wire."""
+
+    def __init__(self, name: str, gradients: Sequence[PlainGradient], workers: Workers):
+        self.gradients = list(gradients)
+        self._name, self._workers = name, workers
+        self._matrices: List[MatrixGradient] = [g for g in gradients if isinstance(g, MatrixGradient)]
+
+    def exchange(
+        self, verdict: Verdict, step: int, half_steps: int, factor: float
+    ) -> Generator[Union[PlainGradient, Mean, Verdict], object, int]:
+        """reference.exchange of these gradients. Yields what it waits for.
+
+        Args:
+            verdict: of this step, shared by all its buckets.
+            step: how many steps were exchanged before.
+            half_steps: PowerSGD.num_iters_per_step.
+            factor: that the averages are multiplied by in the end.
+
+        Returns:
+            Bytes handed to allreduce.
+        """
+        bytes_sent, finite = 0, True
+        for half_step in range(half_steps if self._matrices else 1):
+            gradients = self._matrices if half_step else self.gradients
+            sent = []
+            for gradient in gradients:
+                if half_step == 0:
+                    yield gradient
+                    gradient.begin(step)
+                sent.append(gradient.send())
+            flat = torch.cat(sent) if len(sent) > 1 else sent[0]
+            # The last factor is still needed where the mean is going.
+            mean = self._workers.mean(flat, f"{self._name}.{half_step}", in_place=not self._matrices)
+            bytes_sent += flat.nbytes if self._workers.count > 1 else 0
+            if half_step == half_steps - 1:
+                for matrix in self._matrices:
+                    matrix.memorize()
+            flat = yield mean
+            finite = torch.isfinite(flat).all() & finite
+            for gradient, part in zip(gradients, flat.split([part.numel() for part in sent])):
+                gradient.receive(part)
+        finite = yield verdict.add(finite)
+        for gradient in self.gradients:
+            gradient.end(finite, factor)
+        return bytes_sent
+
+
+def make_buckets(
+    gradients: Sequence[PlainGradient], workers: Workers, prefix: str, groups: Union[None, int, Sequence] = None
+) -> List[Bucket]:
+    """Sorts gradients into buckets, the same on every worker.
+
+    Args:
+        gradients: in the order of registration. Backward computes them about the other way round.
+        workers: that the buckets are exchanged with.
+        prefix: of the buckets' names.
+        groups: Horovod's: their number, or lists of the parameters that belong together; what is in none of the
+            lists is sorted by size, as all is without groups.
+    """
+    grouped: List[Sequence[PlainGradient]] = []
+    if isinstance(groups, int):
+        grouped, gradients = split_list(gradients, groups), []
+    elif groups is not None:
+        by_parameter = {g.parameter: g for g in gradients}
+        grouped = [[by_parameter[p] for p in group if p in by_parameter] for group in groups]
+        gradients = [g for g in gradients if not any(g in group for group in grouped)]
+    buckets = [bucket for group in grouped for bucket in _fill(group, math.inf, math.inf)]
+    buckets += _fill(gradients, BUCKET_BYTES, ALONE_BYTES)
+    return [Bucket(f"{prefix}.{i}", bucket, workers) for i, bucket in enumerate(buckets)]
+
+
+def _fill(gradients: Sequence[PlainGradient], bucket_bytes: float, alone_bytes: float) -> List[List[PlainGradient]]:
+    """Buckets of one kind each, last gradient first."""
+    filling: Dict[Tuple, List[PlainGradient]] = {}
+    room: Dict[Tuple, float] = {}
+    full: List[List[PlainGradient]] = []
+    for gradient in reversed(gradients):
+        size = gradient.parameter.numel() * gradient.parameter.element_size()
+        if not isinstance(gradient, MatrixGradient) and size >= alone_bytes:
+            full.append([gradient])
+            continue
+        kind = (gradient.sent_dtype, gradient.parameter.device)
+        filling.setdefault(kind, []).append(gradient)
+        room[kind] = room.get(kind, bucket_bytes) - size
+        if room[kind] <= 0:
+            full.append(filling.pop(kind))
+            del room[kind]
+    return full + list(filling.values())

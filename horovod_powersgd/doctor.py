@@ -226,8 +226,10 @@ def _end(process: subprocess.Popen) -> None:
 
 def _last_words(output: str) -> str:
     """The line that says best why a job failed: the last that names an error of Python's, or else the last."""
-    lines = [re.sub(r"^(\[[\d,]+\]<std(out|err)>:)+", "", line).strip() for line in output.splitlines()]
-    lines = [line for line in lines if line]
+    prefix = re.compile(r"^(\[[\d,]+\]<std(out|err)>:)+")
+    # Where the launcher marks what workers say, its own words only tell that a worker failed.
+    lines = [line for line in output.splitlines() if prefix.match(line)] or output.splitlines()
+    lines = [stripped for line in lines if (stripped := prefix.sub("", line).strip())]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     return (errors or lines or [""])[-1]
 

@@ -273,7 +273,8 @@ def _check_wheel(wheel: Path, build: HorovodBuild) -> None:
         modules = set(archive.namelist())
     for framework in build.frameworks:
         if extension_path(framework) not in modules:
-            raise BuildError(f"The wheel that was built does not serve {framework.title} (log: {build.folder}/build.log)")
+            log = build.folder / "build.log"
+            raise BuildError(f"The wheel that was built does not serve {framework.title} (log: {log})")
 
 
 def _with_tools(tools: Path) -> dict[str, str]:

@@ -51,7 +51,7 @@ def check_world(size: int) -> None:
     _refuse_gloo(launcher, workers)
     if launcher == "mpirun":
         cause = "Probably Horovod was built without MPI, or for another MPI than this mpirun's"
-        remedy = f"look with python -m horovod_powersgd doctor; {INSTALL_COMMAND} --force builds for the MPI that is here"
+        remedy = f"python -m horovod_powersgd doctor says which; {INSTALL_COMMAND} --force builds for this MPI"
     else:
         cause = "Probably srun and Horovod's MPI do not know each other"
         remedy = "try srun --mpi=pmix or --mpi=pmi2, or start mpirun or horovodrun inside the allocation"

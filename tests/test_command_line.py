@@ -1,0 +1,219 @@
+"""What a user sees of install-horovod and doctor."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+from environments import Environment, link_programs
+
+from horovod_powersgd import __main__ as command_line
+from horovod_powersgd import doctor, horovod_build
+
+COMMAND = "python -m horovod_powersgd install-horovod"
+REPORT_KEYS = {"works", "python", "frameworks", "keras", "mpi", "nccl", "horovod", "jobs", "problems"}
+
+
+@pytest.fixture
+def environment(tmp_path):
+    return Environment.make(tmp_path)
+
+
+def run(environment, *arguments, **variables):
+    return environment.run("-m", "horovod_powersgd", *arguments, timeout=120, **variables)
+
+
+def error_of(outcome):
+    assert outcome.returncode == 1
+    (line,) = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+# install-horovod
+
+
+def test_a_horovod_that_works_is_left_alone(monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise AssertionError("nothing is built or installed")
+
+    monkeypatch.setattr(horovod_build, "build_wheel", fail)
+    monkeypatch.setattr(horovod_build, "install_wheel", fail)
+    began = time.monotonic()
+    assert command_line.main(["install-horovod"]) == 0
+    assert time.monotonic() - began < 20
+    assert "Horovod 0.28.1 works already, for PyTorch" in capsys.readouterr().out
+
+
+def test_a_horovod_for_another_version_is_named_and_replaced(environment):
+    environment.add_framework("torch", "2.13.0+cpu")
+    environment.add_horovod(torch="2.12.1+cpu")
+    outcome = run(environment, "install-horovod")
+    assert outcome.stdout == "Horovod was built for PyTorch 2.12.1+cpu, but 2.13.0+cpu is installed.\n"
+    assert "C++ compiler" in error_of(outcome)  # it went on to build
+
+
+def test_without_a_framework_there_is_nothing_to_build_for(environment):
+    assert "Neither PyTorch nor TensorFlow is installed" in error_of(run(environment, "install-horovod"))
+    assert "PyTorch is not installed" in error_of(run(environment, "install-horovod", "--torch-only"))
+
+
+def test_a_missing_compiler_make_or_pip_is_named(environment):
+    environment.add_framework("torch", "2.13.0+cpu")
+    assert error_of(run(environment, "install-horovod")) == "error: No C++ compiler: install g++ (Fedora: gcc-c++)."
+    link_programs(environment.programs, ["g++"])
+    assert error_of(run(environment, "install-horovod")) == "error: No make: install make."
+    link_programs(environment.programs, ["make"])
+    assert "No pip in this environment" in error_of(run(environment, "install-horovod"))
+
+
+def test_without_a_network_it_says_so_and_where_the_log_is(tmp_path):
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    variables |= {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_CONFIG_FILE": os.devnull}
+    variables["XDG_CACHE_HOME"] = str(tmp_path)
+    outcome = subprocess.run(
+        [sys.executable, "-m", "horovod_powersgd", "install-horovod", "--force"],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    message = error_of(outcome)
+    assert message.startswith("error: pip could not install the build tools: is there a network")
+    log = Path(message[message.index("(log: ") + 6 : -1])
+    assert log.is_relative_to(tmp_path) and "setuptools" in log.read_text()
+
+
+def test_an_interrupted_build_leaves_no_wheel_and_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(horovod_build._LoggedRun, "__call__", interrupt)
+    assert command_line.main(["install-horovod", "--force"]) == 130
+    assert "The same command goes on from here." in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.whl"))
+
+
+# doctor
+
+
+def test_doctor_without_a_framework(environment):
+    outcome = run(environment, "doctor")
+    assert outcome.returncode == 1
+    assert "Neither PyTorch nor TensorFlow is installed" in outcome.stdout
+    assert outcome.stdout.endswith("No job of two workers works.\n")
+
+
+def test_doctor_without_horovod_and_without_mpi(environment):
+    environment.add_framework("torch", "2.13.0+cpu")
+    outcome = run(environment, "doctor")
+    assert outcome.returncode == 1
+    rows = dict(line.split(maxsplit=1) for line in outcome.stdout.splitlines()[:7])
+    assert rows["PyTorch"] == "2.13.0+cpu"
+    assert rows["TensorFlow"] == rows["MPI"] == rows["Horovod"] == "not installed"
+    assert f"Problem: Horovod is not installed.\n    {COMMAND}\n" in outcome.stdout
+
+
+def test_doctor_prints_one_json_object(environment):
+    environment.add_framework("torch", "2.13.0+cpu")
+    environment.add_horovod(torch="2.12.1+cpu")
+    outcome = run(environment, "doctor", "--json")
+    assert outcome.returncode == 1
+    report = json.loads(outcome.stdout)
+    assert set(report) == REPORT_KEYS
+    assert report["works"] is False
+    assert report["frameworks"]["torch"] == {
+        "version": "2.13.0+cpu",
+        "horovod_built_for": "2.12.1+cpu",
+        "usable": False,
+        "problem": "Horovod was built for PyTorch 2.12.1+cpu, but 2.13.0+cpu is installed",
+    }
+    assert report["problems"] == [
+        {
+            "what": "Horovod was built for PyTorch 2.12.1+cpu, but 2.13.0+cpu is installed",
+            "command": COMMAND,
+            "optional": False,
+        }
+    ]
+
+
+def test_doctor_documents_its_json():
+    assert all(f"  {key} " in doctor.JSON_HELP for key in REPORT_KEYS)
+
+
+def test_doctor_with_a_horovod_that_does_not_load(environment):
+    environment.add_framework("torch", "2.13.0+cpu")
+    environment.add_horovod(torch="2.13.0+cpu")
+    outcome = run(environment, "doctor")
+    assert outcome.returncode == 1
+    assert "Problem: Horovod's module for PyTorch does not load: " in outcome.stdout
+
+
+def test_doctor_with_a_horovod_for_torch_only_and_no_mpi_in_path(environment):
+    copy_horovod_for_torch_only(environment)
+    link_programs(environment.programs, ["env"])  # which horovodrun starts workers with
+    outcome = run(environment, "doctor", "--json")
+    assert outcome.returncode == 0, outcome.stdout
+    report = json.loads(outcome.stdout)
+    assert [(job["launcher"], job["framework"], job["works"]) for job in report["jobs"]] == [
+        ("horovodrun --gloo", "torch", True)
+    ]
+    assert report["frameworks"]["tensorflow"]["problem"] == "Horovod was built without TensorFlow"
+    assert {"what": "Horovod was built without TensorFlow", "command": COMMAND, "optional": True} in report["problems"]
+    assert any("there is no mpirun" in problem["what"] for problem in report["problems"])
+
+
+def test_doctor_finds_that_the_development_environment_works():
+    outcome = subprocess.run(
+        [sys.executable, "-m", "horovod_powersgd", "doctor", "--json"], capture_output=True, text=True, timeout=600
+    )
+    report = json.loads(outcome.stdout)
+    assert outcome.returncode == 0 and report["works"], outcome.stdout
+    launchers = ["horovodrun --gloo", "horovodrun --mpi", "mpirun"]
+    assert [job["launcher"] for job in report["jobs"]] == [launcher for launcher in launchers for _ in range(2)]
+    assert [job["framework"] for job in report["jobs"]] == ["torch", "tensorflow"] * 3
+    assert all(job["works"] for job in report["jobs"]), report["jobs"]
+    assert report["problems"] == []
+
+
+@pytest.mark.parametrize(
+    "output, said",
+    [
+        ("", ""),
+        ("starting\nsh: env: not found\n", "sh: env: not found"),
+        ("Traceback\nImportError: no torch\n---\nmpirun has exited\n", "ImportError: no torch"),
+        ("[0]<stderr>:sh: env: not found\nRuntimeError: Horovod detected it\n", "sh: env: not found"),
+        ("[1,0]<stderr>:ValueError: [1,0]<stderr>:three\nExit code: 1\n", "ValueError: [1,0]<stderr>:three"),
+    ],
+)
+def test_a_failed_job_is_described_by_its_most_telling_line(output, said):
+    assert doctor._last_words(output) == said
+
+
+def test_a_job_that_does_not_end_is_ended(monkeypatch):
+    monkeypatch.setattr(doctor, "_JOB_SECONDS", 1)
+    monkeypatch.setattr(doctor, "_job_command", lambda launcher, framework: ["sleep", "600"])
+    assert doctor._run_job("mpirun", "torch") == "no end after 1 seconds"
+
+
+def copy_horovod_for_torch_only(environment):
+    """The real packages, with Horovod as it is where TensorFlow was not there when it was built."""
+    real = Path(sysconfig.get_path("purelib"))
+    shutil.copytree(real / "horovod", environment.packages / "horovod", ignore=shutil.ignore_patterns("__pycache__"))
+    metadata = environment.packages / "horovod/metadata.json"
+    recorded = json.loads(metadata.read_text())
+    metadata.write_text(json.dumps({"pytorch": recorded["pytorch"]}))
+    for module in (environment.packages / "horovod/tensorflow").glob("mpi_lib*.so"):
+        module.unlink()
+    (environment.packages / "real.pth").write_text(f"{real}\n")
+    for library in Path(sys.prefix, "lib").glob("*.so*"):
+        (environment.folder / "venv/lib" / library.name).symlink_to(library)
+    horovodrun = environment.folder / "venv/bin/horovodrun"
+    script = Path(sys.executable).with_name("horovodrun").read_text()
+    horovodrun.write_text(script.replace(script.splitlines()[0], f"#!{environment.python}"))
+    horovodrun.chmod(0o755)

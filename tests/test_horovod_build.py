@@ -1,0 +1,128 @@
+"""Horovod's source is changed as it must be, and a cached wheel is used for exactly what it was built for."""
+
+import dataclasses
+
+import pytest
+
+from horovod_powersgd import horovod_build
+from horovod_powersgd.horovod_build import BuildError, HorovodBuild, patch_source
+
+BUILD = HorovodBuild(torch="2.13.0+cpu", tensorflow="2.21.0", mpi="Open MPI 4.1.8: c++ -IPREFIX/include")
+
+SOURCE = {
+    "CMakeLists.txt": "project(horovod CXX)\n\nset(CMAKE_CXX_STANDARD 14)\n",
+    "cmake/Utilities.cmake": (
+        'string(REGEX REPLACE "${PROJECT_SOURCE_DIR}(/)?" "" SUB_FOLDER "${CMAKE_CURRENT_SOURCE_DIR}")\n'
+    ),
+    "horovod/tensorflow/CMakeLists.txt": "list(A mpi_ops.cc)\nlist(A xla_mpi_ops.cc)\nadd_library(x)\n",
+    "horovod/torch/CMakeLists.txt": (
+        'execute(-c "from distutils.sysconfig import get_python_inc; print(get_python_inc())")\n'
+        "    set(CMAKE_CXX_STANDARD 14)\n"
+    ),
+    "horovod/runner/js_run.py": "import os\nfrom distutils.spawn import find_executable\n",
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    for name, text in SOURCE.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_the_source_is_compiled_as_cpp17(source):
+    patch_source(source)
+    for name in ("CMakeLists.txt", "horovod/torch/CMakeLists.txt"):
+        assert "CMAKE_CXX_STANDARD 17" in (source / name).read_text()
+        assert "CMAKE_CXX_STANDARD 14" not in (source / name).read_text()
+
+
+def test_only_the_xla_operations_are_left_out(source):
+    patch_source(source)
+    assert (source / "horovod/tensorflow/CMakeLists.txt").read_text() == "list(A mpi_ops.cc)\nadd_library(x)\n"
+
+
+def test_a_wheel_finds_mpi_in_the_environment_where_it_is_installed(source):
+    patch_source(source)
+    assert 'set(CMAKE_INSTALL_RPATH "$ORIGIN/../../../..;' in (source / "CMakeLists.txt").read_text()
+
+
+def test_the_source_may_be_in_a_folder_with_any_name(source):
+    patch_source(source)
+    assert "REGEX" not in (source / "cmake/Utilities.cmake").read_text()
+
+
+def test_nothing_needs_distutils(source):
+    patch_source(source)
+    assert not any("distutils" in (source / name).read_text() for name in SOURCE)
+
+
+@pytest.mark.parametrize("name", SOURCE)
+def test_a_source_that_is_not_as_expected_is_refused(source, name):
+    (source / name).write_text("something else\n")
+    with pytest.raises(BuildError, match=f"not as expected: {name}"):
+        patch_source(source)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"torch": "2.13.0+cu130"},
+        {"torch": None},
+        {"tensorflow": "2.20.0"},
+        {"tensorflow": None},
+        {"mpi": "Open MPI 5.0.8: c++ -IPREFIX/include"},
+        {"mpi": None},
+        {"settings": (("HOROVOD_GPU_OPERATIONS", "NCCL"),)},
+        {"python": "cpython-312"},
+        {"platform": "linux-aarch64"},
+        {"patch": horovod_build.PATCH_VERSION + 1},
+    ],
+    ids=str,
+)
+def test_a_wheel_is_not_used_for_anything_else(change):
+    assert dataclasses.replace(BUILD, **change).key != BUILD.key
+
+
+def test_only_variables_that_the_build_reads_ask_for_another_wheel(monkeypatch):
+    key = HorovodBuild.for_environment().key
+    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "5")
+    assert HorovodBuild.for_environment().key == key
+    monkeypatch.setenv("HOROVOD_GPU_OPERATIONS", "NCCL")
+    assert HorovodBuild.for_environment().key != key
+
+
+def test_wheels_are_kept_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert BUILD.folder == tmp_path / "cache/horovod-powersgd" / BUILD.key
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert BUILD.folder == tmp_path / ".cache/horovod-powersgd" / BUILD.key
+
+
+def test_an_unfinished_build_is_no_wheel(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    unfinished = BUILD.folder / "work-1/dist"
+    unfinished.mkdir(parents=True)
+    (unfinished / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl").touch()
+    assert BUILD.cached_wheel() is None
+    finished = BUILD.folder / "horovod-0.28.1-cp311-cp311-linux_x86_64.whl"
+    finished.touch()
+    assert BUILD.cached_wheel() == finished
+
+
+def test_frameworks_and_mpi_can_be_left_out(monkeypatch):
+    assert HorovodBuild.for_environment(torch_only=True).tensorflow is None
+    assert HorovodBuild.for_environment(no_mpi=True).mpi is None
+    monkeypatch.setenv("HOROVOD_WITHOUT_PYTORCH", "1")
+    assert HorovodBuild.for_environment().torch is None
+    monkeypatch.setenv("HOROVOD_WITHOUT_TENSORFLOW", "1")
+    with pytest.raises(BuildError, match="Neither PyTorch nor TensorFlow"):
+        HorovodBuild.for_environment()
+
+
+def test_what_the_user_asks_for_must_be_there(monkeypatch):
+    monkeypatch.setenv("HOROVOD_WITH_MPI", "1")
+    with pytest.raises(BuildError, match="HOROVOD_WITH_MPI=1 is set, but none is found"):
+        HorovodBuild.for_environment(no_mpi=True)

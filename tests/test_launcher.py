@@ -1,0 +1,111 @@
+"""One worker needs no launcher, and workers that would train alone are noticed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from horovod_powersgd import launcher
+
+PLACES = ("OMPI_", "PMI_", "PMIX_", "SLURM_", "HOROVOD_", "OPAL_")
+
+WORKER = """
+import sys
+import horovod.torch as hvd
+from horovod_powersgd.launcher import check_world, prepare_single_worker
+if "unprepared" not in sys.argv:
+    prepare_single_worker()
+hvd.init()
+check_world(hvd.size())
+print("worker", hvd.rank(), "of", hvd.size())
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(PLACES):
+            monkeypatch.delenv(name)
+
+
+def run_under_mpirun(*arguments, **variables):
+    command = launcher.launch_command("mpirun", 2, [sys.executable, "-c", WORKER, *arguments])
+    assert command is not None, "the development environment has an mpirun"
+    environment = {**launcher.launch_environment(), **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_plain_python_script_runs_as_one_worker():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMPI_")}
+    command = [sys.executable, "-c", WORKER]
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert outcome.stdout == "worker 0 of 1\n", outcome.stderr
+
+
+def test_workers_under_mpirun_are_one_job():
+    outcome = run_under_mpirun()
+    assert sorted(outcome.stdout.splitlines()) == ["worker 0 of 2", "worker 1 of 2"], outcome.stderr
+
+
+def test_mpirun_with_horovod_kept_from_mpi_is_refused_before_it_can_crash():
+    outcome = run_under_mpirun(HOROVOD_CONTROLLER="gloo")
+    assert outcome.returncode != 0
+    assert "RuntimeError: mpirun started 2 workers, but HOROVOD_CONTROLLER=gloo" in outcome.stderr
+    assert "horovodrun --gloo -np 2" in outcome.stderr
+
+
+def test_workers_that_came_up_as_separate_jobs_say_so():
+    outcome = run_under_mpirun("unprepared", HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
+    assert outcome.returncode != 0
+    assert "RuntimeError: mpirun started 2 workers" in outcome.stderr
+    assert "worker 0 of 1" not in outcome.stdout
+
+
+def test_a_worker_of_a_launcher_is_not_isolated(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    launcher.prepare_single_worker()
+    assert "OMPI_MCA_ess_singleton_isolated" not in os.environ
+
+
+def test_the_users_own_choice_for_a_single_worker_stands(monkeypatch):
+    monkeypatch.setenv("OMPI_MCA_ess_singleton_isolated", "0")
+    launcher.prepare_single_worker()
+    assert os.environ["OMPI_MCA_ess_singleton_isolated"] == "0"
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_a_job_of_several_that_has_size_one_is_an_error(monkeypatch, name):
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(RuntimeError, match=r"(mpirun|srun) started 4 workers, but each .* job of size 1"):
+        launcher.check_world(1)
+    launcher.check_world(4)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # a batch script, which srun did not start
+        {"HOROVOD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "4"},  # horovodrun inside a Slurm step
+        {"HOROVOD_ELASTIC": "1", "HOROVOD_SIZE": "2"},  # an elastic job that shrank
+    ],
+)
+def test_a_job_that_is_meant_to_have_one_worker_is_left_alone(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    launcher.prepare_single_worker()
+    launcher.check_world(1)
+
+
+def test_horovodrun_may_choose_gloo(monkeypatch):
+    for name, value in {"HOROVOD_SIZE": "2", "HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}.items():
+        monkeypatch.setenv(name, value)
+    launcher.prepare_single_worker()
+    launcher.check_world(2)
+
+
+def test_a_launcher_that_is_not_installed_has_no_command(monkeypatch):
+    monkeypatch.setattr(launcher, "find_program", lambda name: None)
+    assert launcher.launch_command("mpirun", 2, ["true"]) is None

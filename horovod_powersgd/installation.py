@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -194,7 +195,9 @@ class Mpi:
         """What tells two MPIs apart for whoever links against one, the same in every copy of an environment."""
         if self.compiler is None:
             return None
-        shown = _output([self.compiler, "-show"]).replace(sys.prefix, "PREFIX")
+        shown = _output([self.compiler, "-show"])
+        for prefix in (os.path.realpath(sys.prefix), sys.prefix):
+            shown = shown.replace(prefix, "PREFIX")
         return f"{self.version}: {shown}"
 
 

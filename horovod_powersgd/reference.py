@@ -170,7 +170,8 @@ def _multiply(side: np.ndarray, basis: np.ndarray, wire_dtype) -> np.ndarray:
     """The other factor in the precision that it travels in; what overflows becomes infinite and fails the step."""
     with np.errstate(invalid="ignore", over="ignore"):
         factor = side @ basis
-        return factor if wire_dtype is None else factor.astype(wire_dtype)
+        # By way of float32, as processors do it.
+        return factor if wire_dtype is None else factor.astype(np.float32).astype(wire_dtype)
 
 
 def _product(basis: np.ndarray, factor: np.ndarray, factor_is_q: bool) -> np.ndarray:

@@ -1,0 +1,99 @@
+"""The gradients and configurations that every framework is compared with the reference on."""
+
+import functools
+
+import numpy as np
+
+from horovod_powersgd import PowerSGD, reference
+
+SHAPES = {
+    "conv": (16, 8, 3, 3),
+    "linear": (48, 64),
+    "tall": (200, 12),
+    "wide": (12, 200),
+    "square": (32, 32),
+    "row": (1, 40),
+    "vector": (37,),
+    "scalar": (),
+}
+
+# At least one for every field of PowerSGD.
+CONFIGS = [
+    PowerSGD(),
+    PowerSGD(rank=1),
+    PowerSGD(rank=3, min_compression_rate=0),
+    PowerSGD(min_compression_rate=3.5),
+    PowerSGD(num_iters_per_step=1),
+    PowerSGD(num_iters_per_step=3),
+    PowerSGD(num_iters_per_step=1, warm_start=False),
+    PowerSGD(warmup_steps=3),
+    PowerSGD(warm_start=False),
+    PowerSGD(error_feedback=False),
+    PowerSGD(wire_dtype="float16"),
+    PowerSGD(seed=7),
+]
+
+DTYPES = ["float32", "float64"]
+
+
+def gradients(step, worker, dtype, shapes=SHAPES):
+    """One worker's gradients of one step: four singular values that decay by halves, the same in all steps, and noise.
+
+    Where singular values are close, as in noise alone, their subspaces turn at a touch, and rounding in the seventh
+    digit grows to the third in 20 steps.
+    """
+    own = np.random.default_rng([step, worker])
+    return {
+        name: np.asarray(_smooth(shape) + 0.02 * own.standard_normal(shape), dtype) for name, shape in shapes.items()
+    }
+
+
+@functools.cache
+def _smooth(shape):
+    rng = np.random.default_rng(0)
+    if len(shape) < 2:
+        return rng.standard_normal(shape)
+    parts = (
+        0.5**i * np.multiply.outer(rng.standard_normal(shape[0]), rng.standard_normal(shape[1:])) for i in range(4)
+    )
+    return sum(parts)
+
+
+def tolerance(config, dtype, workers, steps):
+    """How far from the reference an update or a memory may be, relative to its norm, after so many steps."""
+    if config.wire_dtype == "float16" and (dtype == "float32" or workers > 2):
+        # Sums of three numbers in half precision depend on their order, and where the factors differ in the last
+        # digit, some round the other way: each element can be off by a few half-precision roundings, and a later
+        # step starts from that.
+        return 4 * 2**-11 if steps == 1 else 20 * 2**-11
+    if steps == 1:
+        return {"float32": 1e-5, "float64": 1e-12}[dtype]
+    return {"float32": 1e-3, "float64": 1e-9}[dtype]
+
+
+def error(found, expected, scale=None):
+    """|found - expected| / |expected|, or / scale where that is larger."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    return np.linalg.norm(found - expected) / (max(np.linalg.norm(expected), scale or 0) or 1)
+
+
+def assert_close(found, expected, largest, what, scales=None):
+    """Compares two dicts of arrays; `scales` are arrays next to which a small difference does not count.
+
+    A memory is what is left of a delta: where all of it was sent, rounding of the delta is all that is left.
+    """
+    assert found.keys() == expected.keys(), what
+    for name in expected:
+        off = error(found[name], expected[name], np.linalg.norm(scales[name]) if scales else None)
+        assert off <= largest, (what, name, off)
+
+
+def simulated(config, dtype, workers, steps):
+    """The reference's run on these gradients: for each step the updates, and each worker's memory."""
+    states = [reference.State() for _ in range(workers)]
+    run = []
+    for step in range(steps):
+        updates = reference.simulate([gradients(step, w, dtype) for w in range(workers)], states, config)
+        run.append((updates[0], [dict(state.memory) for state in states]))
+    return run

@@ -1,0 +1,39 @@
+"""The reference over an mpi4py communicator."""
+
+import numpy as np
+from mpi4py import MPI
+
+import cases
+from horovod_powersgd import reference
+
+
+class hvd:  # what worker.py needs of a framework
+    init = staticmethod(lambda: None)
+    rank = staticmethod(MPI.COMM_WORLD.Get_rank)
+    allgather_object = staticmethod(MPI.COMM_WORLD.allgather)
+
+
+def check_real_workers_and_simulated_ones_give_the_same_bits():
+    workers, me = MPI.COMM_WORLD.Get_size(), MPI.COMM_WORLD.Get_rank()
+    for config in cases.CONFIGS:
+        for dtype in cases.DTYPES:
+            state = reference.State()
+            for step, (expected, memories) in enumerate(cases.simulated(config, dtype, workers, 4)):
+                gradients = cases.gradients(step, me, dtype)
+                updates = reference.communicate(MPI.COMM_WORLD, gradients, state, config)
+                assert all((updates[name] == expected[name]).all() for name in expected)
+                assert state.memory.keys() == memories[me].keys()
+                assert all((state.memory[name] == memories[me][name]).all() for name in state.memory)
+
+
+def check_algorithm_2_keeps_the_parameters_of_all_workers_equal():
+    comm = MPI.COMM_WORLD
+    parameters = {name: np.ones(shape) for name, shape in cases.SHAPES.items()}
+    state = reference.OptimizerState()
+    for step in range(5):
+        gradients = cases.gradients(step, comm.Get_rank(), "float64")
+        reference.over(
+            comm, reference.algorithm_2(parameters, gradients, state, cases.CONFIGS[0], learning_rate=0.1, momentum=0.9)
+        )
+    for other in comm.allgather(parameters):
+        assert all((parameters[name] == other[name]).all() and (other[name] != 1).any() for name in other)

@@ -1,0 +1,35 @@
+"""PyTorch under real Horovod: one worker without a launcher, and 2, 3 and 4 under Gloo and MPI."""
+
+import pytest
+from job import LAUNCHES, assert_passed, checks_in
+
+
+@pytest.mark.parametrize("launcher, workers", LAUNCHES)
+@pytest.mark.parametrize("check", checks_in("torch_checks"))
+def test_torch(launcher, workers, check):
+    assert_passed("torch_checks", launcher, workers, check)
+
+
+def test_everything_that_horovod_exports_is_there():
+    import horovod.torch
+
+    import horovod_powersgd.torch as hvd
+
+    ours = {"DistributedOptimizer", "init", "optimizer"}
+    exported = {name for name in vars(horovod.torch) if not name.startswith("_")}
+    assert "allreduce" in exported
+    assert {name for name in exported if getattr(hvd, name, None) is not getattr(horovod.torch, name)} == ours
+
+
+def test_the_signature_is_horovods():
+    import inspect
+
+    import horovod.torch
+
+    import horovod_powersgd.torch as hvd
+
+    def arguments(function):
+        return [(p.name, p.default, p.kind) for p in inspect.signature(function).parameters.values()]
+
+    assert arguments(hvd.DistributedOptimizer) == arguments(horovod.torch.DistributedOptimizer)
+    assert arguments(hvd.init) == arguments(horovod.torch.init)

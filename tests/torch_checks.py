@@ -1,0 +1,315 @@
+"""What holds in every worker of a PyTorch job, whatever launched it."""
+
+import itertools
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cases
+import horovod_powersgd.torch as hvd
+from horovod_powersgd import PowerSGD, reference
+
+
+class Trainee:
+    """Parameters whose gradients are given, and their optimizer."""
+
+    def __init__(self, config, dtype="float32", shapes=cases.SHAPES, **options):
+        self.parameters = {
+            name: torch.nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype))) for name, shape in shapes.items()
+        }
+        options.setdefault("named_parameters", self.parameters.items())
+        self.optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(self.parameters.values(), lr=1.0), compression=config, **options
+        )
+
+    def backward(self, gradients):
+        sum((p * torch.from_numpy(np.asarray(gradients[name]))).sum() for name, p in self.parameters.items()).backward()
+
+    def exchange(self, gradients):
+        """The updates of these gradients; they are also applied."""
+        self.optimizer.zero_grad()
+        self.backward(gradients)
+        self.optimizer.synchronize()
+        updates = {name: p.grad.numpy().copy() for name, p in self.parameters.items()}
+        with self.optimizer.skip_synchronize():
+            self.optimizer.step()
+        return updates
+
+    def state(self):
+        """This worker's state as the reference keeps it."""
+        engine = self.optimizer._engine
+        state = reference.State(steps=engine.stats().steps)
+        for gradient in engine._gradients:
+            if getattr(gradient, "memory", None) is not None:
+                state.memory[gradient.name] = gradient.memory.numpy().copy()
+            if hasattr(gradient, "factor"):
+                factor = gradient.factor.t().numpy().copy()
+                state.factors[gradient.name] = reference.Factor(factor, gradient.factor_is_q)
+        return state
+
+
+def assert_replicas_equal(tensors):
+    """All workers hold the same bits."""
+    mine = {name: array.tobytes() for name, array in tensors.items()}
+    for theirs in hvd.allgather_object(mine):
+        assert theirs == mine
+
+
+def check_a_run_of_20_steps_equals_the_reference():
+    runs = list(itertools.product(cases.CONFIGS, cases.DTYPES))
+    # Each worker simulates its share.
+    share = {i: cases.simulated(*runs[i], hvd.size(), 20) for i in range(hvd.rank(), len(runs), hvd.size())}
+    for i, (config, dtype) in enumerate(runs):
+        largest = cases.tolerance(config, dtype, hvd.size(), 20)
+        trainee = Trainee(config, dtype)
+        for step, (expected, memories) in enumerate(hvd.broadcast_object(share.get(i), i % hvd.size(), name=f"run.{i}")):
+            updates = trainee.exchange(cases.gradients(step, hvd.rank(), dtype))
+            cases.assert_close(updates, expected, largest, (config, dtype, step))
+            memory = memories[hvd.rank()]
+            cases.assert_close(trainee.state().memory, memory, largest, (config, dtype, step, "memory"), expected)
+        assert trainee.state().steps == 20
+
+
+def check_one_step_from_an_equal_state_equals_the_reference():
+    for config in cases.CONFIGS:
+        for dtype in cases.DTYPES:
+            largest = cases.tolerance(config, dtype, hvd.size(), 1)
+            trainee = Trainee(config, dtype)
+            for step in range(5):
+                states = hvd.allgather_object(trainee.state())
+                gradients = [cases.gradients(step, w, dtype) for w in range(hvd.size())]
+                expected = reference.simulate(gradients, states, config)[0]
+                updates = trainee.exchange(gradients[hvd.rank()])
+                cases.assert_close(updates, expected, largest, (config, dtype, step))
+                memory = states[hvd.rank()].memory
+                cases.assert_close(trainee.state().memory, memory, largest, (config, dtype, step, "memory"), expected)
+
+
+def check_any_shapes_equal_the_reference():
+    shapes = st.lists(st.integers(1, 40), min_size=0, max_size=4).filter(lambda shape: np.prod(shape) <= 10_000)
+
+    @settings(max_examples=25, deadline=None, derandomize=True, database=None)
+    @given(st.lists(shapes, min_size=1, max_size=5), st.sampled_from(cases.DTYPES), st.integers(1, 6), st.integers(1, 3))
+    def holds(shapes, dtype, rank, half_steps):
+        named = {str(i): tuple(shape) for i, shape in enumerate(shapes)}
+        config = PowerSGD(rank=rank, num_iters_per_step=half_steps, min_compression_rate=1)
+        trainee = Trainee(config, dtype, named)
+        gradients = [cases.gradients(0, w, dtype, named) for w in range(hvd.size())]
+        states = [reference.State() for _ in gradients]
+        expected = reference.simulate(gradients, states, config)[0]
+        updates = trainee.exchange(gradients[hvd.rank()])
+        largest = cases.tolerance(config, dtype, hvd.size(), 1)
+        failure = None
+        try:
+            cases.assert_close(updates, expected, largest, named)
+            cases.assert_close(trainee.state().memory, states[hvd.rank()].memory, largest, (named, "memory"), expected)
+        except AssertionError as error:
+            failure = str(error)
+        # Found on one worker, known to all: hypothesis must take the same path on each.
+        assert not any(hvd.allgather_object(failure, name="failure")), failure
+
+    holds()
+
+
+def check_updates_and_parameters_are_the_same_bits_on_all_workers():
+    for config in cases.CONFIGS:
+        trainee = Trainee(config)
+        for step in range(5):
+            assert_replicas_equal(trainee.exchange(cases.gradients(step, hvd.rank(), "float32")))
+        assert_replicas_equal({name: p.detach().numpy() for name, p in trainee.parameters.items()})
+
+
+def check_uncompressed_and_fp16_are_horovods_own():
+    import horovod.torch
+
+    # Horovod sums in an order that depends on which tensors share a message: up to rounding, with three workers.
+    for compression, rounding in ((hvd.Compression.none, 1e-6), (hvd.Compression.fp16, 2**-9)):
+        ours = Trainee(compression)
+        parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in cases.SHAPES.items()}
+        theirs = horovod.torch.DistributedOptimizer(
+            torch.optim.SGD(parameters.values(), lr=1.0),
+            named_parameters=[(f"theirs.{name}", p) for name, p in parameters.items()],
+            compression=compression,
+        )
+        for step in range(3):
+            gradients = cases.gradients(step, hvd.rank(), "float32")
+            updates = ours.exchange(gradients)
+            sum((p * torch.from_numpy(np.asarray(gradients[name]))).sum() for name, p in parameters.items()).backward()
+            theirs.step()
+            for name, parameter in parameters.items():
+                assert cases.error(updates[name], parameter.grad.numpy()) <= (rounding if hvd.size() > 2 else 0)
+            theirs.zero_grad()
+
+
+def check_the_mean_of_all_workers_is_kept_in_half_precision():
+    config = PowerSGD(rank=2, wire_dtype="float16")
+    trainee = Trainee(config)
+    given_sum, update_sum = 0, 0
+    for step in range(30):
+        gradients = [cases.gradients(step, w, "float32")["linear"] for w in range(hvd.size())]
+        given_sum = given_sum + np.mean(gradients, axis=0)
+        update_sum = update_sum + trainee.exchange(cases.gradients(step, hvd.rank(), "float32"))["linear"]
+    memory = np.mean(hvd.allgather_object(trainee.state().memory["linear"]), axis=0)
+    assert cases.error(update_sum + memory, given_sum) < 2**-11
+
+
+def check_bytes_are_those_of_the_factors_and_vectors():
+    trainee = Trainee(PowerSGD(rank=2, warmup_steps=1))
+    numbers = {name: int(np.prod(shape)) for name, shape in cases.SHAPES.items()}
+    uncompressed = 4 * sum(numbers.values())
+    sides = {"conv": 16 + 72, "linear": 48 + 64, "tall": 200 + 12, "wide": 12 + 200, "square": 32 + 32}
+    compressed = 4 * (sum(2 * side for side in sides.values()) + numbers["row"] + numbers["vector"] + 1)
+    trainee.exchange(cases.gradients(0, hvd.rank(), "float32"))
+    alone = hvd.size() == 1
+    warmup = trainee.optimizer.compression_stats()
+    assert (warmup.steps, warmup.bytes_sent, warmup.bytes_uncompressed) == (1, 0 if alone else uncompressed, uncompressed)
+    trainee.exchange(cases.gradients(1, hvd.rank(), "float32"))
+    stats = trainee.optimizer.compression_stats()
+    assert (stats.steps, stats.bytes_sent, stats.bytes_uncompressed) == (2, 0 if alone else compressed, uncompressed)
+    assert stats.total_bytes_sent == (0 if alone else uncompressed + compressed)
+    assert stats.total_bytes_uncompressed == 2 * uncompressed
+    assert stats.ratio == (float("inf") if alone else uncompressed / compressed)
+    assert stats.total_ratio == (float("inf") if alone else 2 * uncompressed / (uncompressed + compressed))
+
+    by_name = {tensor.name: tensor for tensor in stats.tensors}
+    assert list(by_name) == list(cases.SHAPES)
+    assert by_name["conv"].shape == (16, 8, 3, 3) and by_name["conv"].matrix_shape == (16, 72)
+    assert by_name["conv"].rank == 2 and by_name["conv"].compressed and by_name["conv"].reason is None
+    assert not by_name["vector"].compressed and by_name["vector"].reason == "a vector"
+    assert not by_name["row"].compressed and "min_compression_rate" in by_name["row"].reason
+    assert by_name["vector"].residual == 0
+
+
+def check_the_residual_is_what_stayed_in_the_memory():
+    for config in (PowerSGD(rank=2), PowerSGD(rank=2, num_iters_per_step=1)):
+        trainee = Trainee(config)
+        assert all(t.residual is None for t in trainee.optimizer.compression_stats().tensors if t.compressed)
+        for step in range(3):
+            before = trainee.state().memory
+            gradients = cases.gradients(step, hvd.rank(), "float32")
+            trainee.exchange(gradients)
+            after = trainee.state().memory
+            for tensor in trainee.optimizer.compression_stats().tensors:
+                if tensor.compressed:
+                    delta = gradients[tensor.name].reshape(tensor.matrix_shape) + before.get(tensor.name, 0)
+                    expected = np.linalg.norm(after[tensor.name]) / np.linalg.norm(delta)
+                    assert abs(tensor.residual - expected) < 1e-4 and 0 < tensor.residual < 1
+
+
+def check_a_step_with_a_number_that_is_not_finite_leaves_no_trace():
+    for poisoned, value in (("linear", np.nan), ("conv", np.inf), ("vector", -np.inf)):
+        trainee = Trainee(PowerSGD(rank=2))
+        for step in range(2):
+            trainee.exchange(cases.gradients(step, hvd.rank(), "float32"))
+        before = trainee.state()
+        gradients = cases.gradients(2, hvd.rank(), "float32")
+        if hvd.rank() == hvd.size() - 1:
+            gradients[poisoned].flat[5] = value
+        updates = trainee.exchange(gradients)
+        assert not np.isfinite(updates[poisoned]).all()
+        assert all(np.isfinite(update).all() for name, update in updates.items() if name != poisoned)
+        after = trainee.state()
+        assert after.steps == before.steps == 2
+        for name in before.memory:
+            assert (after.memory[name] == before.memory[name]).all()
+            assert (after.factors[name].array == before.factors[name].array).all()
+        updates = trainee.exchange(cases.gradients(3, hvd.rank(), "float32"))
+        assert all(np.isfinite(update).all() for update in updates.values())
+
+
+def check_a_layer_recovers_from_gradients_of_zero():
+    for config in (PowerSGD(rank=2), PowerSGD(rank=2, num_iters_per_step=1)):
+        trainee = Trainee(config, "float64")
+        states = [reference.State() for _ in range(hvd.size())]
+        for step in range(12):
+            zero = 2 <= step < 8
+            gradients = [cases.gradients(step, w, "float64") for w in range(hvd.size())]
+            for g in gradients:
+                g["linear"] *= not zero
+            expected = reference.simulate(gradients, states, config)[0]
+            # While the memory empties, what is sent gets small; it counts beside the gradients.
+            usual = cases.gradients(0, 0, "float64")
+            cases.assert_close(trainee.exchange(gradients[hvd.rank()]), expected, 1e-9, (config, step), usual)
+        # Only zeros from the first step on: nothing to start from but the spare columns.
+        trainee = Trainee(config)
+        for step in range(6):
+            gradients = cases.gradients(step, hvd.rank(), "float32")
+            gradients["linear"] *= step >= 3
+            updates = trainee.exchange(gradients)
+            assert (np.linalg.norm(updates["linear"]) > 0) == (step >= 3)
+
+
+def check_sum_is_workers_times_the_mean():
+    mean, total = Trainee(PowerSGD(rank=2)), Trainee(PowerSGD(rank=2), op=hvd.Sum)
+    for step in range(3):
+        gradients = cases.gradients(step, hvd.rank(), "float32")
+        expected = {name: np.asarray(update * np.float32(hvd.size())) for name, update in mean.exchange(gradients).items()}
+        cases.assert_close(total.exchange(gradients), expected, 1e-5, step)
+
+
+def check_groups_and_predivision_change_nothing_but_the_messages():
+    plain = Trainee(PowerSGD(rank=2))
+    by_number, predivided = Trainee(PowerSGD(rank=2), groups=3), Trainee(PowerSGD(rank=2), gradient_predivide_factor=2.0)
+    parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in cases.SHAPES.items()}
+    by_list = Trainee.__new__(Trainee)
+    by_list.parameters = parameters
+    by_list.optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(parameters.values(), lr=1.0),
+        named_parameters=parameters.items(),
+        compression=PowerSGD(rank=2),
+        groups=[[parameters["conv"], parameters["vector"]], [parameters["tall"]]],
+    )
+    for step in range(3):
+        gradients = cases.gradients(step, hvd.rank(), "float32")
+        expected = plain.exchange(gradients)
+        for other in (by_number, predivided, by_list):
+            cases.assert_close(other.exchange(gradients), expected, 1e-4, step)
+
+
+def check_gradients_accumulate_over_backward_passes():
+    whole, parts = Trainee(PowerSGD(rank=2)), Trainee(PowerSGD(rank=2), backward_passes_per_step=2)
+    for step in range(3):
+        first, second = (cases.gradients(2 * step + i, hvd.rank(), "float32") for i in range(2))
+        expected = whole.exchange({name: np.asarray(first[name] + second[name]) for name in first})
+        parts.optimizer.zero_grad()
+        parts.backward(first)
+        parts.backward(second)
+        parts.optimizer.synchronize()
+        updates = {name: p.grad.numpy().copy() for name, p in parts.parameters.items()}
+        with parts.optimizer.skip_synchronize():
+            parts.optimizer.step()
+        cases.assert_close(updates, expected, 1e-4, step)
+
+
+def check_misuse_is_told_as_by_horovod():
+    import pytest
+
+    trainee = Trainee(PowerSGD())
+    gradients = cases.gradients(0, hvd.rank(), "float32")
+    trainee.backward(gradients)
+    with pytest.raises(AssertionError, match="zero_grad"):
+        trainee.optimizer.zero_grad()
+    with pytest.raises(AssertionError, match="backward_passes_per_step"):
+        trainee.backward(gradients)
+    trainee.optimizer.step()
+    assert isinstance(trainee.optimizer, torch.optim.SGD)
+
+    parameter = torch.nn.Parameter(torch.zeros(3, 3))
+    for named, match in (
+        ([("a", parameter), ("a", parameter)], "unique"),
+        ([("a", torch.nn.Parameter(torch.zeros(1)))], "not named"),
+        ([parameter], "tuples"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            hvd.DistributedOptimizer(torch.optim.SGD([parameter], lr=1), named_parameters=named, compression=PowerSGD())
+    for options, match in (
+        (dict(op=hvd.Adasum), "Adasum"),
+        (dict(op=hvd.Sum, gradient_predivide_factor=2.0), "gradient_predivide_factor"),
+        (dict(backward_passes_per_step=0), "backward_passes_per_step"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            hvd.DistributedOptimizer(torch.optim.SGD([parameter], lr=1), compression=PowerSGD(), **options)
+    with pytest.raises(TypeError, match="PowerSGD"):
+        hvd.DistributedOptimizer(torch.optim.SGD([parameter], lr=1), compression="powersgd")

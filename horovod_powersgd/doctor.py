@@ -25,7 +25,7 @@ from horovod_powersgd.installation import (
     horovod_problem,
     horovod_version,
 )
-from horovod_powersgd.launcher import LAUNCHERS, launch_command, launch_environment
+from horovod_powersgd.launcher import GLOO_CHOICES, LAUNCHERS, launch_command, launch_environment
 
 JSON_HELP = """\
 The object that --json prints; what is missing is null:
@@ -53,19 +53,18 @@ def main(as_json: bool) -> int:
     """
     tell = (lambda line="": None) if as_json else (lambda line="": print(line, flush=True))
     report = find_facts()
-    tell(_facts_text(report))
-    tell()
+    tell(_facts_text(report) + "\n")
     for job in run_jobs(report):
         report["jobs"].append(job)
         outcome = f"works   {job['seconds']:5.1f} s" if job["works"] else f"fails: {job['error']}"
         tell(f"{job['launcher']:<18} 2 workers, {FRAMEWORKS[job['framework']].title:<10}  {outcome}")
     report["works"] = any(job["works"] for job in report["jobs"])
     report["problems"] = find_problems(report)
-    for problem in report["problems"]:
+    if report["jobs"]:
         tell()
+    for problem in report["problems"]:
         tell(f"{'Could be better' if problem['optional'] else 'Problem'}: {problem['what']}.")
-        tell(f"    {problem['command']}")
-    tell()
+        tell(f"    {problem['command']}\n")
     tell("A job of two workers works." if report["works"] else "No job of two workers works.")
     if as_json:
         print(json.dumps(report, indent=2))
@@ -154,14 +153,15 @@ def find_problems(report: dict) -> list[dict]:
     if usable and (mpi["version"] or "").startswith("Open MPI 5"):
         add(f"horovodrun --mpi does not know {mpi['version']}", _MPI_COMMAND, optional=True)
 
-    for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
-        if os.environ.get(name, "").lower() == "gloo":
-            what = f"{name}={os.environ[name]} is set: jobs that use MPI cannot start"
-            add(what, f"unset {name}", optional=report["works"])
+    forced = [name for name in GLOO_CHOICES if os.environ.get(name, "").lower() == "gloo"]
+    for name in forced:
+        what = f"{name}={os.environ[name]} is set: jobs that use MPI cannot start"
+        add(what, f"unset {name}", optional=report["works"])
     for job in report["jobs"]:
-        if not job["works"]:
+        if not job["works"] and (job["launcher"] == "horovodrun --gloo" or not forced):
             what = f"{job['launcher']} does not work with {FRAMEWORKS[job['framework']].title}: {job['error']}"
-            add(f"{what}; all that it says", _job_text(job["launcher"], job["framework"]), optional=report["works"])
+            command = _job_text(job["launcher"], job["framework"])
+            add(f"{what} (the command shows all that it says)", command, optional=report["works"])
     if usable and not report["jobs"]:
         add("Horovod was built with neither Gloo nor a usable MPI", f"{INSTALL_COMMAND} --force")
     return problems
@@ -226,10 +226,10 @@ def _end(process: subprocess.Popen) -> None:
 
 def _last_words(output: str) -> str:
     """The line that says best why a job failed: the last that names an error of Python's, or else the last."""
-    prefix = re.compile(r"^(\[[\d,]+\]<std(out|err)>:)+")
+    mark = re.compile(r"\[[\d,]+\]<std(out|err)>:")  # of a worker; mpirun puts it wherever a write began
     # Where the launcher marks what workers say, its own words only tell that a worker failed.
-    lines = [line for line in output.splitlines() if prefix.match(line)] or output.splitlines()
-    lines = [stripped for line in lines if (stripped := prefix.sub("", line).strip())]
+    lines = [line for line in output.splitlines() if mark.match(line)] or output.splitlines()
+    lines = [unmarked for line in lines if (unmarked := mark.sub("", line).strip())]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     return (errors or lines or [""])[-1]
 

@@ -157,7 +157,7 @@ def horovod_features(framework: Framework) -> dict[str, bool]:
     if outcome.returncode < 0:
         raise OSError(f"loading it ends the process with signal {-outcome.returncode}")
     if outcome.returncode != 0:
-        raise OSError(outcome.stderr.strip().splitlines()[-1])
+        raise OSError((outcome.stderr.strip() or "no reason is given").splitlines()[-1])
     return json.loads(outcome.stdout.splitlines()[-1])
 
 

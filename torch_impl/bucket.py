@@ -45,39 +45,48 @@ class Bucket:
         self._matrices: List[MatrixGradient] = [g for g in gradients if isinstance(g, MatrixGradient)]
 
     def exchange(
-        self, verdict: Verdict, step: int, half_steps: int, factor: float
+        self, verdict: Verdict, step: int, scale: float, half_steps: int, factor: float
     ) -> Generator[Union[PlainGradient, Mean, Verdict], object, int]:
         """reference.exchange of these gradients. Yields what it waits for.
 
         Args:
             verdict: of this step, shared by all its buckets.
             step: how many steps were exchanged before.
+            scale: that the loss is multiplied by.
             half_steps: PowerSGD.num_iters_per_step.
             factor: that the averages are multiplied by in the end.
 
         Returns:
-            Bytes handed to allreduce.
+            Bytes handed to Horovod.
         """
-        bytes_sent, finite = 0, True
+        bytes_sent, finite, sparse = 0, True, []
         for half_step in range(half_steps if self._matrices else 1):
-            gradients = self._matrices if half_step else self.gradients
-            sent = []
-            for gradient in gradients:
+            senders, sent = [], []
+            for gradient in self._matrices if half_step else self.gradients:
                 if half_step == 0:
                     yield gradient
-                    gradient.begin(step)
-                sent.append(gradient.send())
+                    gradient.begin(step, scale)
+                    if gradient.is_sparse:
+                        bytes_sent += gradient.send_sparse(self._workers)
+                        sparse.append(gradient)
+                if not gradient.is_sparse:
+                    senders.append(gradient)
+                    sent.append(gradient.send())
+            if not sent:
+                break
             flat = torch.cat(sent) if len(sent) > 1 else sent[0]
-            # The last factor is still needed where the mean is going.
+            # This worker's last factor is still needed where the mean is going.
             mean = self._workers.mean(flat, f"{self._name}.{half_step}", in_place=not self._matrices)
             bytes_sent += flat.nbytes if self._workers.count > 1 else 0
             if half_step == half_steps - 1:
-                for matrix in self._matrices:
-                    matrix.memorize()
+                for gradient in senders:
+                    gradient.memorize()
             flat = yield mean
             finite = torch.isfinite(flat).all() & finite
-            for gradient, part in zip(gradients, flat.split([part.numel() for part in sent])):
+            for gradient, part in zip(senders, flat.split([part.numel() for part in sent])):
                 gradient.receive(part)
+        for gradient in sparse:
+            finite = torch.isfinite(gradient.receive_sparse()).all() & finite
         finite = yield verdict.add(finite)
         for gradient in self.gradients:
             gradient.end(finite, factor)

@@ -1,56 +1,79 @@
 """The exchange of one optimizer's gradients, step by step, while backward computes them."""
 
-from typing import Dict, Generator, List, Sequence, Tuple, Union
+import threading
+from dataclasses import asdict
+from types import MappingProxyType
+from typing import Callable, Dict, Generator, Iterable, List, Mapping, Sequence, Tuple, Union
 
 import torch
 
 from horovod_powersgd import PowerSGD
-from horovod_powersgd.layout import Layout, layout_of
+from horovod_powersgd.agreement import Description
+from horovod_powersgd.layout import layout_of
 from horovod_powersgd.statistics import CompressionStats, TensorStats
-from horovod_powersgd.torch.workers import Mean, Workers
 from horovod_powersgd.torch.bucket import Verdict, make_buckets
 from horovod_powersgd.torch.gradient import MatrixGradient, PlainGradient
+from horovod_powersgd.torch.workers import Mean, Workers
+
+STATE_VERSION = 1
 
 
 class Engine:
     """Runs the buckets' exchanges: each goes on as soon as what it waits for is there, whatever the others do.
 
     Args:
-        parameters: (name, parameter) in an order that is the same on every worker.
         config: the same on every worker.
         workers: that take part.
+        agreement: what else must be the same on every worker, in words.
         sum_gradients: deliver the sum over the workers in place of the mean.
         groups: Horovod's, see make_buckets.
+        sparse_as_dense: compress sparse gradients, too.
     """
 
     def __init__(
         self,
-        parameters: Sequence[Tuple[str, torch.nn.Parameter]],
         config: PowerSGD,
         workers: Workers,
+        agreement: Description = MappingProxyType({}),
         sum_gradients: bool = False,
         groups: Union[None, int, Sequence] = None,
+        sparse_as_dense: bool = False,
     ):
-        self._config, self._workers, self._sum_gradients = config, workers, sum_gradients
+        self._config, self._workers, self._agreement = config, workers, agreement
+        self._sum_gradients, self._groups, self._sparse_as_dense = sum_gradients, groups, sparse_as_dense
         self._gradients: List[PlainGradient] = []
-        warmup: List[PlainGradient] = []
-        for name, parameter in parameters:
-            layout = layout_of(parameter.shape, config)
-            plain = PlainGradient(name, parameter, layout)
-            self._gradients.append(MatrixGradient(name, parameter, layout, config) if layout.compressed else plain)
-            warmup.append(plain)
-        self._buckets = make_buckets(self._gradients, workers, "bucket", groups)
-        self._warmup_buckets = make_buckets(warmup, workers, "warmup", groups) if config.warmup_steps else []
+        self._plain: Dict[PlainGradient, PlainGradient] = {}
+        self._bucketed: Tuple = ()
         self._waiting: Dict[Generator, object] = {}
         self._arriving: Dict[torch.nn.Parameter, PlainGradient] = {}
-        self._steps = self._bytes_sent = self._total_bytes_sent = self._exchanges = 0
+        self._world: object = None
+        self._loss_scale: Callable[[], float] = lambda: 1.0
+        # Backward has a thread for each device.
+        self._lock = threading.RLock()
+        self._steps = self._exchanges = 0
+        self._bytes_sent = self._total_bytes_sent = self._bytes_uncompressed = self._total_bytes_uncompressed = 0
+
+    def add(self, name: str, parameter: torch.nn.Parameter) -> None:
+        """Takes in a parameter, between two steps; in an order that is the same on every worker."""
+        layout = layout_of(parameter.shape, self._config)
+        plain = PlainGradient(name, parameter, layout, self._sparse_as_dense)
+        gradient = plain
+        if layout.compressed:
+            gradient = MatrixGradient(name, parameter, layout, self._config, self._sparse_as_dense)
+        self._gradients.append(gradient)
+        self._plain[gradient] = plain
+
+    def follow_loss_scale(self, scaler) -> None:
+        """Asks the scaler for the loss scale in each step, see DistributedOptimizer."""
+        self._loss_scale = scaler.get_scale
 
     def arrived(self, parameter: torch.nn.Parameter) -> None:
         """Takes in a gradient that backward has finished, and lets the exchanges go on as far as they can."""
-        if not self._arriving:
-            self._begin()
-        self._arriving[parameter].arrived = True
-        self._resume()
+        with self._lock:
+            if not self._arriving:
+                self._begin()
+            self._arriving[parameter].arrived = True
+            self._resume()
 
     def finish(self) -> None:
         """Completes the step: afterwards the updates stand in the gradients.
@@ -60,13 +83,14 @@ class Engine:
 
         Raises:
             HorovodInternalError: a worker was lost. Memories and factors are as they were before the step.
+            RuntimeError: the workers do not agree on the model or the configuration.
         """
-        if not self._arriving:
-            self._begin()
         try:
+            if not self._arriving:
+                self._begin()
             for parameter, gradient in self._arriving.items():
                 if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+                    gradient.make_zero()
                 gradient.arrived = True
             self._resume()
             while self._waiting:
@@ -75,12 +99,9 @@ class Engine:
                 if means:
                     means[0].result()
                 self._resume()
+            self._count()
         finally:
             self.reset()
-        self._steps += self._verdict.result()
-        self._exchanges += 1
-        self._bytes_sent = self._sent
-        self._total_bytes_sent += self._sent
 
     def reset(self) -> None:
         """Forgets a step that was begun."""
@@ -90,25 +111,117 @@ class Engine:
 
     def stats(self) -> CompressionStats:
         """What compression did in the last step and so far."""
-        uncompressed = sum(g.parameter.numel() * g.parameter.element_size() for g in self._gradients)
         return CompressionStats(
             steps=self._steps,
             bytes_sent=self._bytes_sent,
-            bytes_uncompressed=uncompressed if self._exchanges else 0,
+            bytes_uncompressed=self._bytes_uncompressed,
             total_bytes_sent=self._total_bytes_sent,
-            total_bytes_uncompressed=uncompressed * self._exchanges,
+            total_bytes_uncompressed=self._total_bytes_uncompressed,
             tensors=tuple(_tensor_stats(gradient) for gradient in self._gradients),
         )
 
+    def state_dict(self) -> Dict[str, object]:
+        """What this worker has to keep for the exchange to go on where it is: tensors, numbers and strings."""
+        return {
+            "version": STATE_VERSION,
+            "config": asdict(self._config),
+            "workers": self._workers.count,
+            "worker": self._workers.index,
+            "steps": self._steps,
+            "tensors": {gradient.name: gradient.state_dict() for gradient in self._gradients},
+        }
+
+    def load_state_dict(self, states: Union[Mapping, Iterable[Mapping]]) -> None:
+        """Goes on where the state was made.
+
+        Args:
+            states: this worker's state, or those of all workers in their order. With another number of workers than
+                the state is from, all are needed: the memories are shared out so that their mean stays.
+
+        Raises:
+            ValueError: the state is of another model or configuration, or does not serve this number of workers.
+        """
+        count, index = self._workers.count, self._workers.index
+        alone = isinstance(states, Mapping)
+        memories: Dict[str, object] = {}
+        steps, factors, seen = 0, None, 0
+        for state in [states] if alone else states:
+            self._check(state)
+            saved = state["workers"]
+            if alone and saved != count:
+                raise ValueError(
+                    f"compression state of worker {state['worker']} of {saved} cannot serve {count} workers alone: "
+                    "load the list of all workers' states"
+                )
+            steps, factors = state["steps"], state["tensors"]
+            if alone or state["worker"] % count == index:
+                for name, tensor in state["tensors"].items():
+                    if tensor.get("memory") is not None:
+                        memories.setdefault(name, []).append((tensor["memory"], tensor["memory_scale"]))
+            seen += 1
+        if not alone and (seen == 0 or seen != saved):
+            raise ValueError(f"the compression states of all workers are needed, and {seen} were given")
+        self._steps = steps
+        for gradient in self._gradients:
+            gradient.load_state_dict(factors[gradient.name], memories.get(gradient.name, ()), count / saved)
+
+    def _check(self, state: Mapping) -> None:
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(f"not a compression state of version {STATE_VERSION}: {state.get('version')!r}")
+        mine = {f"PowerSGD.{field}": repr(value) for field, value in asdict(self._config).items()}
+        mine.update((g.name, f"shape {g.layout.shape}") for g in self._gradients)
+        theirs = {f"PowerSGD.{field}": repr(value) for field, value in state["config"].items()}
+        theirs.update((name, f"shape {tuple(tensor['shape'])}") for name, tensor in state["tensors"].items())
+        wrong = [what for what in {**mine, **theirs} if mine.get(what) != theirs.get(what)]
+        if wrong:
+            listed = "; ".join(f"{w}: {theirs.get(w, 'missing')} in the state, {mine.get(w, 'missing')} here" for w in wrong)
+            raise ValueError(f"the compression state is of another model or configuration: {listed}")
+
+    def _count(self) -> None:
+        self._steps += self._verdict.result()
+        self._bytes_sent = self._sent
+        self._bytes_uncompressed = sum(p.numel() * p.element_size() for p in self._arriving)
+        self._total_bytes_sent += self._bytes_sent
+        self._total_bytes_uncompressed += self._bytes_uncompressed
+
+    def _trainable(self) -> Tuple[PlainGradient, ...]:
+        """The gradients of a step: a frozen parameter has none, on all workers."""
+        gradients = tuple(gradient for gradient in self._gradients if gradient.parameter.requires_grad)
+        if self._steps < self._config.warmup_steps:
+            return tuple(self._plain[gradient] for gradient in gradients)
+        return gradients
+
     @torch.no_grad()
     def _begin(self) -> None:
-        buckets = self._warmup_buckets if self._steps < self._config.warmup_steps else self._buckets
-        self._arriving = {gradient.parameter: gradient for bucket in buckets for gradient in bucket.gradients}
-        self._verdict, self._sent = Verdict(len(buckets)), 0
-        factor = self._workers.count if self._sum_gradients else 1
-        for bucket in buckets:
-            exchange = bucket.exchange(self._verdict, self._steps, self._config.num_iters_per_step, factor)
+        gradients = self._trainable()
+        if self._world is not self._workers.world():
+            self._agree(gradients)
+        if gradients != self._bucketed:
+            self._buckets = make_buckets(gradients, self._workers, "bucket", self._groups)
+            self._bucketed = gradients
+        self._arriving = {gradient.parameter: gradient for gradient in gradients}
+        self._verdict, self._sent = Verdict(len(self._buckets)), 0
+        scale, factor = self._loss_scale(), self._workers.count if self._sum_gradients else 1
+        for bucket in self._buckets:
+            exchange = bucket.exchange(self._verdict, self._steps, scale, self._config.num_iters_per_step, factor)
             self._waiting[exchange] = next(exchange)
+
+    def _agree(self, gradients: Sequence[PlainGradient]) -> None:
+        """Before the first exchange of these workers: all run the same training, and hold the same factors."""
+        if self._workers.count > 1:
+            parameters = describe([(gradient.name, gradient.parameter) for gradient in gradients])
+            root = self._workers.agree({**self._agreement, **parameters}, self._steps)
+            if root is not None:
+                self._take_factors(root)
+        self._world = self._workers.world()
+
+    def _take_factors(self, root: int) -> None:
+        """The factors of the worker that is farthest, in an elastic job: others may be new, or have missed a step."""
+        matrices = [g for g in self._gradients if isinstance(g, MatrixGradient)]
+        mine = self._steps, [(g.factor.cpu().numpy(), g.factor_is_q) for g in matrices]
+        self._steps, factors = self._workers.broadcast(mine, root)
+        for gradient, (factor, is_q) in zip(matrices, factors):
+            gradient.factor, gradient.factor_is_q = torch.from_numpy(factor).to(gradient.factor.device), is_q
 
     @torch.no_grad()
     def _resume(self) -> None:
@@ -121,8 +234,13 @@ class Engine:
                 del self._waiting[exchange]
 
 
+def describe(parameters: Iterable[Tuple[str, torch.nn.Parameter]]) -> Dict[str, str]:
+    """What all workers must have in common of their models, in words."""
+    return {f"parameter {name}": f"{tuple(p.shape)} {p.dtype}" for name, p in parameters}
+
+
 def _tensor_stats(gradient: PlainGradient) -> TensorStats:
-    layout: Layout = gradient.layout
+    layout = gradient.layout
     return TensorStats(
         name=gradient.name,
         shape=layout.shape,

@@ -1,7 +1,7 @@
 """What one parameter's gradient goes through in a step, and what is kept of it for the next one."""
 
 import math
-from typing import Dict, Optional
+from typing import Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
 
@@ -9,18 +9,24 @@ from horovod_powersgd import PowerSGD
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.reference import initial_factor
 from horovod_powersgd.torch.orthogonalization import orthogonalize
+from horovod_powersgd.torch.workers import Workers
 
 
 class PlainGradient:
     """A gradient that is averaged as it is.
 
-    A step calls begin, send, receive and end, in this order. An exchange can wait for it: it is done when backward
-    has computed it.
+    A step calls begin, send, receive and end, in this order; for a sparse gradient only begin, send_sparse and end.
+    An exchange can wait for a gradient: it is done when backward has computed it.
+
+    Attributes:
+        arrived: whether backward has computed it in this step.
+        is_sparse: whether it was sparse in the last step, and does not become dense.
     """
 
-    def __init__(self, name: str, parameter: torch.nn.Parameter, layout: Layout):
+    def __init__(self, name: str, parameter: torch.nn.Parameter, layout: Layout, sparse_as_dense: bool = False):
         self.name, self.parameter, self.layout = name, parameter, layout
-        self.arrived = False
+        self.arrived = self.is_sparse = False
+        self._sparse_as_dense = sparse_as_dense
 
     @property
     def sent_dtype(self) -> torch.dtype:
@@ -35,29 +41,80 @@ class PlainGradient:
         """The gradient."""
         return self.parameter.grad
 
-    def begin(self, step: int) -> None:
-        """Starts a step, after `step` others that were exchanged."""
+    def make_zero(self) -> None:
+        """Makes a gradient of zeros, where backward computed none: another worker may have."""
+        zeros = torch.zeros_like(self.parameter)
+        self.parameter.grad = zeros.to_sparse(self._sparse_dim) if self.is_sparse else zeros
+
+    def begin(self, step: int, scale: float) -> None:
+        """Starts a step.
+
+        Args:
+            step: how many steps were exchanged before.
+            scale: that the loss, and so the gradient, is multiplied by.
+        """
+        gradient = self.parameter.grad
+        self.is_sparse = gradient.is_sparse and not self._sparse_as_dense
+        self._sparse_dim = gradient.sparse_dim() if self.is_sparse else None
+        if not gradient.is_sparse and 0 in gradient.stride() and gradient.numel() > 1:
+            # An expanded tensor has no room for what its elements are going to be.
+            gradient = self.parameter.grad = gradient.contiguous()
+        self._dense = gradient.to_dense() if gradient.is_sparse else gradient
+
+    def send_sparse(self, workers: Workers) -> int:
+        """Starts averaging a sparse gradient by gathering, as Horovod does; returns the bytes handed to it."""
+        gradient = self.parameter.grad.coalesce()
+        self._gathered = workers.sparse_mean(gradient, self.name)
+        return gradient.indices().nbytes + gradient.values().nbytes
+
+    def receive_sparse(self) -> torch.Tensor:
+        """Waits for the average of a sparse gradient, and returns its values."""
+        self._mean = self._gathered().coalesce()
+        return self._mean.values()
 
     def send(self) -> torch.Tensor:
         """What the next round averages, flat: here the gradient, where possible in its own storage."""
-        return self.parameter.grad.to(self.sent_dtype).reshape(-1)
+        return self._dense.to(self.sent_dtype).reshape(-1)
 
     def receive(self, mean: torch.Tensor) -> None:
         """Takes the average of what was sent."""
-        self._mean = mean
+        self._mean = mean.view(self._dense.shape)
+
+    def memorize(self) -> None:
+        """Called while the last round travels: nothing is left out, and nothing to be remembered."""
 
     def end(self, finite: bool, factor: float) -> None:
         """Ends a step: puts the average, times `factor`, into the gradient."""
         gradient = self.parameter.grad
-        if self._mean.data_ptr() != gradient.data_ptr():
-            gradient.copy_(self._mean.view(gradient.shape))
+        if gradient.is_sparse or self._mean.data_ptr() != gradient.data_ptr():
+            self._put(self._mean)
         if factor != 1:
             gradient.mul_(factor)
-        self._mean = None
+        self._mean = self._dense = None
+
+    def _put(self, update: torch.Tensor) -> None:
+        gradient = self.parameter.grad
+        if gradient.is_sparse:
+            gradient.zero_().add_(update if update.is_sparse else update.to(gradient.dtype).to_sparse())
+        else:
+            gradient.copy_(update)
 
     def residual(self) -> Optional[float]:
         """|e| / |delta| of the last step: nothing is left out."""
         return 0.0
+
+    def state_dict(self) -> Dict[str, object]:
+        """What is kept for the next step; on the CPU."""
+        return {"shape": list(self.layout.shape)}
+
+    def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
+        """Takes what another gradient of this shape kept.
+
+        Args:
+            state: from state_dict.
+            memories: (memory, its loss scale) of the workers that this one stands for, and
+            share: what their sum is multiplied by.
+        """
 
 
 class MatrixGradient(PlainGradient):
@@ -68,17 +125,27 @@ class MatrixGradient(PlainGradient):
 
     Attributes:
         memory: (n, m); None before the first step and without error feedback.
+        memory_scale: the loss scale of the step that the memory is from.
         factor: (r, m) or (r, n): the last averaged factor.
         factor_is_q: which of the two it is.
     """
 
-    def __init__(self, name: str, parameter: torch.nn.Parameter, layout: Layout, config: PowerSGD):
-        super().__init__(name, parameter, layout)
+    def __init__(
+        self,
+        name: str,
+        parameter: torch.nn.Parameter,
+        layout: Layout,
+        config: PowerSGD,
+        sparse_as_dense: bool = False,
+    ):
+        super().__init__(name, parameter, layout, sparse_as_dense)
         self._config = config
         self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         self.memory: Optional[torch.Tensor] = None
+        self.memory_scale = 1.0
         self.factor, self.factor_is_q = self._random_q(step=0).to(self.dtype), True
         self._spares: Dict[bool, torch.Tensor] = {}
+        self._own: Optional[torch.Tensor] = None
 
     @property
     def sent_dtype(self) -> torch.dtype:
@@ -97,11 +164,15 @@ class MatrixGradient(PlainGradient):
             self._spares[self._mean_is_q] = self._random(self._mean.shape[1])
         return self._spares[self._mean_is_q]
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, scale: float) -> None:
         """delta = gradient + memory, in the gradient's own storage where that can become the memory."""
-        gradient = self.parameter.grad
+        super().begin(step, scale)
+        if self.is_sparse:
+            return
+        gradient, self._dense = self._dense, None
         self._in_place = (
-            gradient.dtype == self.dtype
+            not self.parameter.grad.is_sparse
+            and gradient.dtype == self.dtype
             and gradient.is_contiguous()
             and gradient.untyped_storage().nbytes() == gradient.nbytes
         )
@@ -109,7 +180,8 @@ class MatrixGradient(PlainGradient):
             gradient = gradient.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
         self._delta = gradient.view(self.layout.matrix_shape)
         if self.memory is not None:
-            self._delta.add_(self.memory)
+            self._delta.add_(self.memory, alpha=scale / self.memory_scale)
+        self._scale = scale
         self._mean, self._mean_is_q = self.factor, self.factor_is_q
         if not self._config.warm_start:
             self._mean, self._mean_is_q = self._random_q(step).to(self.dtype), True
@@ -137,28 +209,46 @@ class MatrixGradient(PlainGradient):
 
     def end(self, finite: bool, factor: float) -> None:
         """Puts the update P^ Q^T, times `factor`, into the gradient; a finite step's memory and factor are kept."""
+        if self.is_sparse:
+            return super().end(finite, factor)
         update = self._delta
         p, q = (self._basis, self._mean) if self._mean_is_q else (self._mean, self._basis)
         if finite:
             self.factor, self.factor_is_q = self._mean, self._mean_is_q
             if self._config.error_feedback:
                 update = torch.empty_like(self._delta) if self.memory is None else self.memory
-                self.memory = self._delta
+                self.memory, self.memory_scale = self._delta, self._scale
         if finite or torch.isfinite(self._mean).all():
             torch.mm(p.t(), q if factor == 1 else q * factor, out=update)
         else:
             update.fill_(torch.nan)
-        gradient = self.parameter.grad
+        update = update.view(self.parameter.shape)
         if self._in_place:
-            gradient.set_(update.view(gradient.shape))
+            self.parameter.grad.set_(update)
         else:
-            gradient.copy_(update.view(gradient.shape))
+            self._put(update)
         self._delta = self._basis = self._mean = None
 
     def residual(self) -> Optional[float]:
         """|e| / |delta| of the last step; None where there was none or no memory is kept."""
-        if self.memory is None:
+        if self.memory is None or self._own is None:
             return None
         # The memory is orthogonal to what was sent: together they are delta.
         left, sent = self.memory.norm().item(), self._own.to(self.dtype).norm().item()
         return left / math.hypot(left, sent) if left else 0.0
+
+    def state_dict(self) -> Dict[str, object]:
+        return {
+            **super().state_dict(),
+            "factor": self.factor.cpu().clone(),
+            "factor_is_q": self.factor_is_q,
+            "memory": None if self.memory is None else self.memory.cpu().clone(),
+            "memory_scale": self.memory_scale,
+        }
+
+    def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
+        self.factor, self.factor_is_q = state["factor"].to(self.factor, copy=True), state["factor_is_q"]
+        self.memory, self.memory_scale, self._own = None, state["memory_scale"], None
+        for memory, scale in memories:
+            part = memory.to(self.factor, copy=True).mul_(share * self.memory_scale / scale)
+            self.memory = part if self.memory is None else self.memory.add_(part)

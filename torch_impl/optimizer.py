@@ -1,17 +1,19 @@
 """hvd.DistributedOptimizer that takes a PowerSGD."""
 
 import itertools
+import warnings
 from collections import defaultdict
+from typing import Dict, Iterable, Mapping, Union
 
 import horovod.torch.optimizer as horovod_optimizer
 import torch
 from horovod.torch.compression import Compression
-from horovod.torch.mpi_ops import Adasum, Average, ProcessSet, Sum, global_process_set
+from horovod.torch.mpi_ops import Adasum, Average, ProcessSet, Sum, global_process_set, rocm_built, size
 
 from horovod_powersgd import PowerSGD
 from horovod_powersgd.statistics import CompressionStats
+from horovod_powersgd.torch.engine import Engine, describe
 from horovod_powersgd.torch.workers import Workers
-from horovod_powersgd.torch.engine import Engine
 
 _Horovod = horovod_optimizer._DistributedOptimizer
 
@@ -19,31 +21,123 @@ _Horovod = horovod_optimizer._DistributedOptimizer
 _numbers = defaultdict(itertools.count)
 
 
-class _PowerSGDOptimizer(_Horovod):
-    """Horovod's hooks, with the gradients handed to an engine in place of allreduce.
+class _DistributedOptimizer(_Horovod):
+    """Horovod's optimizer with Horovod's compression, and what users miss in it.
 
     Horovod's methods say super(self.__class__, self), so the class of an optimizer is made, as Horovod makes its
     own, by putting these methods and Horovod's into a direct subclass of the wrapped optimizer's class.
     """
 
-    def __init__(self, params, named_parameters, compression, *args, **kwargs):
-        _Horovod.__init__(self, params, named_parameters, compression, *args, **kwargs)
-        if self.process_set.included() and not self._grad_accs:
-            # Horovod registers none for one worker, but compression changes what one worker learns, too.
-            self._register_hooks()
+    # Until all of Horovod's attributes are there, parameters are not hooked.
+    _hooked = False
 
     def _register_hooks(self):
-        groups, self._groups = self._groups, None
-        workers = Workers(
+        self._hooked = True
+        self._workers = Workers(
             process_set=self.process_set,
             prefix=f"powersgd.{next(_numbers[self.process_set.process_set_id])}",
             predivide_factor=self.gradient_predivide_factor,
         )
-        parameters = [
-            (self._parameter_names[p], p) for group in self.param_groups for p in group["params"] if p.requires_grad
-        ]
-        self._engine = Engine(parameters, self._compression, workers, self.op == Sum, groups)
+        self._world = None
         _Horovod._register_hooks(self)
+
+    def _agreement(self):
+        """What must be the same on every worker, beside the parameters."""
+        return {"compression": getattr(self._compression, "__name__", repr(self._compression)), "op": str(self.op)}
+
+    def _hook_parameters(self):
+        """Hooks the parameters that have become trainable since the last call."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and p not in self._requires_update:
+                    self._requires_update.add(p)
+                    self._grad_accs.append(p.register_post_accumulate_grad_hook(self._make_hook(p)))
+
+    def _allreduce_grad_async(self, p):
+        if self._world is not self._workers.world():
+            trainable = [(n, p) for p, n in self._parameter_names.items() if p in self._requires_update]
+            self._workers.agree({**self._agreement(), **describe(trainable)}, steps=0)
+            self._world = self._workers.world()
+        return _Horovod._allreduce_grad_async(self, p)
+
+    def add_param_group(self, param_group):
+        """As the wrapped optimizer's; the new parameters are exchanged, too."""
+        super(self.__class__, self).add_param_group(param_group)
+        if self._hooked:
+            for i, p in enumerate(self.param_groups[-1]["params"]):
+                self._parameter_names.setdefault(p, f"allreduce.noname.{len(self.param_groups) - 1}.{i}")
+                self._allreduce_delay[p] = self.backward_passes_per_step
+            self._hook_parameters()
+
+    def synchronize(self):
+        """Waits until the averages stand in the gradients.
+
+        Raises:
+            HorovodInternalError: a worker was lost.
+            RuntimeError: the workers do not agree on the model or the configuration.
+        """
+        if self._hooked:
+            self._hook_parameters()
+        _Horovod.synchronize(self)
+
+    def zero_grad(self, set_to_none: bool = True):
+        """As the wrapped optimizer's; Horovod's takes no argument.
+
+        Raises:
+            AssertionError: gradients are on their way.
+        """
+        if self._handles:
+            raise AssertionError(
+                "optimizer.zero_grad() was called after loss.backward() but before optimizer.step() or "
+                "optimizer.synchronize(). This is prohibited as it can cause a race condition."
+            )
+        super(self.__class__, self).zero_grad(set_to_none)
+
+    def step(self, closure=None):
+        """As Horovod's. What a closure computes is exchanged each time that it is called."""
+        if closure is None or not self._should_synchronize:
+            return _Horovod.step(self, closure)
+
+        def exchanged():
+            loss = closure()
+            self.synchronize()
+            return loss
+
+        with self.skip_synchronize():
+            return _Horovod.step(self, exchanged)
+
+
+class _PowerSGDOptimizer(_DistributedOptimizer):
+    """The gradients are handed to an engine in place of allreduce."""
+
+    def __init__(self, params, named_parameters, compression, *args, **kwargs):
+        _Horovod.__init__(self, params, named_parameters, compression, *args, **kwargs)
+        if self.process_set.included() and not self._hooked:
+            # Horovod registers none for one worker, but compression changes what one worker learns, too.
+            self._register_hooks()
+
+    def _register_hooks(self):
+        # The engine knows the groups; Horovod's hooks are those of single parameters.
+        groups, self._groups = self._groups, None
+        _DistributedOptimizer._register_hooks(self)
+        self._engine = Engine(
+            self._compression,
+            self._workers,
+            agreement=self._agreement(),
+            sum_gradients=self.op == Sum,
+            groups=groups,
+            sparse_as_dense=self.sparse_as_dense,
+        )
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._engine.add(self._parameter_names[p], p)
+
+    def add_param_group(self, param_group):
+        """As the wrapped optimizer's; the new parameters are exchanged, too."""
+        _DistributedOptimizer.add_param_group(self, param_group)
+        if self._hooked:
+            for p in self.param_groups[-1]["params"]:
+                self._engine.add(self._parameter_names[p], p)
 
     def _allreduce_grad_async(self, p):
         self._engine.arrived(p)
@@ -54,8 +148,10 @@ class _PowerSGDOptimizer(_Horovod):
 
         Raises:
             HorovodInternalError: a worker was lost.
+            RuntimeError: the workers do not agree on the model or the configuration.
         """
-        if self.process_set.included():
+        if self._hooked:
+            self._hook_parameters()
             try:
                 self._engine.finish()
             finally:
@@ -64,13 +160,39 @@ class _PowerSGDOptimizer(_Horovod):
         self._synchronized = True
 
     def load_state_dict(self, *args, **kwargs):
-        if self.process_set.included():
+        if self._hooked:
             self._engine.reset()
         _Horovod.load_state_dict(self, *args, **kwargs)
 
     def compression_stats(self) -> CompressionStats:
         """What compression did in the last step and in all steps so far, for this worker."""
         return self._engine.stats()
+
+    def compression_state_dict(self) -> Dict[str, object]:
+        """This worker's factors and memory: what a resumed run needs beside model and optimizer.
+
+        Returns:
+            Numbers, strings and CPU tensors, for torch.save; torch.load takes it with weights_only=True. Every worker
+            saves its own.
+        """
+        return self._engine.state_dict()
+
+    def load_compression_state_dict(self, states: Union[Mapping, Iterable[Mapping]]) -> None:
+        """Goes on where compression_state_dict was called.
+
+        Args:
+            states: what this worker saved; or what all workers saved, in the workers' order (a list, or a generator
+                that loads one after the other). Another number of workers than then needs all of them: the memories
+                are shared out so that their mean stays.
+
+        Raises:
+            ValueError: another model or configuration, or states are missing. It names what differs.
+        """
+        self._engine.load_state_dict(states)
+
+    def follow_loss_scale(self, scaler: torch.amp.GradScaler) -> None:
+        """Rescales the memory when the scaler changes the loss scale. Call it once, before the first step."""
+        self._engine.follow_loss_scale(scaler)
 
 
 def DistributedOptimizer(
@@ -115,17 +237,29 @@ def DistributedOptimizer(
                 "compression must be hvd.Compression.none, hvd.Compression.fp16 or a hvd.PowerSGD(...), "
                 f"not {compression!r}"
             )
-        return horovod_optimizer.DistributedOptimizer(
-            optimizer, named_parameters, compression, num_groups=num_groups, **arguments
-        )
-    if op not in (Average, Sum):
+        if op == Adasum and size() > 1:
+            return horovod_optimizer.DistributedOptimizer(
+                optimizer, named_parameters, compression, num_groups=num_groups, **arguments
+            )
+    elif op not in (Average, Sum):
         raise ValueError("PowerSGD averages or sums gradients: op must be hvd.Average or hvd.Sum (Adasum is neither)")
+    if gradient_predivide_factor != 1.0 and rocm_built():
+        raise ValueError("gradient_predivide_factor not supported yet with ROCm")
     if gradient_predivide_factor != 1.0 and op != Average:
         raise ValueError("gradient_predivide_factor not supported with op != Average")
     if backward_passes_per_step <= 0:
         raise ValueError("backward_passes_per_step must be > 0")
-    if num_groups != 0 and groups is None:
-        arguments["groups"] = num_groups
+    if num_groups != 0:
+        warnings.warn("Parameter `num_groups` has been replaced by `groups`.", DeprecationWarning)
+        if groups is None:
+            arguments["groups"] = num_groups
     base = optimizer.__class__
-    cls = type(base.__name__, (base,), {**vars(_Horovod), **vars(_PowerSGDOptimizer), "__module__": _Horovod.__module__})
-    return cls(optimizer.param_groups, named_parameters, compression, **arguments)
+    methods = {**vars(_Horovod), **vars(_DistributedOptimizer)}
+    if isinstance(compression, PowerSGD):
+        methods.update(vars(_PowerSGDOptimizer))
+    # Horovod knows its optimizers by their module, and does not step them where it must not.
+    cls = type(base.__name__, (base,), {**methods, "__module__": _Horovod.__module__})
+    distributed = cls(optimizer.param_groups, named_parameters, compression, **arguments)
+    # For parameter groups that are added later.
+    distributed.defaults = dict(optimizer.defaults)
+    return distributed

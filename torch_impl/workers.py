@@ -1,9 +1,18 @@
-"""Averaging over the workers, by Horovod's asynchronous allreduce."""
+"""The workers that exchange gradients, by Horovod's asynchronous collectives."""
 
+import pickle
 from dataclasses import dataclass
+from typing import Callable, List, Optional
 
+import numpy as np
 import torch
-from horovod.torch.mpi_ops import ProcessSet, Sum, allreduce_async, allreduce_async_, poll, synchronize
+from horovod.torch import mpi_ops
+from horovod.torch.functions import broadcast_object
+from horovod.torch.mpi_ops import Max, ProcessSet, Sum, allgather, allreduce, allreduce_async, allreduce_async_
+
+from horovod_powersgd.agreement import DIGEST_BITS, Description, differences, digest
+
+MOST_WORKERS = 2**20
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,16 @@ class Workers:
         """W. It can change between two steps of an elastic job."""
         return self.process_set.size()
 
+    @property
+    def index(self) -> int:
+        """This worker's number among them."""
+        return self.process_set.rank()
+
+    @staticmethod
+    def world() -> object:
+        """Another object after each hvd.init(), which an elastic job calls when its workers change."""
+        return mpi_ops._handle_map
+
     def mean(self, tensor: torch.Tensor, name: str, in_place: bool = False) -> "Mean":
         """Starts averaging a contiguous tensor of a dtype that Horovod reduces."""
         if self.count == 1:
@@ -42,6 +61,46 @@ class Workers:
         )
         return Mean(tensor, handle)
 
+    def sparse_mean(self, gradient: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
+        """Starts averaging a sparse gradient, as Horovod does, by gathering; returns what waits for the result."""
+        return mpi_ops.sparse_allreduce_async(gradient, f"{self.prefix}.{name}", mpi_ops.Average, self.process_set)
+
+    def agree(self, description: Description, steps: int) -> Optional[int]:
+        """Checks that all workers have the same description. Costs one small allreduce.
+
+        A worker that has joined (hvd.join) sends zeros: each number goes with its complement, and the largest counts.
+
+        Args:
+            description: this worker's.
+            steps: that this worker has exchanged.
+
+        Returns:
+            The worker that has exchanged the most steps, by its global rank; None where none has exchanged any.
+
+        Raises:
+            RuntimeError: on every worker, with what differs between whom.
+        """
+        numbers = digest(description)
+        complements = [2 ** (DIGEST_BITS + 1) - number for number in numbers]
+        place = (steps + 1) * MOST_WORKERS - mpi_ops.rank()
+        sent = torch.tensor([*numbers, *complements, place], dtype=torch.int64)
+        largest = allreduce(sent, name=f"{self.prefix}.agreement", op=Max, process_set=self.process_set).tolist()
+        if largest[:-1] != sent[:-1].tolist():
+            raise RuntimeError(f"The workers do not agree:\n{differences(self._gather(description))}")
+        return None if largest[-1] <= MOST_WORKERS else -largest[-1] % MOST_WORKERS
+
+    def _gather(self, item: object) -> List[object]:
+        """Each worker's item; Horovod's allgather_object knows no process sets."""
+        pickled = torch.from_numpy(np.frombuffer(pickle.dumps(item), np.uint8).copy())
+        name = f"{self.prefix}.disagreement"
+        sizes = allgather(torch.tensor([len(pickled)]), name=f"{name}.sizes", process_set=self.process_set)
+        items = allgather(pickled, name=name, process_set=self.process_set)
+        return [pickle.loads(part.numpy().tobytes()) for part in items.split(sizes.tolist())]
+
+    def broadcast(self, item: object, root: int) -> object:
+        """The root's item; the root is given by its global rank."""
+        return broadcast_object(item, root, name=f"{self.prefix}.broadcast", process_set=self.process_set)
+
 
 class Mean:
     """An average that may still be on its way."""
@@ -51,7 +110,7 @@ class Mean:
 
     def done(self) -> bool:
         """Whether result() returns at once."""
-        return self._handle is None or poll(self._handle)
+        return self._handle is None or mpi_ops.poll(self._handle)
 
     def result(self) -> torch.Tensor:
         """Waits for the average.
@@ -60,5 +119,5 @@ class Mean:
             HorovodInternalError: a worker was lost.
         """
         if self._handle is not None:
-            self._tensor, self._handle = synchronize(self._handle), None
+            self._tensor, self._handle = mpi_ops.synchronize(self._handle), None
         return self._tensor

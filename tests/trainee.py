@@ -1,0 +1,46 @@
+"""Parameters whose gradients are given, and their optimizer."""
+
+import numpy as np
+import torch
+
+import cases
+import horovod_powersgd.torch as hvd
+from horovod_powersgd import reference
+
+
+class Trainee:
+    """Parameters whose gradients are given, and their optimizer."""
+
+    def __init__(self, config, dtype="float32", shapes=cases.SHAPES, **options):
+        self.parameters = {
+            name: torch.nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype))) for name, shape in shapes.items()
+        }
+        options.setdefault("named_parameters", self.parameters.items())
+        self.optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(self.parameters.values(), lr=1.0), compression=config, **options
+        )
+
+    def backward(self, gradients):
+        sum((p * torch.from_numpy(np.asarray(gradients[name]))).sum() for name, p in self.parameters.items()).backward()
+
+    def exchange(self, gradients):
+        """The updates of these gradients; they are also applied."""
+        self.optimizer.zero_grad()
+        self.backward(gradients)
+        self.optimizer.synchronize()
+        updates = {name: p.grad.numpy().copy() for name, p in self.parameters.items()}
+        with self.optimizer.skip_synchronize():
+            self.optimizer.step()
+        return updates
+
+    def state(self):
+        """This worker's state as the reference keeps it."""
+        engine = self.optimizer._engine
+        state = reference.State(steps=engine.stats().steps)
+        for gradient in engine._gradients:
+            if getattr(gradient, "memory", None) is not None:
+                state.memory[gradient.name] = gradient.memory.numpy().copy()
+            if hasattr(gradient, "factor"):
+                factor = gradient.factor.t().numpy().copy()
+                state.factors[gradient.name] = reference.Factor(factor, gradient.factor_is_q)
+        return state

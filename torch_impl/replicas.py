@@ -1,0 +1,120 @@
+"""What makes and keeps the workers' replicas of a model equal."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Callable, Dict, List, Tuple, Union
+
+import torch
+from horovod.torch.functions import allgather_object, broadcast_object
+from horovod.torch.mpi_ops import broadcast_async_, rank, synchronize
+
+
+def broadcast_parameters(params, root_rank: int) -> None:
+    """Gives all workers the root's tensors, in place; as Horovod's, and also of any dtype and memory format.
+
+    Args:
+        params: a dict of tensors (model.state_dict()), or a list of tensors or of (name, tensor)
+            (list(model.named_parameters())).
+        root_rank: the worker that has the right ones.
+
+    Raises:
+        ValueError: params is something else.
+    """
+    if isinstance(params, dict):
+        named = sorted(params.items())
+    elif isinstance(params, list):
+        named = [p if isinstance(p, tuple) else (None, p) for p in params]
+    else:
+        raise ValueError(f"invalid params of type: {type(params)}")
+    with torch.no_grad():
+        sent = [_start_broadcast(name, tensor, root_rank) for name, tensor in named if torch.is_tensor(tensor)]
+        for tensor, contiguous, handle in sent:
+            synchronize(handle)
+            if contiguous.data_ptr() != tensor.data_ptr():
+                tensor.copy_(contiguous)
+
+
+def _start_broadcast(name, tensor, root_rank):
+    # Horovod wants contiguous tensors of certain dtypes; all tensors are bytes.
+    contiguous = tensor.detach().contiguous()
+    return tensor, contiguous, broadcast_async_(contiguous.reshape(-1).view(torch.uint8), root_rank, name)
+
+
+def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, model=None) -> None:
+    """Gives all workers the root's optimizer state and hyperparameters.
+
+    Unlike Horovod's it takes no step to make a state where there is none: parameters and step counters stay, and
+    nothing is exchanged.
+
+    Args:
+        optimizer: distributed or not.
+        root_rank: the worker that has the right state.
+        model: not used; Horovod's takes it.
+    """
+    tensors: List[torch.Tensor] = []
+
+    def hide(tensor):
+        tensors.append(tensor)
+        return _Tensor(tuple(tensor.shape), tensor.dtype)
+
+    state = broadcast_object(_map(torch.Tensor, hide, optimizer.state_dict()), root_rank, name="optimizer state")
+    if rank() != root_rank:
+        tensors = []
+
+        def make(described):
+            tensors.append(torch.empty(described.shape, dtype=described.dtype))
+            return tensors[-1]
+
+        state = _map(_Tensor, make, state)
+    # The others' tensors are on the CPU until the optimizer places them; so must be what the root sends.
+    sent = [tensor.cpu() for tensor in tensors]
+    broadcast_parameters([(f"optimizer state {i}", tensor) for i, tensor in enumerate(sent)], root_rank)
+    if rank() != root_rank:
+        optimizer.load_state_dict(state)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor's place in a state that is sent without its tensors."""
+
+    shape: Tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _map(kind: type, function: Callable, item):
+    """The nested item with the function applied to all of a kind."""
+    if isinstance(item, kind):
+        return function(item)
+    if isinstance(item, dict):
+        return {key: _map(kind, function, value) for key, value in item.items()}
+    if isinstance(item, (list, tuple)):
+        return type(item)(_map(kind, function, value) for value in item)
+    return item
+
+
+def assert_replicas_equal(model: Union[torch.nn.Module, Dict[str, torch.Tensor]]) -> None:
+    """Checks that all workers hold the same bits. Costs a hash of the model, and a few bytes.
+
+    Args:
+        model: a module, whose parameters and buffers are compared, or a dict of tensors.
+
+    Raises:
+        AssertionError: on every worker, naming the tensors that differ, and from which worker on.
+    """
+    tensors = model.state_dict() if isinstance(model, torch.nn.Module) else model
+    mine = {name: _hash(tensor) for name, tensor in tensors.items() if torch.is_tensor(tensor)}
+    everyone = allgather_object(mine, name="replicas")
+    wrong = {}
+    for worker, theirs in enumerate(everyone):
+        for name in {**everyone[0], **theirs}:
+            if theirs.get(name) != everyone[0].get(name):
+                wrong.setdefault(name, worker)
+    if wrong:
+        listed = "; ".join(f"{name} (worker {worker} and worker 0)" for name, worker in list(wrong.items())[:10])
+        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise AssertionError(f"The workers' replicas differ in {len(wrong)} tensors: {listed}{more}")
+
+
+def _hash(tensor: torch.Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(content.tobytes()).hexdigest()

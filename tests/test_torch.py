@@ -15,7 +15,7 @@ def test_everything_that_horovod_exports_is_there():
 
     import horovod_powersgd.torch as hvd
 
-    ours = {"DistributedOptimizer", "init", "optimizer"}
+    ours = {"DistributedOptimizer", "init", "broadcast_parameters", "broadcast_optimizer_state", "elastic", "optimizer"}
     exported = {name for name in vars(horovod.torch) if not name.startswith("_")}
     assert "allreduce" in exported
     assert {name for name in exported if getattr(hvd, name, None) is not getattr(horovod.torch, name)} == ours
@@ -33,3 +33,16 @@ def test_the_signature_is_horovods():
 
     assert arguments(hvd.DistributedOptimizer) == arguments(horovod.torch.DistributedOptimizer)
     assert arguments(hvd.init) == arguments(horovod.torch.init)
+
+    for name in ("broadcast_parameters", "broadcast_optimizer_state"):
+        assert arguments(getattr(hvd, name)) == arguments(getattr(horovod.torch, name))
+
+
+def test_elastic_state_is_ours():
+    import horovod.torch
+
+    import horovod_powersgd.torch as hvd
+
+    assert issubclass(hvd.elastic.TorchState, horovod.torch.elastic.TorchState)
+    assert hvd.elastic.TorchState is not horovod.torch.elastic.TorchState
+    assert hvd.elastic.run is horovod.torch.elastic.run

@@ -12,8 +12,9 @@ import functools  # noqa: E402
 import horovod.torch  # noqa: E402
 from horovod.torch import *  # noqa: E402, F401, F403
 
+# Not "from ... import elastic": that would find Horovod's, which the line above has brought.
+import horovod_powersgd.torch.elastic  # noqa: E402, F401
 from horovod_powersgd import PowerSGD, launcher  # noqa: E402, F401
-from horovod_powersgd.torch import elastic  # noqa: E402, F401
 from horovod_powersgd.torch.optimizer import DistributedOptimizer  # noqa: E402, F401
 from horovod_powersgd.torch.replicas import (  # noqa: E402, F401
     assert_replicas_equal,

@@ -1,0 +1,71 @@
+"""An elastic job of three workers: one kills itself, the others go on and ask for a new one, and all three finish.
+
+    elastic_training.py FOLDER SGD|AdamW
+
+Each worker writes what it saw to FOLDER/<process>.jsonl. FOLDER/grow appears when the new worker is to come.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import horovod_powersgd.torch as hvd
+
+FOLDER, KIND = Path(sys.argv[1]), sys.argv[2]
+STEPS, DIES_AT = 24, 8
+
+
+def report(**seen):
+    with open(FOLDER / f"{os.getpid()}.jsonl", "a") as file:
+        file.write(json.dumps(seen) + "\n")
+
+
+def norms(optimizer):
+    tensors = optimizer.compression_state_dict()["tensors"].values()
+    return [0.0 if t["memory"] is None else t["memory"].norm().item() for t in tensors if "memory" in t]
+
+
+hvd.init()
+torch.manual_seed(hvd.rank())
+model = torch.nn.Sequential(torch.nn.Linear(40, 48), torch.nn.Tanh(), torch.nn.Linear(48, 32))
+if KIND == "AdamW":
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+else:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
+optimizer = hvd.DistributedOptimizer(
+    optimizer, named_parameters=model.named_parameters(), compression=hvd.PowerSGD(rank=2)
+)
+
+
+@hvd.elastic.run
+def train(state):
+    hvd.assert_replicas_equal(model)
+    report(event="start", rank=hvd.rank(), size=hvd.size(), step=state.step, memory=norms(optimizer))
+    while state.step < STEPS:
+        if state.step == DIES_AT and hvd.rank() == hvd.size() - 1 and not (FOLDER / "died").exists():
+            (FOLDER / "died").touch()
+            report(event="dies")
+            os._exit(1)
+        optimizer.zero_grad()
+        data = torch.randn(8, 40, generator=torch.Generator().manual_seed(100 * state.step + hvd.rank()))
+        model(data).square().mean().backward()
+        optimizer.step()
+        state.step += 1
+        hvd.assert_replicas_equal(model)
+        report(event="step", step=state.step, size=hvd.size(), memory=norms(optimizer))
+        if state.step == DIES_AT + 4 and hvd.rank() == 0:
+            (FOLDER / "grow").touch()
+        state.commit()
+        # The new worker comes while these wait.
+        while DIES_AT + 4 <= state.step and hvd.size() < 3:
+            time.sleep(0.3)
+            state.check_host_updates()
+
+
+train(hvd.elastic.TorchState(model=model, optimizer=optimizer, step=0))
+hvd.assert_replicas_equal(model)
+report(event="end", size=hvd.size(), exchanged=optimizer.compression_stats().steps)

@@ -43,7 +43,8 @@ class _DistributedOptimizer(_Horovod):
 
     def _agreement(self):
         """What must be the same on every worker, beside the parameters."""
-        return {"compression": getattr(self._compression, "__name__", repr(self._compression)), "op": str(self.op)}
+        compression = getattr(self._compression, "__name__", repr(self._compression))
+        return {"compression": compression, "op": "Sum" if self.op == Sum else "Average"}
 
     def _hook_parameters(self):
         """Hooks the parameters that have become trainable since the last call."""

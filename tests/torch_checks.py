@@ -198,6 +198,28 @@ def check_a_layer_recovers_from_gradients_of_zero():
             assert (np.linalg.norm(updates["linear"]) > 0) == (step >= 3)
 
 
+def check_finite_gradients_of_any_size_and_rank_stay_finite():
+    rng = np.random.default_rng(hvd.rank())
+    row, column = rng.standard_normal(64), rng.standard_normal(48)
+    kinds = {
+        "huge": 1e30 * rng.standard_normal((48, 64)),
+        "denormal": 1e-42 * rng.standard_normal((48, 64)),
+        "of rank 1": np.outer(column, row),
+        "equal columns": np.repeat(column[:, None], 64, axis=1),
+        "one element": np.eye(48, 64, 7) * (np.arange(64) == 9),
+        "zero": np.zeros((48, 64)),
+    }
+    for kind, matrix in kinds.items():
+        for config in (PowerSGD(rank=4), PowerSGD(rank=4, num_iters_per_step=1)):
+            trainee = Trainee(config, shapes={"matrix": (48, 64)})
+            for step in range(4):
+                updates = trainee.exchange({"matrix": (matrix * (step != 2)).astype("float32")})
+                assert np.isfinite(updates["matrix"]).all(), (kind, step)
+                assert np.isfinite(trainee.state().memory["matrix"]).all(), (kind, step)
+                assert 0 <= trainee.optimizer.compression_stats().tensors[0].residual <= 1
+            assert trainee.state().steps == 4
+
+
 def check_sum_is_workers_times_the_mean():
     mean, total = Trainee(PowerSGD(rank=2)), Trainee(PowerSGD(rank=2), op=hvd.Sum)
     for step in range(3):

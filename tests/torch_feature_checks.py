@@ -223,6 +223,11 @@ def check_workers_outside_the_process_set_do_nothing():
         if not members.included():
             expected = gradients[-1]
         cases.assert_close(trainee.exchange(gradients[hvd.rank()]), expected, 1e-4, step)
+    if members.included():
+        assert trainee.optimizer.compression_stats().steps == 3
+    else:
+        with pytest.raises(RuntimeError, match="outside the optimizer's process set"):
+            trainee.optimizer.compression_stats()
     hvd.remove_process_set(members)
 
 
@@ -522,11 +527,10 @@ def check_a_state_of_another_number_of_workers_keeps_the_mean_memory():
 def check_workers_that_disagree_are_told_what_differs():
     odd = hvd.rank() == 1
 
-    def seen(config, shapes=cases.SHAPES, dtype="float32"):
-        trainee = Trainee(config, dtype, shapes)
+    def seen(config, shapes=cases.SHAPES, dtype="float32", **options):
+        trainee = Trainee(config, dtype, shapes, **options)
         with pytest.raises(RuntimeError, match="workers do not agree") as caught:
             trainee.exchange(cases.gradients(0, hvd.rank(), dtype, shapes))
-        trainee.optimizer._handles.clear()
         return str(caught.value)
 
     assert "worker 1: PowerSGD(rank=3" in seen(PowerSGD(rank=3 if odd else 2))
@@ -539,3 +543,4 @@ def check_workers_that_disagree_are_told_what_differs():
     assert "float64" in seen(CONFIG, dtype="float64" if odd else "float32")
     other_order = dict(reversed(cases.SHAPES.items())) if odd else cases.SHAPES
     assert "order of the parameters" in seen(CONFIG, other_order)
+    assert "worker 1: Sum" in seen(CONFIG, op=hvd.Sum if odd else hvd.Average)

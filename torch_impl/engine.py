@@ -50,8 +50,7 @@ class Engine:
         self._loss_scale: Callable[[], float] = lambda: 1.0
         # Backward has a thread for each device.
         self._lock = threading.RLock()
-        self._steps = self._exchanges = 0
-        self._bytes_sent = self._total_bytes_sent = self._bytes_uncompressed = self._total_bytes_uncompressed = 0
+        self._steps = self._bytes_sent = self._total_bytes_sent = self._bytes_uncompressed = self._total_bytes_uncompressed = 0
 
     def add(self, name: str, parameter: torch.nn.Parameter) -> None:
         """Takes in a parameter, between two steps; in an order that is the same on every worker."""
@@ -64,7 +63,7 @@ class Engine:
         self._plain[gradient] = plain
 
     def follow_loss_scale(self, scaler) -> None:
-        """Asks the scaler for the loss scale in each step, see DistributedOptimizer."""
+        """Asks the scaler (get_scale) for the loss scale in each step: gradients and memory are in that scale."""
         self._loss_scale = scaler.get_scale
 
     def arrived(self, parameter: torch.nn.Parameter) -> None:

@@ -234,7 +234,7 @@ class MatrixGradient(PlainGradient):
         if self.memory is None or self._own is None:
             return None
         # The memory is orthogonal to what was sent: together they are delta.
-        left, sent = self.memory.norm().item(), self._own.to(self.dtype).norm().item()
+        left, sent = (torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in (self.memory, self._own))
         return left / math.hypot(left, sent) if left else 0.0
 
     def state_dict(self) -> Dict[str, object]:

@@ -105,7 +105,9 @@ class _DistributedOptimizer(_Horovod):
             return loss
 
         with self.skip_synchronize():
-            return _Horovod.step(self, exchanged)
+            loss = _Horovod.step(self, exchanged)
+        self._synchronized = False
+        return loss
 
 
 class _PowerSGDOptimizer(_DistributedOptimizer):
@@ -165,9 +167,14 @@ class _PowerSGDOptimizer(_DistributedOptimizer):
             self._engine.reset()
         _Horovod.load_state_dict(self, *args, **kwargs)
 
+    def _member_engine(self) -> Engine:
+        if not self._hooked:
+            raise RuntimeError("this worker is outside the optimizer's process set and compresses nothing")
+        return self._engine
+
     def compression_stats(self) -> CompressionStats:
         """What compression did in the last step and in all steps so far, for this worker."""
-        return self._engine.stats()
+        return self._member_engine().stats()
 
     def compression_state_dict(self) -> Dict[str, object]:
         """This worker's factors and memory: what a resumed run needs beside model and optimizer.
@@ -176,7 +183,7 @@ class _PowerSGDOptimizer(_DistributedOptimizer):
             Numbers, strings and CPU tensors, for torch.save; torch.load takes it with weights_only=True. Every worker
             saves its own.
         """
-        return self._engine.state_dict()
+        return self._member_engine().state_dict()
 
     def load_compression_state_dict(self, states: Union[Mapping, Iterable[Mapping]]) -> None:
         """Goes on where compression_state_dict was called.
@@ -189,11 +196,12 @@ class _PowerSGDOptimizer(_DistributedOptimizer):
         Raises:
             ValueError: another model or configuration, or states are missing. It names what differs.
         """
-        self._engine.load_state_dict(states)
+        self._member_engine().load_state_dict(states)
 
     def follow_loss_scale(self, scaler: torch.amp.GradScaler) -> None:
         """Rescales the memory when the scaler changes the loss scale. Call it once, before the first step."""
-        self._engine.follow_loss_scale(scaler)
+        if self._hooked:
+            self._engine.follow_loss_scale(scaler)
 
 
 def DistributedOptimizer(

@@ -38,13 +38,13 @@ def parse_arguments():
     parser.add_argument("--rank", type=int, default=4, help="of PowerSGD's factors")
     parser.add_argument("--epochs", type=int, default=90)
     parser.add_argument(
-        "--max-steps", type=int, default=sys.maxsize, help="end this run after so many, evaluations after so many batches"
+        "--max-steps", type=int, default=sys.maxsize, help="end this run after so many, and evaluations, too"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64, help="of each worker")
     parser.add_argument("--lr", type=float, default=1.25, help="learning rate of one worker")
     parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint; each epoch ends with one")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint (one an epoch)")
     parser.add_argument("--checkpoint-dir", type=Path, default=Path("checkpoints"))
     return parser.parse_args()
 

@@ -23,15 +23,23 @@ class Trainee:
     def backward(self, gradients):
         sum((p * torch.from_numpy(np.asarray(gradients[name]))).sum() for name, p in self.parameters.items()).backward()
 
-    def exchange(self, gradients):
-        """The updates of these gradients; they are also applied."""
+    def start(self, gradients):
+        """Backward, which starts the exchange."""
         self.optimizer.zero_grad()
         self.backward(gradients)
+
+    def finish(self):
+        """The updates of the gradients of start; they are also applied."""
         self.optimizer.synchronize()
         updates = {name: p.grad.numpy().copy() for name, p in self.parameters.items()}
         with self.optimizer.skip_synchronize():
             self.optimizer.step()
         return updates
+
+    def exchange(self, gradients):
+        """Start and finish."""
+        self.start(gradients)
+        return self.finish()
 
     def state(self):
         """This worker's state as the reference keeps it."""

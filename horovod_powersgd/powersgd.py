@@ -59,6 +59,7 @@ class PowerSGD:
             raise TypeError(f"PowerSGD: min_compression_rate must be a number, 0 or more, not {rate!r}")
         if not (math.isfinite(rate) and rate >= 0):
             raise ValueError(f"PowerSGD: min_compression_rate must be a finite number, 0 or more, not {rate!r}")
+        object.__setattr__(self, "min_compression_rate", float(rate))
         if self.wire_dtype is not None and not isinstance(self.wire_dtype, str):
             raise TypeError(f"PowerSGD: wire_dtype must be None or 'float16', not {self.wire_dtype!r}")
         if self.wire_dtype not in (None, "float16"):
@@ -70,6 +71,8 @@ class PowerSGD:
             raise TypeError(f"PowerSGD: {field} must be an integer, {at_least} or more, not {value!r}")
         if value < at_least:
             raise ValueError(f"PowerSGD: {field} must be {at_least} or more, not {value!r}")
+        # The workers compare their configurations' texts, and a checkpoint holds them: plain numbers only.
+        object.__setattr__(self, field, int(value))
 
     def _check_bool(self, field: str) -> None:
         value = getattr(self, field)

@@ -15,7 +15,8 @@ def test_everything_that_horovod_exports_is_there():
 
     import horovod_powersgd.torch as hvd
 
-    ours = {"DistributedOptimizer", "init", "broadcast_parameters", "broadcast_optimizer_state", "elastic", "optimizer"}
+    functions = {"DistributedOptimizer", "init", "join", "broadcast_parameters", "broadcast_optimizer_state"}
+    ours = {*functions, "elastic", "optimizer"}
     exported = {name for name in vars(horovod.torch) if not name.startswith("_")}
     assert "allreduce" in exported
     assert {name for name in exported if getattr(hvd, name, None) is not getattr(horovod.torch, name)} == ours

@@ -21,6 +21,7 @@ from horovod_powersgd.torch.replicas import (  # noqa: E402, F401
     broadcast_optimizer_state,
     broadcast_parameters,
 )
+from horovod_powersgd.torch.workers import join  # noqa: E402, F401
 
 
 @functools.wraps(horovod.torch.init)

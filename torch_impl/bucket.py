@@ -1,6 +1,7 @@
 """Gradients that are exchanged together."""
 
 import math
+import zlib
 from typing import Dict, Generator, List, Sequence, Tuple, Union
 
 import torch
@@ -32,7 +33,8 @@ class Verdict:
         return len(self._finite) == self._buckets
 
     def result(self) -> bool:
-        """Whether all of them are finite."""
+        """Whether all of them are finite. The one place where the host waits for the device."""
+        self._finite = [finite.cpu() for finite in self._finite]
         return all(self._finite)
 
 
@@ -59,7 +61,7 @@ class Bucket:
         Returns:
             Bytes handed to Horovod.
         """
-        bytes_sent, finite, sparse = 0, True, []
+        bytes_sent, finite, sparse = 0, torch.tensor(True), []
         for half_step in range(half_steps if self._matrices else 1):
             senders, sent = [], []
             for gradient in self._matrices if half_step else self.gradients:
@@ -67,8 +69,9 @@ class Bucket:
                     yield gradient
                     gradient.begin(step, scale)
                     if gradient.is_sparse:
-                        bytes_sent += gradient.send_sparse(self._workers)
-                        sparse.append(gradient)
+                        gathered, size = gradient.send_sparse(self._workers)
+                        sparse.append((gradient, gathered))
+                        bytes_sent += size if self._workers.count > 1 else 0
                 if not gradient.is_sparse:
                     senders.append(gradient)
                     sent.append(gradient.send())
@@ -82,11 +85,15 @@ class Bucket:
                 for gradient in senders:
                     gradient.memorize()
             flat = yield mean
-            finite = torch.isfinite(flat).all() & finite
+            finite = torch.isfinite(flat).all() & finite.to(flat.device)
             for gradient, part in zip(senders, flat.split([part.numel() for part in sent])):
                 gradient.receive(part)
-        for gradient in sparse:
-            finite = torch.isfinite(gradient.receive_sparse()).all() & finite
+        for gradient, gathered in sparse:
+            average = yield gathered
+            finite = torch.isfinite(average.values()).all() & finite.to(average.device)
+            gradient.receive_sparse(average)
+        for gradient in self.gradients:
+            finite = gradient.fits(factor).to(finite.device) & finite
         finite = yield verdict.add(finite)
         for gradient in self.gradients:
             gradient.end(finite, factor)
@@ -114,7 +121,12 @@ def make_buckets(
         gradients = [g for g in gradients if not any(g in group for group in grouped)]
     buckets = [bucket for group in grouped for bucket in _fill(group, math.inf, math.inf)]
     buckets += _fill(gradients, BUCKET_BYTES, ALONE_BYTES)
-    return [Bucket(f"{prefix}.{i}", bucket, workers) for i, bucket in enumerate(buckets)]
+    return [Bucket(f"{prefix}.{i}.{_digest(bucket)}", bucket, workers) for i, bucket in enumerate(buckets)]
+
+
+def _digest(gradients: Sequence[PlainGradient]) -> str:
+    """Goes into a bucket's name: workers that freeze different layers must not average one with another."""
+    return format(zlib.crc32("\n".join(gradient.name for gradient in gradients).encode()), "x")
 
 
 def _fill(gradients: Sequence[PlainGradient], bucket_bytes: float, alone_bytes: float) -> List[List[PlainGradient]]:

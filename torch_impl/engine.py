@@ -13,9 +13,10 @@ from horovod_powersgd.layout import layout_of
 from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.torch.bucket import Verdict, make_buckets
 from horovod_powersgd.torch.gradient import MatrixGradient, PlainGradient
-from horovod_powersgd.torch.workers import Mean, Workers
+from horovod_powersgd.torch.workers import Workers
 
 STATE_VERSION = 1
+DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16
 
 
 class Engine:
@@ -54,6 +55,8 @@ class Engine:
 
     def add(self, name: str, parameter: torch.nn.Parameter) -> None:
         """Takes in a parameter, between two steps; in an order that is the same on every worker."""
+        if parameter.dtype not in DTYPES:
+            raise ValueError(f"PowerSGD exchanges floating-point gradients; parameter {name} is {parameter.dtype}")
         layout = layout_of(parameter.shape, self._config)
         plain = PlainGradient(name, parameter, layout, self._sparse_as_dense)
         gradient = plain
@@ -69,10 +72,12 @@ class Engine:
     def arrived(self, parameter: torch.nn.Parameter) -> None:
         """Takes in a gradient that backward has finished, and lets the exchanges go on as far as they can."""
         with self._lock:
-            if not self._arriving:
-                self._begin()
-            self._arriving[parameter].arrived = True
-            self._resume()
+            # The first exchange of a world waits for finish: workers may call backward in another order than step.
+            if self._world == self._workers.world():
+                if not self._arriving:
+                    self._begin()
+                self._arriving[parameter].arrived = True
+                self._resume()
 
     def finish(self) -> None:
         """Completes the step: afterwards the updates stand in the gradients.
@@ -85,6 +90,8 @@ class Engine:
             RuntimeError: the workers do not agree on the model or the configuration.
         """
         try:
+            if self._world != self._workers.world():
+                self._agree()
             if not self._arriving:
                 self._begin()
             for parameter, gradient in self._arriving.items():
@@ -94,9 +101,9 @@ class Engine:
             self._resume()
             while self._waiting:
                 # A verdict comes with the other buckets' means.
-                means = [awaited for awaited in self._waiting.values() if isinstance(awaited, Mean)]
-                if means:
-                    means[0].result()
+                sent = [awaited for awaited in self._waiting.items() if not isinstance(awaited[1], Verdict)]
+                if sent:
+                    self._go_on(*sent[0])
                 self._resume()
             self._count()
         finally:
@@ -116,7 +123,7 @@ class Engine:
             bytes_uncompressed=self._bytes_uncompressed,
             total_bytes_sent=self._total_bytes_sent,
             total_bytes_uncompressed=self._total_bytes_uncompressed,
-            tensors=tuple(_tensor_stats(gradient) for gradient in self._gradients),
+            tensors=tuple(self._tensor_stats(gradient) for gradient in self._gradients),
         )
 
     def state_dict(self) -> Dict[str, object]:
@@ -143,23 +150,24 @@ class Engine:
         count, index = self._workers.count, self._workers.index
         alone = isinstance(states, Mapping)
         memories: Dict[str, object] = {}
-        steps, factors, seen = 0, None, 0
+        seen, saved, steps, factors = [], 0, 0, {}
         for state in [states] if alone else states:
             self._check(state)
-            saved = state["workers"]
-            if alone and saved != count:
+            seen.append(state["worker"])
+            if seen[0] != seen[-1] and (saved, steps) != (state["workers"], state["steps"]):
+                raise ValueError(f"the compression states of workers {seen[0]} and {seen[-1]} are not of the same step")
+            saved, steps, factors = state["workers"], state["steps"], state["tensors"]
+            if alone and (saved, seen) != (count, [index]):
                 raise ValueError(
-                    f"compression state of worker {state['worker']} of {saved} cannot serve {count} workers alone: "
-                    "load the list of all workers' states"
+                    f"the compression state of worker {seen[0]} of {saved} alone does not serve worker {index} of "
+                    f"{count}: load that worker's own, or the list of all workers' states"
                 )
-            steps, factors = state["steps"], state["tensors"]
-            if alone or state["worker"] % count == index:
+            if seen[-1] % count == index:
                 for name, tensor in state["tensors"].items():
                     if tensor.get("memory") is not None:
                         memories.setdefault(name, []).append((tensor["memory"], tensor["memory_scale"]))
-            seen += 1
-        if not alone and (seen == 0 or seen != saved):
-            raise ValueError(f"the compression states of all workers are needed, and {seen} were given")
+        if not alone and (not seen or sorted(seen) != list(range(saved))):
+            raise ValueError(f"the compression states of all workers are needed, and those given are of {seen}")
         self._steps = steps
         for gradient in self._gradients:
             gradient.load_state_dict(factors[gradient.name], memories.get(gradient.name, ()), count / saved)
@@ -176,10 +184,26 @@ class Engine:
             listed = "; ".join(f"{w}: {theirs.get(w, 'missing')} in the state, {mine.get(w, 'missing')} here" for w in wrong)
             raise ValueError(f"the compression state is of another model or configuration: {listed}")
 
+    def _tensor_stats(self, gradient: PlainGradient) -> TensorStats:
+        layout, reason = gradient.layout, gradient.layout.reason
+        if reason is None and gradient.is_sparse:
+            reason = "sparse"
+        elif reason is None and self._bucketed and self._bucketed[0] in self._plain.values():
+            reason = "warm-up"
+        return TensorStats(
+            name=gradient.name,
+            shape=layout.shape,
+            matrix_shape=layout.matrix_shape,
+            rank=layout.rank if reason is None else 0,
+            compressed=reason is None,
+            reason=reason,
+            residual=gradient.residual() if reason is None else 0.0,
+        )
+
     def _count(self) -> None:
         self._steps += self._verdict.result()
         self._bytes_sent = self._sent
-        self._bytes_uncompressed = sum(p.numel() * p.element_size() for p in self._arriving)
+        self._bytes_uncompressed = sum(gradient.uncompressed_bytes() for gradient in self._arriving.values())
         self._total_bytes_sent += self._bytes_sent
         self._total_bytes_uncompressed += self._bytes_uncompressed
 
@@ -193,8 +217,6 @@ class Engine:
     @torch.no_grad()
     def _begin(self) -> None:
         gradients = self._trainable()
-        if self._world is not self._workers.world():
-            self._agree(gradients)
         if gradients != self._bucketed:
             self._buckets = make_buckets(gradients, self._workers, "bucket", self._groups)
             self._bucketed = gradients
@@ -205,13 +227,18 @@ class Engine:
             exchange = bucket.exchange(self._verdict, self._steps, scale, self._config.num_iters_per_step, factor)
             self._waiting[exchange] = next(exchange)
 
-    def _agree(self, gradients: Sequence[PlainGradient]) -> None:
+    def _agree(self) -> None:
         """Before the first exchange of these workers: all run the same training, and hold the same factors."""
         if self._workers.count > 1:
+            gradients = self._trainable()
             parameters = describe([(gradient.name, gradient.parameter) for gradient in gradients])
             root = self._workers.agree({**self._agreement, **parameters}, self._steps)
             if root is not None:
                 self._take_factors(root)
+            # A worker that computed no gradient cannot know that it is sparse.
+            gradients = self._trainable()
+            for gradient, sparse_dim in zip(gradients, self._workers.largest([_sparse_dim(g) for g in gradients], "sparse")):
+                gradient.sparse_dim = 0 if self._sparse_as_dense else sparse_dim
         self._world = self._workers.world()
 
     def _take_factors(self, root: int) -> None:
@@ -222,15 +249,22 @@ class Engine:
         for gradient, (factor, is_q) in zip(matrices, factors):
             gradient.factor, gradient.factor_is_q = torch.from_numpy(factor).to(gradient.factor.device), is_q
 
-    @torch.no_grad()
     def _resume(self) -> None:
+        """Lets every exchange go on that has what it waits for."""
         for exchange, awaited in list(self._waiting.items()):
-            try:
-                while awaited.done():
-                    self._waiting[exchange] = awaited = exchange.send(awaited.result())
-            except StopIteration as finished:
-                self._sent += finished.value
-                del self._waiting[exchange]
+            while awaited is not None and awaited.done():
+                awaited = self._go_on(exchange, awaited)
+
+    @torch.no_grad()
+    def _go_on(self, exchange: Generator, awaited) -> object:
+        """Resumes an exchange with what it waits for; returns what it waits for next, or None at its end."""
+        try:
+            self._waiting[exchange] = exchange.send(awaited.result())
+            return self._waiting[exchange]
+        except StopIteration as finished:
+            self._sent += finished.value
+            del self._waiting[exchange]
+            return None
 
 
 def describe(parameters: Iterable[Tuple[str, torch.nn.Parameter]]) -> Dict[str, str]:
@@ -238,14 +272,6 @@ def describe(parameters: Iterable[Tuple[str, torch.nn.Parameter]]) -> Dict[str, 
     return {f"parameter {name}": f"{tuple(p.shape)} {p.dtype}" for name, p in parameters}
 
 
-def _tensor_stats(gradient: PlainGradient) -> TensorStats:
-    layout = gradient.layout
-    return TensorStats(
-        name=gradient.name,
-        shape=layout.shape,
-        matrix_shape=layout.matrix_shape,
-        rank=layout.rank,
-        compressed=layout.compressed,
-        reason=layout.reason,
-        residual=gradient.residual(),
-    )
+def _sparse_dim(gradient: PlainGradient) -> int:
+    computed = gradient.parameter.grad
+    return computed.sparse_dim() if computed is not None and computed.is_sparse else 0

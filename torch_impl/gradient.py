@@ -9,7 +9,7 @@ from horovod_powersgd import PowerSGD
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.reference import initial_factor
 from horovod_powersgd.torch.orthogonalization import orthogonalize
-from horovod_powersgd.torch.workers import Workers
+from horovod_powersgd.torch.workers import SparseMean, Workers
 
 
 class PlainGradient:
@@ -20,12 +20,14 @@ class PlainGradient:
 
     Attributes:
         arrived: whether backward has computed it in this step.
-        is_sparse: whether it was sparse in the last step, and does not become dense.
+        is_sparse: whether it is sparse in this step, and does not become dense.
+        sparse_dim: of a sparse gradient; 0 where it is dense.
     """
 
     def __init__(self, name: str, parameter: torch.nn.Parameter, layout: Layout, sparse_as_dense: bool = False):
         self.name, self.parameter, self.layout = name, parameter, layout
         self.arrived = self.is_sparse = False
+        self.sparse_dim = 0
         self._sparse_as_dense = sparse_as_dense
 
     @property
@@ -44,7 +46,7 @@ class PlainGradient:
     def make_zero(self) -> None:
         """Makes a gradient of zeros, where backward computed none: another worker may have."""
         zeros = torch.zeros_like(self.parameter)
-        self.parameter.grad = zeros.to_sparse(self._sparse_dim) if self.is_sparse else zeros
+        self.parameter.grad = zeros.to_sparse(self.sparse_dim) if self.sparse_dim else zeros
 
     def begin(self, step: int, scale: float) -> None:
         """Starts a step.
@@ -55,22 +57,33 @@ class PlainGradient:
         """
         gradient = self.parameter.grad
         self.is_sparse = gradient.is_sparse and not self._sparse_as_dense
-        self._sparse_dim = gradient.sparse_dim() if self.is_sparse else None
+        self.sparse_dim = gradient.sparse_dim() if self.is_sparse else 0
         if not gradient.is_sparse and 0 in gradient.stride() and gradient.numel() > 1:
             # An expanded tensor has no room for what its elements are going to be.
             gradient = self.parameter.grad = gradient.contiguous()
         self._dense = gradient.to_dense() if gradient.is_sparse else gradient
 
-    def send_sparse(self, workers: Workers) -> int:
-        """Starts averaging a sparse gradient by gathering, as Horovod does; returns the bytes handed to it."""
+    def send_sparse(self, workers: Workers) -> Tuple[SparseMean, int]:
+        """Starts averaging a sparse gradient by gathering, as Horovod does; also gives the bytes handed to it."""
         gradient = self.parameter.grad.coalesce()
-        self._gathered = workers.sparse_mean(gradient, self.name)
-        return gradient.indices().nbytes + gradient.values().nbytes
+        indices, values = gradient.indices(), gradient.values().to(PlainGradient.sent_dtype.fget(self))
+        self._sparse_bytes = indices.nbytes + values.nbytes
+        return workers.sparse_mean(indices, values, gradient.shape, self.name), self._sparse_bytes
 
-    def receive_sparse(self) -> torch.Tensor:
-        """Waits for the average of a sparse gradient, and returns its values."""
-        self._mean = self._gathered().coalesce()
-        return self._mean.values()
+    def receive_sparse(self, average: torch.Tensor) -> None:
+        """Takes the average of a sparse gradient."""
+        self._mean = average.to(self.parameter.dtype)
+
+    def fits(self, factor: float) -> torch.Tensor:
+        """Whether the average, times `factor`, is finite in the gradient's dtype; a boolean on the device."""
+        if self.parameter.dtype != torch.float16:
+            return torch.tensor(True)
+        update = self._mean if self._mean.layout == torch.strided else self._mean.values()
+        return torch.isfinite(update * factor).all()
+
+    def uncompressed_bytes(self) -> int:
+        """What Horovod would have been handed."""
+        return self._sparse_bytes if self.is_sparse else self.parameter.numel() * self.parameter.element_size()
 
     def send(self) -> torch.Tensor:
         """What the next round averages, flat: here the gradient, where possible in its own storage."""
@@ -206,6 +219,12 @@ class MatrixGradient(PlainGradient):
             own = self._own.to(self.dtype)
             p, q = (own, self._basis) if self._mean_is_q else (self._basis, own)
             self._delta.addmm_(p.t(), q, alpha=-1)
+
+    def fits(self, factor: float) -> torch.Tensor:
+        if self.parameter.dtype != torch.float16 or self.is_sparse:
+            return super().fits(factor)
+        p, q = (self._basis, self._mean) if self._mean_is_q else (self._mean, self._basis)
+        return torch.isfinite((p.t() @ (q * factor)).half()).all()
 
     def end(self, finite: bool, factor: float) -> None:
         """Puts the update P^ Q^T, times `factor`, into the gradient; a finite step's memory and factor are kept."""

@@ -31,7 +31,7 @@ class _DistributedOptimizer(_Horovod):
     # Until all of Horovod's attributes are there, parameters are not hooked.
     _hooked = False
 
-    def _register_hooks(self):
+    def _start_hooking(self):
         self._hooked = True
         self._workers = Workers(
             process_set=self.process_set,
@@ -39,12 +39,23 @@ class _DistributedOptimizer(_Horovod):
             predivide_factor=self.gradient_predivide_factor,
         )
         self._world = None
+
+    def _register_hooks(self):
+        self._start_hooking()
         _Horovod._register_hooks(self)
 
     def _agreement(self):
-        """What must be the same on every worker, beside the parameters."""
-        compression = getattr(self._compression, "__name__", repr(self._compression))
-        return {"compression": compression, "op": "Sum" if self.op == Sum else "Average"}
+        """What must be the same on every worker, beside the parameters; in words."""
+        groups = self._groups
+        if isinstance(groups, list):
+            groups = [[self._parameter_names.get(p) for p in group] for group in groups]
+        return {
+            "compression": getattr(self._compression, "__name__", repr(self._compression)),
+            "op": "Sum" if self.op == Sum else "Average",
+            "gradient_predivide_factor": repr(self.gradient_predivide_factor),
+            "groups": repr(groups),
+            "sparse_as_dense": repr(self.sparse_as_dense),
+        }
 
     def _hook_parameters(self):
         """Hooks the parameters that have become trainable since the last call."""
@@ -53,13 +64,10 @@ class _DistributedOptimizer(_Horovod):
                 if p.requires_grad and p not in self._requires_update:
                     self._requires_update.add(p)
                     self._grad_accs.append(p.register_post_accumulate_grad_hook(self._make_hook(p)))
-
-    def _allreduce_grad_async(self, p):
-        if self._world is not self._workers.world():
-            trainable = [(n, p) for p, n in self._parameter_names.items() if p in self._requires_update]
-            self._workers.agree({**self._agreement(), **describe(trainable)}, steps=0)
-            self._world = self._workers.world()
-        return _Horovod._allreduce_grad_async(self, p)
+                    if self._groups is not None:
+                        # Horovod made its groups at the start; what comes later is a group of its own.
+                        self._p_to_group[p] = (p,)
+                        self._group_counts[(p,)] = 0
 
     def add_param_group(self, param_group):
         """As the wrapped optimizer's; the new parameters are exchanged, too."""
@@ -79,6 +87,10 @@ class _DistributedOptimizer(_Horovod):
         """
         if self._hooked:
             self._hook_parameters()
+            if self._world != self._workers.world():
+                trainable = [(n, p) for p, n in self._parameter_names.items() if p in self._requires_update]
+                self._workers.agree({**self._agreement(), **describe(trainable)}, steps=0)
+                self._world = self._workers.world()
         _Horovod.synchronize(self)
 
     def zero_grad(self, set_to_none: bool = True):
@@ -120,20 +132,21 @@ class _PowerSGDOptimizer(_DistributedOptimizer):
             self._register_hooks()
 
     def _register_hooks(self):
-        # The engine knows the groups; Horovod's hooks are those of single parameters.
-        groups, self._groups = self._groups, None
-        _DistributedOptimizer._register_hooks(self)
+        self._start_hooking()
         self._engine = Engine(
             self._compression,
             self._workers,
             agreement=self._agreement(),
             sum_gradients=self.op == Sum,
-            groups=groups,
+            groups=self._groups,
             sparse_as_dense=self.sparse_as_dense,
         )
+        # The engine knows the groups; the hooks are those of single parameters.
+        self._groups = None
         for group in self.param_groups:
             for p in group["params"]:
                 self._engine.add(self._parameter_names[p], p)
+        self._hook_parameters()
 
     def add_param_group(self, param_group):
         """As the wrapped optimizer's; the new parameters are exchanged, too."""

@@ -96,7 +96,7 @@ def assert_replicas_equal(model: Union[torch.nn.Module, Dict[str, torch.Tensor]]
     """Checks that all workers hold the same bits. Costs a hash of the model, and a few bytes.
 
     Args:
-        model: a module, whose parameters and buffers are compared, or a dict of tensors.
+        model: a module, whose state_dict is compared, or a dict of tensors.
 
     Raises:
         AssertionError: on every worker, naming the tensors that differ, and from which worker on.

@@ -8,11 +8,23 @@ import numpy as np
 import torch
 from horovod.torch import mpi_ops
 from horovod.torch.functions import broadcast_object
-from horovod.torch.mpi_ops import Max, ProcessSet, Sum, allgather, allreduce, allreduce_async, allreduce_async_
+from horovod.torch.mpi_ops import (
+    Max,
+    ProcessSet,
+    Sum,
+    allgather,
+    allgather_async,
+    allreduce,
+    allreduce_async,
+    allreduce_async_,
+)
 
 from horovod_powersgd.agreement import DIGEST_BITS, Description, differences, digest
 
 MOST_WORKERS = 2**20
+
+# How often hvd.join has returned, on every worker alike.
+_joins = 0
 
 
 @dataclass(frozen=True)
@@ -41,8 +53,8 @@ class Workers:
 
     @staticmethod
     def world() -> object:
-        """Another object after each hvd.init(), which an elastic job calls when its workers change."""
-        return mpi_ops._handle_map
+        """Another one after each hvd.init(), which an elastic job calls when its workers change, and hvd.join()."""
+        return id(mpi_ops._handle_map), _joins
 
     def mean(self, tensor: torch.Tensor, name: str, in_place: bool = False) -> "Mean":
         """Starts averaging a contiguous tensor of a dtype that Horovod reduces."""
@@ -61,9 +73,18 @@ class Workers:
         )
         return Mean(tensor, handle)
 
-    def sparse_mean(self, gradient: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
-        """Starts averaging a sparse gradient, as Horovod does, by gathering; returns what waits for the result."""
-        return mpi_ops.sparse_allreduce_async(gradient, f"{self.prefix}.{name}", mpi_ops.Average, self.process_set)
+    def sparse_mean(
+        self, indices: torch.Tensor, values: torch.Tensor, shape: torch.Size, name: str
+    ) -> "SparseMean":
+        """Starts averaging a sparse tensor, as Horovod does: all workers' parts are gathered."""
+        parts = (indices.t().contiguous(), "indices"), (values.contiguous(), "values")
+        handles = [allgather_async(part, f"{self.prefix}.{name}.{what}", self.process_set) for part, what in parts]
+        return SparseMean(handles, shape, self.count)
+
+    def largest(self, numbers: List[int], name: str) -> List[int]:
+        """The largest of all workers', number by number. A worker that has joined (hvd.join) counts as zeros."""
+        sent = torch.tensor(numbers, dtype=torch.int64)
+        return allreduce(sent, name=f"{self.prefix}.{name}", op=Max, process_set=self.process_set).tolist()
 
     def agree(self, description: Description, steps: int) -> Optional[int]:
         """Checks that all workers have the same description. Costs one small allreduce.
@@ -83,9 +104,8 @@ class Workers:
         numbers = digest(description)
         complements = [2 ** (DIGEST_BITS + 1) - number for number in numbers]
         place = (steps + 1) * MOST_WORKERS - mpi_ops.rank()
-        sent = torch.tensor([*numbers, *complements, place], dtype=torch.int64)
-        largest = allreduce(sent, name=f"{self.prefix}.agreement", op=Max, process_set=self.process_set).tolist()
-        if largest[:-1] != sent[:-1].tolist():
+        largest = self.largest([*numbers, *complements, place], "agreement")
+        if largest[:-1] != [*numbers, *complements]:
             raise RuntimeError(f"The workers do not agree:\n{differences(self._gather(description))}")
         return None if largest[-1] <= MOST_WORKERS else -largest[-1] % MOST_WORKERS
 
@@ -121,3 +141,31 @@ class Mean:
         if self._handle is not None:
             self._tensor, self._handle = mpi_ops.synchronize(self._handle), None
         return self._tensor
+
+
+class SparseMean:
+    """An average of sparse tensors that may still be on its way."""
+
+    def __init__(self, handles: List[int], shape: torch.Size, count: int):
+        self._handles, self._shape, self._count = handles, shape, count
+
+    def done(self) -> bool:
+        """Whether result() returns at once."""
+        return all(mpi_ops.poll(handle) for handle in self._handles)
+
+    def result(self) -> torch.Tensor:
+        """Waits for the average, a coalesced sparse tensor.
+
+        Raises:
+            HorovodInternalError: a worker was lost.
+        """
+        indices, values = (mpi_ops.synchronize(handle) for handle in self._handles)
+        return torch.sparse_coo_tensor(indices.t(), values / self._count, self._shape).coalesce()
+
+
+def join(device: int = -1) -> int:
+    """horovod.torch.join; the workers' next exchange starts from what the one that went farthest knows."""
+    global _joins
+    last = mpi_ops.join(device)
+    _joins += 1
+    return last

@@ -236,6 +236,19 @@ def check_finite_gradients_of_any_size_and_rank_stay_finite():
             assert trainee.state().steps == 4
 
 
+def check_a_direction_behind_a_dependent_column_is_not_lost():
+    from horovod_powersgd.torch.orthogonalization import orthogonalize
+
+    rng = np.random.default_rng(0)
+    first, second = np.eye(30)[0], rng.standard_normal(30)
+    for columns in ([0 * first, first], [1e-20 * second, second], [second, 2 * second, first], [first, first, second]):
+        matrix = np.stack(columns, axis=1).astype("float32")
+        spare = reference.initial_factor("spare", *matrix.shape, 0)
+        basis = orthogonalize(torch.from_numpy(matrix.T.copy()), lambda: torch.from_numpy(spare.T.copy())).numpy().T
+        np.testing.assert_allclose(basis, reference.orthogonalize(matrix, spare), atol=1e-6)
+        assert np.linalg.norm(matrix - basis @ (basis.T @ matrix)) < 1e-5
+
+
 def check_sum_is_workers_times_the_mean():
     mean, total = Trainee(PowerSGD(rank=2)), Trainee(PowerSGD(rank=2), op=hvd.Sum)
     for step in range(3):

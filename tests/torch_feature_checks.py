@@ -135,6 +135,20 @@ def check_parameter_groups_of_the_start_and_later_ones():
     assert "4.weight" in [tensor.name for tensor in optimizer.compression_stats().tensors]
 
 
+def check_groups_take_in_parameters_that_come_later():
+    for config in (CONFIG, hvd.Compression.none):
+        model = network()
+        model[2].requires_grad_(False)
+        first = torch.optim.SGD([*model[0].parameters(), *model[2].parameters()], lr=0.1)
+        optimizer = hvd.DistributedOptimizer(
+            first, named_parameters=model.named_parameters(), compression=config, groups=2
+        )
+        train(model, optimizer, range(2))
+        optimizer.add_param_group({"params": model[4].parameters()})
+        model[2].requires_grad_(True)
+        train(model, optimizer, range(2, 5))
+
+
 def check_layers_freeze_and_thaw():
     for config in (CONFIG, hvd.Compression.none):
         model = network()
@@ -203,7 +217,7 @@ def check_sparse_gradients_travel_as_horovods_or_compressed():
                 expected[row] -= 1 / hvd.size()
         torch.testing.assert_close(embedding.weight.detach(), expected)
         hvd.assert_replicas_equal(embedding)
-        # A worker whose batch does not touch the embedding.
+        # Workers whose batches do not touch the embedding.
         optimizer.zero_grad()
         if hvd.rank() == 0:
             embedding(torch.tensor([3])).sum().backward()
@@ -211,6 +225,19 @@ def check_sparse_gradients_travel_as_horovods_or_compressed():
         expected[3] -= 1 / hvd.size()
         torch.testing.assert_close(embedding.weight.detach(), expected)
         hvd.assert_replicas_equal(embedding)
+    # And that in the very first step.
+    for dtype in (torch.float32, torch.bfloat16):
+        embedding = nn.Embedding(50, 16, sparse=True, dtype=dtype)
+        hvd.broadcast_parameters(embedding.state_dict(), root_rank=0)
+        optimizer = distribute(embedding, lambda p: torch.optim.SGD(p, lr=1.0))
+        start = embedding.weight.detach().clone()
+        if hvd.rank() == 0:
+            embedding(torch.tensor([3])).sum().backward()
+        optimizer.step()
+        assert (start != embedding.weight).any(dim=1).nonzero().tolist() == [[3]]
+        hvd.assert_replicas_equal(embedding)
+        stats = optimizer.compression_stats()
+        assert stats.tensors[0].reason == "sparse" and not stats.tensors[0].compressed and stats.ratio == 1
 
 
 def check_workers_outside_the_process_set_do_nothing():
@@ -232,16 +259,20 @@ def check_workers_outside_the_process_set_do_nothing():
 
 
 def check_join_with_uneven_data():
-    model = network()
-    optimizer = distribute(model)
-    for step in range(2 + 2 * hvd.rank()):
-        optimizer.zero_grad()
-        loss_of(model, step).backward()
-        optimizer.step()
-    last = hvd.join()
-    hvd.broadcast_parameters(model.state_dict(), root_rank=last)
-    hvd.assert_replicas_equal(model)
-    assert optimizer.compression_stats().steps == 2 + 2 * hvd.rank()
+    for config in (CONFIG, PowerSGD(rank=2, num_iters_per_step=1), PowerSGD(rank=2, warmup_steps=3)):
+        model = network()
+        optimizer = distribute(model, config=config)
+        for epoch in range(2):
+            for step in range(1 + hvd.rank()):
+                optimizer.zero_grad()
+                loss_of(model, step).backward()
+                optimizer.step()
+            last = hvd.join()
+            hvd.broadcast_parameters(model.state_dict(), root_rank=last)
+            hvd.broadcast_optimizer_state(optimizer, root_rank=last)
+            # Those that joined first missed steps, and take their factors from the one that did not.
+            train(model, optimizer, range(10, 12))
+        assert optimizer.compression_stats().steps == 2 * (hvd.size() + 2)
 
 
 def check_two_optimizers_in_one_process():
@@ -269,9 +300,14 @@ def check_broadcast_of_optimizer_state_takes_no_step():
         def adamw(parameters):
             return torch.optim.AdamW(parameters, lr=0.01 * (1 + hvd.rank()), weight_decay=0.5)
 
-        optimizer = distribute(model, adamw) if wrapped else adamw(model.parameters())
+        plain = adamw(model.parameters())
+        optimizer = plain
+        if wrapped:
+            optimizer = distribute(model, lambda p: plain)
         before = values(model)
         hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+        # A scheduler that was made for the wrapped optimizer still reaches this one.
+        assert optimizer.param_groups[0] is plain.param_groups[0]
         assert all((before[name] == value).all() for name, value in values(model).items())
         assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.01
         if hvd.rank() == 0:
@@ -344,6 +380,13 @@ def check_half_precision_parameters():
     half.backward({name: g.astype("float16") for name, g in overflow.items()})
     half.optimizer.step()
     assert all(torch.isfinite(p.grad).all() for p in half.parameters.values())
+    # A sum that half precision cannot hold is a step that is not finite, and leaves no trace.
+    half = Trainee(CONFIG, "float16", op=hvd.Sum)
+    half.backward({name: g.astype("float16") for name, g in overflow.items()})
+    half.optimizer.step()
+    assert half.state().steps == 0 and not half.state().memory
+    with pytest.raises(ValueError, match="complex64"):
+        Trainee(CONFIG, "complex64")
 
 
 def check_results_land_in_gradients_of_any_layout():
@@ -511,9 +554,19 @@ def check_a_state_of_another_number_of_workers_keeps_the_mean_memory():
         ) / workers
         assert cases.error(found, expected.astype("float32")) < 1e-6
         assert (loaded.state().factors["linear"].array == trainee.state().factors["linear"].array).all()
-        if workers != hvd.size():
-            with pytest.raises(ValueError, match="list of all workers' states"):
-                loaded.optimizer.load_compression_state_dict(states[0])
+        # One state serves the same worker of as many, and no other.
+        for w, state in enumerate(states):
+            if (workers, w) == (hvd.size(), hvd.rank()):
+                loaded.optimizer.load_compression_state_dict(state)
+            else:
+                with pytest.raises(ValueError, match="list of all workers' states"):
+                    loaded.optimizer.load_compression_state_dict(state)
+        if workers > 1:
+            with pytest.raises(ValueError, match="all workers"):
+                loaded.optimizer.load_compression_state_dict([states[0], *states[:-1]])
+            states[1]["steps"] += 1
+            with pytest.raises(ValueError, match="not of the same step"):
+                loaded.optimizer.load_compression_state_dict(states)
     with pytest.raises(ValueError, match="rank: 2 in the state, 3 here"):
         Trainee(PowerSGD(rank=3)).optimizer.load_compression_state_dict(own)
     with pytest.raises(ValueError, match="linear.*48, 64.*9, 9"):
@@ -543,4 +596,41 @@ def check_workers_that_disagree_are_told_what_differs():
     assert "float64" in seen(CONFIG, dtype="float64" if odd else "float32")
     other_order = dict(reversed(cases.SHAPES.items())) if odd else cases.SHAPES
     assert "order of the parameters" in seen(CONFIG, other_order)
+    for other in (dict(groups=2), dict(sparse_as_dense=True), dict(gradient_predivide_factor=2.0)):
+        assert next(iter(other)) in seen(CONFIG, **(other if odd else {}))
     assert "worker 1: Sum" in seen(CONFIG, op=hvd.Sum if odd else hvd.Average)
+
+
+def check_two_optimizers_may_meet_their_gradients_in_any_order():
+    one, two = network(1), network(2)
+    first, second = distribute(one), distribute(two)
+    for step in range(3):
+        first.zero_grad()
+        second.zero_grad()
+        losses = [loss_of(one, step), loss_of(two, step)]
+        for loss in losses if hvd.rank() else reversed(losses):
+            loss.backward()
+        first.step()
+        second.step()
+    hvd.assert_replicas_equal(one)
+    hvd.assert_replicas_equal(two)
+
+
+def check_a_worker_that_is_new_takes_steps_and_factors_from_the_others():
+    for config in (PowerSGD(rank=2, warmup_steps=2), PowerSGD(rank=2, num_iters_per_step=1)):
+        model = network()
+        optimizer = distribute(model, config=config)
+        train(model, optimizer, range(3))
+        # Every worker makes a second optimizer, but only the last goes on with it, under the first one's names: as
+        # it is in a new process.
+        prefix, state = optimizer._workers.prefix, model.state_dict()
+        another = network()
+        another.load_state_dict(state)
+        fresh = distribute(another, config=config)
+        if hvd.rank() == hvd.size() - 1:
+            model, optimizer = another, fresh
+            object.__setattr__(optimizer._workers, "prefix", prefix)
+        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+        optimizer._engine._world = None
+        train(model, optimizer, range(3, 6))
+        assert optimizer.compression_stats().steps == 6

@@ -44,13 +44,19 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
     """Gives all workers the root's optimizer state and hyperparameters.
 
     Unlike Horovod's it takes no step to make a state where there is none: parameters and step counters stay, and
-    nothing is exchanged.
+    nothing is exchanged. As Horovod's, it makes gradients of zeros where there is no state and no gradient.
 
     Args:
         optimizer: distributed or not.
         root_rank: the worker that has the right state.
-        model: not used; Horovod's takes it.
+        model: names the modules whose gradients are sparse, and stay None.
     """
+    if not optimizer.state and not isinstance(optimizer, torch.optim.SparseAdam):
+        modules = model.modules() if model else ()
+        sparse = {id(p) for m in modules if getattr(m, "sparse", False) for p in m.parameters(recurse=False)}
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if p.requires_grad and p.grad is None and id(p) not in sparse:
+                p.grad = torch.zeros_like(p)
     tensors: List[torch.Tensor] = []
 
     def hide(tensor):
@@ -70,7 +76,12 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
     sent = [tensor.cpu() for tensor in tensors]
     broadcast_parameters([(f"optimizer state {i}", tensor) for i, tensor in enumerate(sent)], root_rank)
     if rank() != root_rank:
+        groups = optimizer.param_groups
         optimizer.load_state_dict(state)
+        # Schedulers and the wrapped optimizer hold on to the groups: they stay the same objects.
+        for group, loaded in zip(groups, optimizer.param_groups):
+            group.update(loaded)
+        optimizer.param_groups = groups
 
 
 @dataclass(frozen=True)

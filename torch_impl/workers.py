@@ -160,7 +160,9 @@ class SparseMean:
             HorovodInternalError: a worker was lost.
         """
         indices, values = (mpi_ops.synchronize(handle) for handle in self._handles)
-        return torch.sparse_coo_tensor(indices.t(), values / self._count, self._shape).coalesce()
+        return torch.sparse_coo_tensor(
+            indices.t(), values / self._count, self._shape, check_invariants=False
+        ).coalesce()
 
 
 def join(device: int = -1) -> int:

@@ -23,7 +23,8 @@ def run(arguments, workers):
     """The result of one training run."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
-        program = [sys.executable, str(HERE / "torch_digits.py"), "--compression", *arguments, "--results", str(results)]
+        program = [sys.executable, str(HERE / "torch_digits.py"), "--compression", *arguments]
+        program += ["--results", str(results)]
         command = launch_command("horovodrun --gloo", workers, program)
         if command is None:
             sys.exit("horovodrun is not installed. Run: python -m horovod_powersgd install-horovod")

@@ -144,7 +144,7 @@ def exchange(
             plain = {name: means[name] for name in plain}
 
     updates = dict(plain)
-    for name, delta in deltas.items():
+    for name in deltas:
         product = _product(bases[name], factors[name].array, factors[name].is_q)        # P^ Q^T
         updates[name] = (np.full_like(product, np.nan) if name in failed else product).reshape(gradients[name].shape)
 

@@ -46,7 +46,8 @@ def outcomes(module, launcher, workers, seconds=300):
 
 def run(command, seconds, environment=None):
     """A job's output; it is ended with all its workers when it takes longer than it may."""
-    environment = {**launch_environment(), "OMP_NUM_THREADS": "1", "HOROVOD_DYNAMIC_PROCESS_SETS": "1", **(environment or {})}
+    settings = {"OMP_NUM_THREADS": "1", "HOROVOD_DYNAMIC_PROCESS_SETS": "1", **(environment or {})}
+    environment = {**launch_environment(), **settings}
     job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         return job.communicate(timeout=seconds)[0]

@@ -92,7 +92,7 @@ def test_nothing_is_lost_updates_and_memory_sum_to_the_gradients(rows, columns, 
     assert np.linalg.norm(update_sum + left - given_sum) <= rounding * 6 * (np.linalg.norm(given_sum) + 1)
 
 
-@given(hnp.arrays(st.sampled_from([np.float32, np.float64]), st.tuples(SIDES, SIDES), elements=st.floats(-(2.0**100), 2.0**100, width=32)))
+@given(hnp.arrays(DTYPES, st.tuples(SIDES, SIDES), elements=st.floats(-(2.0**100), 2.0**100, width=32)))
 @settings(max_examples=200)
 def test_finite_gradients_never_make_a_number_that_is_not_finite(matrix):
     config = PowerSGD(rank=3, **EVERYTHING)

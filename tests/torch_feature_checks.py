@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import cases
@@ -262,7 +261,7 @@ def check_join_with_uneven_data():
     for config in (CONFIG, PowerSGD(rank=2, num_iters_per_step=1), PowerSGD(rank=2, warmup_steps=3)):
         model = network()
         optimizer = distribute(model, config=config)
-        for epoch in range(2):
+        for _ in range(2):
             for step in range(1 + hvd.rank()):
                 optimizer.zero_grad()
                 loss_of(model, step).backward()

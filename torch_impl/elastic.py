@@ -15,7 +15,7 @@ class TorchState(_TorchState):
 
     def sync(self) -> None:
         """Gives all workers worker 0's models, optimizers and attributes."""
-        for name, handler in self._handlers.items():
+        for handler in self._handlers.values():
             if type(handler) is ModelStateHandler:
                 broadcast_parameters(handler.value.state_dict(), root_rank=0)
             elif type(handler) is OptimizerStateHandler:

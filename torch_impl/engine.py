@@ -45,13 +45,16 @@ class Engine:
         self._gradients: List[PlainGradient] = []
         self._plain: Dict[PlainGradient, PlainGradient] = {}
         self._bucketed: Tuple = ()
+        self._warming_up = False
         self._waiting: Dict[Generator, object] = {}
         self._arriving: Dict[torch.nn.Parameter, PlainGradient] = {}
         self._world: object = None
         self._loss_scale: Callable[[], float] = lambda: 1.0
         # Backward has a thread for each device.
         self._lock = threading.RLock()
-        self._steps = self._bytes_sent = self._total_bytes_sent = self._bytes_uncompressed = self._total_bytes_uncompressed = 0
+        self._steps = 0
+        self._bytes_sent = self._total_bytes_sent = 0
+        self._bytes_uncompressed = self._total_bytes_uncompressed = 0
 
     def add(self, name: str, parameter: torch.nn.Parameter) -> None:
         """Takes in a parameter, between two steps; in an order that is the same on every worker."""
@@ -73,7 +76,7 @@ class Engine:
         """Takes in a gradient that backward has finished, and lets the exchanges go on as far as they can."""
         with self._lock:
             # The first exchange of a world waits for finish: workers may call backward in another order than step.
-            if self._world == self._workers.world():
+            if self._world is self._workers.world():
                 if not self._arriving:
                     self._begin()
                 self._arriving[parameter].arrived = True
@@ -90,7 +93,7 @@ class Engine:
             RuntimeError: the workers do not agree on the model or the configuration.
         """
         try:
-            if self._world != self._workers.world():
+            if self._world is not self._workers.world():
                 self._agree()
             if not self._arriving:
                 self._begin()
@@ -181,14 +184,17 @@ class Engine:
         theirs.update((name, f"shape {tuple(tensor['shape'])}") for name, tensor in state["tensors"].items())
         wrong = [what for what in {**mine, **theirs} if mine.get(what) != theirs.get(what)]
         if wrong:
-            listed = "; ".join(f"{w}: {theirs.get(w, 'missing')} in the state, {mine.get(w, 'missing')} here" for w in wrong)
+            listed = "; ".join(
+                f"{what}: {theirs.get(what, 'missing')} in the state, {mine.get(what, 'missing')} here"
+                for what in wrong
+            )
             raise ValueError(f"the compression state is of another model or configuration: {listed}")
 
     def _tensor_stats(self, gradient: PlainGradient) -> TensorStats:
         layout, reason = gradient.layout, gradient.layout.reason
         if reason is None and gradient.is_sparse:
             reason = "sparse"
-        elif reason is None and self._bucketed and self._bucketed[0] in self._plain.values():
+        elif reason is None and self._warming_up:
             reason = "warm-up"
         return TensorStats(
             name=gradient.name,
@@ -217,6 +223,7 @@ class Engine:
     @torch.no_grad()
     def _begin(self) -> None:
         gradients = self._trainable()
+        self._warming_up = self._steps < self._config.warmup_steps
         if gradients != self._bucketed:
             self._buckets = make_buckets(gradients, self._workers, "bucket", self._groups)
             self._bucketed = gradients
@@ -237,7 +244,8 @@ class Engine:
                 self._take_factors(root)
             # A worker that computed no gradient cannot know that it is sparse.
             gradients = self._trainable()
-            for gradient, sparse_dim in zip(gradients, self._workers.largest([_sparse_dim(g) for g in gradients], "sparse")):
+            largest = self._workers.largest([_sparse_dim(gradient) for gradient in gradients], "sparse")
+            for gradient, sparse_dim in zip(gradients, largest):
                 gradient.sparse_dim = 0 if self._sparse_as_dense else sparse_dim
         self._world = self._workers.world()
 

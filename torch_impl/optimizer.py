@@ -87,7 +87,7 @@ class _DistributedOptimizer(_Horovod):
         """
         if self._hooked:
             self._hook_parameters()
-            if self._world != self._workers.world():
+            if self._world is not self._workers.world():
                 trainable = [(n, p) for p, n in self._parameter_names.items() if p in self._requires_update]
                 self._workers.agree({**self._agreement(), **describe(trainable)}, steps=0)
                 self._world = self._workers.world()

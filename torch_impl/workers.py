@@ -2,7 +2,7 @@
 
 import pickle
 from dataclasses import dataclass
-from typing import Callable, List, Optional
+from typing import List, Optional
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from horovod_powersgd.agreement import DIGEST_BITS, Description, differences, di
 
 MOST_WORKERS = 2**20
 
-# How often hvd.join has returned, on every worker alike.
-_joins = 0
+# Known by its identity.
+_world = [None]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,11 @@ class Workers:
 
     @staticmethod
     def world() -> object:
-        """Another one after each hvd.init(), which an elastic job calls when its workers change, and hvd.join()."""
-        return id(mpi_ops._handle_map), _joins
+        """Another object after each hvd.init(), which an elastic job calls when its workers change, and hvd.join()."""
+        global _world
+        if _world[0] is not mpi_ops._handle_map:  # init makes a new one
+            _world = [mpi_ops._handle_map]
+        return _world
 
     def mean(self, tensor: torch.Tensor, name: str, in_place: bool = False) -> "Mean":
         """Starts averaging a contiguous tensor of a dtype that Horovod reduces."""
@@ -167,7 +170,7 @@ class SparseMean:
 
 def join(device: int = -1) -> int:
     """horovod.torch.join; the workers' next exchange starts from what the one that went farthest knows."""
-    global _joins
+    global _world
     last = mpi_ops.join(device)
-    _joins += 1
+    _world = [mpi_ops._handle_map]
     return last

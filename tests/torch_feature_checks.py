@@ -327,6 +327,16 @@ def check_broadcast_of_optimizer_state_takes_no_step():
             train(model, optimizer, range(2))
 
 
+def check_parameters_of_integers_stay_out():
+    model = network()
+    model.counts = nn.Parameter(torch.zeros(3, 50, dtype=torch.int32), requires_grad=False)
+    optimizer = distribute(model)
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    # As Horovod's, with zeros where there were no gradients.
+    assert all((p.grad == 0).all() for p in model.parameters() if p.requires_grad) and model.counts.grad is None
+    train(model, optimizer, range(2))
+
+
 def check_broadcast_of_any_dtype_and_memory_format():
     for make in (
         lambda: torch.full((2, 3, 4, 5), float(hvd.rank())).to(memory_format=torch.channels_last),

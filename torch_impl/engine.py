@@ -58,8 +58,10 @@ class Engine:
 
     def add(self, name: str, parameter: torch.nn.Parameter) -> None:
         """Takes in a parameter, between two steps; in an order that is the same on every worker."""
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            return  # it cannot have a gradient
         if parameter.dtype not in DTYPES:
-            raise ValueError(f"PowerSGD exchanges floating-point gradients; parameter {name} is {parameter.dtype}")
+            raise ValueError(f"PowerSGD exchanges real gradients of 16 to 64 bits; parameter {name} is {parameter.dtype}")
         layout = layout_of(parameter.shape, self._config)
         plain = PlainGradient(name, parameter, layout, self._sparse_as_dense)
         gradient = plain

@@ -28,7 +28,7 @@ def test_digits(compression, ratio, tmp_path):
     assert result == json.loads(results.read_text())
     assert result.keys() == {"compression", "rank", "test_accuracy", "bytes_per_epoch", "ratio", "ms_per_batch"}
     assert result["compression"] == compression and result["rank"] == (2 if compression == "powersgd" else None)
-    assert int(result["ratio"]) == ratio and result["test_accuracy"] > 0.8
+    assert int(result["ratio"]) == ratio and result["test_accuracy"] > 0.5  # guessing is right in 0.1
     assert result["bytes_per_epoch"] * result["ratio"] == pytest.approx(13_314_928)
 
 

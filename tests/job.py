@@ -25,7 +25,7 @@ def checks_in(module):
 
 
 @functools.cache
-def outcomes(module, launcher, workers, seconds=300):
+def outcomes(module, launcher, workers, seconds=480):
     """Runs all checks of a module in the workers of one launch.
 
     Returns:

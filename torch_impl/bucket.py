@@ -7,8 +7,8 @@ from typing import Dict, Generator, List, Sequence, Tuple, Union
 import torch
 from horovod.common.util import split_list
 
-from horovod_powersgd.torch.workers import Mean, Workers
 from horovod_powersgd.torch.gradient import MatrixGradient, PlainGradient
+from horovod_powersgd.torch.workers import Mean, Workers
 
 # A bucket is closed when its gradients take this many bytes: few enough to start early in backward, enough to pay
 # for a round of messages.
@@ -61,7 +61,7 @@ class Bucket:
         Returns:
             Bytes handed to Horovod.
         """
-        bytes_sent, finite, sparse = 0, torch.tensor(True), []
+        bytes_sent, finite, sparse = 0, True, []
         for half_step in range(half_steps if self._matrices else 1):
             senders, sent = [], []
             for gradient in self._matrices if half_step else self.gradients:
@@ -85,15 +85,16 @@ class Bucket:
                 for gradient in senders:
                     gradient.memorize()
             flat = yield mean
-            finite = torch.isfinite(flat).all() & finite.to(flat.device)
+            finite = torch.isfinite(flat).all() & finite
             for gradient, part in zip(senders, flat.split([part.numel() for part in sent])):
                 gradient.receive(part)
         for gradient, gathered in sparse:
             average = yield gathered
-            finite = torch.isfinite(average.values()).all() & finite.to(average.device)
+            finite = torch.isfinite(average.values()).all() & finite
             gradient.receive_sparse(average)
         for gradient in self.gradients:
-            finite = gradient.fits(factor).to(finite.device) & finite
+            if gradient.parameter.dtype == torch.float16:
+                finite = gradient.fits(factor) & finite
         finite = yield verdict.add(finite)
         for gradient in self.gradients:
             gradient.end(finite, factor)

@@ -75,9 +75,7 @@ class PlainGradient:
         self._mean = average.to(self.parameter.dtype)
 
     def fits(self, factor: float) -> torch.Tensor:
-        """Whether the average, times `factor`, is finite in the gradient's dtype; a boolean on the device."""
-        if self.parameter.dtype != torch.float16:
-            return torch.tensor(True)
+        """Whether the average, times `factor`, is finite in half precision; a boolean on the device."""
         update = self._mean if self._mean.layout == torch.strided else self._mean.values()
         return torch.isfinite(update * factor).all()
 
@@ -221,7 +219,7 @@ class MatrixGradient(PlainGradient):
             self._delta.addmm_(p.t(), q, alpha=-1)
 
     def fits(self, factor: float) -> torch.Tensor:
-        if self.parameter.dtype != torch.float16 or self.is_sparse:
+        if self.is_sparse:
             return super().fits(factor)
         p, q = (self._basis, self._mean) if self._mean_is_q else (self._mean, self._basis)
         return torch.isfinite((p.t() @ (q * factor)).half()).all()

@@ -9,12 +9,19 @@ Description = Mapping[str, str]
 
 DIGEST_BITS = 48
 
+# The worker that has exchanged the most steps has the largest (steps + 1) * MOST_WORKERS - worker.
+MOST_WORKERS = 2**20
 
-def digest(description: Description) -> List[int]:
-    """Four numbers from 1 to 2^48 that two descriptions share only when they are equal."""
-    encoded = json.dumps(list(description.items())).encode()
-    whole = hashlib.sha256(encoded).digest()
-    return [1 + int.from_bytes(whole[i : i + DIGEST_BITS // 8], "big") for i in range(0, 24, 6)]
+
+def ballot(description: Description) -> List[int]:
+    """Eight numbers, all positive and below 2^50. The workers' descriptions are equal where the largest of all
+    workers' ballots, number by number, is each worker's own.
+
+    A worker that has joined (hvd.join) sends zeros. That is why each number goes with its complement.
+    """
+    whole = hashlib.sha256(json.dumps(list(description.items())).encode()).digest()
+    numbers = [1 + int.from_bytes(whole[i : i + DIGEST_BITS // 8], "big") for i in range(0, 24, 6)]
+    return [*numbers, *(2 ** (DIGEST_BITS + 1) - number for number in numbers)]
 
 
 def differences(descriptions: Sequence[Description]) -> str:

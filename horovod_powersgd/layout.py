@@ -34,6 +34,11 @@ def leading_rows(shape: Sequence[int]) -> Tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
+def trailing_columns(shape: Sequence[int]) -> Tuple[int, int]:
+    """(rows, columns) where the last axis holds the outputs, as in TensorFlow: (height * width * in, out)."""
+    return math.prod(shape[:-1]), shape[-1]
+
+
 def layout_of(shape: Sequence[int], config: PowerSGD, matrix_shape=leading_rows) -> Layout:
     """Decides how a tensor of this shape is exchanged.
 

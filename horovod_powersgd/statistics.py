@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Optional, Tuple
 
+from horovod_powersgd.layout import Layout
+
 
 @dataclass(frozen=True)
 class TensorStats:
@@ -27,6 +29,24 @@ class TensorStats:
     compressed: bool
     reason: Optional[str]
     residual: Optional[float]
+
+    @classmethod
+    def of(cls, name: str, layout: Layout, reason: Optional[str], residual: Optional[float]) -> "TensorStats":
+        """A tensor that was not compressed for this reason, or was."""
+        return cls(
+            name=name,
+            shape=layout.shape,
+            matrix_shape=layout.matrix_shape,
+            rank=layout.rank if reason is None else 0,
+            compressed=reason is None,
+            reason=reason,
+            residual=residual if reason is None else 0.0,
+        )
+
+
+def residual(left: float, sent: float) -> float:
+    """|e| / |delta| from |e| and the norm of what was sent: they are orthogonal, and together they are delta."""
+    return left / math.hypot(left, sent) if left else 0.0
 
 
 @dataclass(frozen=True)

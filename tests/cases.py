@@ -5,6 +5,7 @@ import functools
 import numpy as np
 
 from horovod_powersgd import PowerSGD, reference
+from horovod_powersgd.layout import leading_rows
 
 SHAPES = {
     "conv": (16, 8, 3, 3),
@@ -89,11 +90,12 @@ def assert_close(found, expected, largest, what, scales=None):
         assert off <= largest, (what, name, off)
 
 
-def simulated(config, dtype, workers, steps):
+def simulated(config, dtype, workers, steps, matrix_shape=leading_rows):
     """The reference's run on these gradients: for each step the updates, and each worker's memory."""
     states = [reference.State() for _ in range(workers)]
     run = []
     for step in range(steps):
-        updates = reference.simulate([gradients(step, w, dtype) for w in range(workers)], states, config)
+        everyone = [gradients(step, w, dtype) for w in range(workers)]
+        updates = reference.simulate(everyone, states, config, matrix_shape)
         run.append((updates[0], [dict(state.memory) for state in states]))
     return run

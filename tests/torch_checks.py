@@ -1,88 +1,34 @@
 """What holds in every worker of a PyTorch job, whatever launched it."""
 
-import itertools
-
 import numpy as np
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import cases
 import horovod_powersgd.torch as hvd
+from equivalence import Equivalence
 from horovod_powersgd import PowerSGD, reference
+from horovod_powersgd.layout import leading_rows
 from trainee import Trainee
 
 
-def trainees():
-    """One for each configuration and dtype. They exchange at the same time, which saves rounds of messages."""
-    return {run: Trainee(*run) for run in itertools.product(cases.CONFIGS, cases.DTYPES)}
-
-
-def exchange_all(trainees, step):
-    """Yields (configuration and dtype, trainee, its updates) after one step of all."""
-    for (_, dtype), trainee in trainees.items():
-        trainee.start(cases.gradients(step, hvd.rank(), dtype))
-    for run, trainee in trainees.items():
-        yield run, trainee, trainee.finish()
+equivalence = Equivalence(hvd, Trainee, leading_rows)
+trainees, exchange_all = equivalence.trainees, equivalence.exchange_all
 
 
 def check_a_run_of_20_steps_equals_the_reference():
-    everyone = trainees()
-    # Each worker simulates its share.
-    mine = list(everyone)[hvd.rank() :: hvd.size()]
-    shares = hvd.allgather_object({run: cases.simulated(*run, hvd.size(), 20) for run in mine}, name="simulated")
-    simulated = {run: steps for share in shares for run, steps in share.items()}
-    for step in range(20):
-        for run, trainee, updates in exchange_all(everyone, step):
-            largest = cases.tolerance(*run, hvd.size(), 20)
-            expected, memories = simulated[run][step]
-            cases.assert_close(updates, expected, largest, (run, step))
-            memory = memories[hvd.rank()]
-            cases.assert_close(trainee.state().memory, memory, largest, (run, step, "memory"), expected)
-    assert all(trainee.state().steps == 20 for trainee in everyone.values())
+    equivalence.a_run_of_20_steps()
 
 
 def check_one_step_from_an_equal_state_equals_the_reference():
-    everyone = trainees()
-    for step in range(2):
-        mine = {run: trainee.state() for run, trainee in everyone.items()}
-        all_states = hvd.allgather_object(mine, name="states")
-        for (config, dtype), trainee, updates in exchange_all(everyone, step):
-            largest = cases.tolerance(config, dtype, hvd.size(), 1)
-            gradients = [cases.gradients(step, w, dtype) for w in range(hvd.size())]
-            states = [states[config, dtype] for states in all_states]
-            expected = reference.simulate(gradients, states, config)[0]
-            cases.assert_close(updates, expected, largest, (config, dtype, step))
-            memory = states[hvd.rank()].memory
-            cases.assert_close(trainee.state().memory, memory, largest, (config, dtype, step, "memory"), expected)
+    equivalence.one_step_from_an_equal_state()
 
 
 def check_any_shapes_equal_the_reference():
-    shapes = st.lists(st.integers(1, 40), min_size=0, max_size=4).filter(lambda shape: np.prod(shape) <= 10_000)
+    equivalence.any_shapes()
 
-    @settings(max_examples=12, deadline=None, derandomize=True, database=None)
-    @given(
-        st.lists(shapes, min_size=1, max_size=5), st.sampled_from(cases.DTYPES), st.integers(1, 6), st.integers(1, 3)
-    )
-    def holds(shapes, dtype, rank, half_steps):
-        named = {str(i): tuple(shape) for i, shape in enumerate(shapes)}
-        config = PowerSGD(rank=rank, num_iters_per_step=half_steps, min_compression_rate=1)
-        trainee = Trainee(config, dtype, named)
-        gradients = [cases.gradients(0, w, dtype, named) for w in range(hvd.size())]
-        states = [reference.State() for _ in gradients]
-        expected = reference.simulate(gradients, states, config)[0]
-        updates = trainee.exchange(gradients[hvd.rank()])
-        largest = cases.tolerance(config, dtype, hvd.size(), 1)
-        failure = None
-        try:
-            cases.assert_close(updates, expected, largest, named)
-            cases.assert_close(trainee.state().memory, states[hvd.rank()].memory, largest, (named, "memory"), expected)
-        except AssertionError as error:
-            failure = str(error)
-        # Found on one worker, known to all: hypothesis must take the same path on each.
-        assert not any(hvd.allgather_object(failure, name="failure")), failure
 
-    holds()
+def check_the_mean_of_all_workers_is_kept_in_half_precision():
+    equivalence.the_mean_of_all_workers_is_kept_in_half_precision()
 
 
 def check_updates_and_parameters_are_the_same_bits_on_all_workers():
@@ -116,18 +62,6 @@ def check_uncompressed_and_fp16_are_horovods_own():
             for name, parameter in parameters.items():
                 assert cases.error(updates[name], parameter.grad.numpy()) <= (rounding if hvd.size() > 2 else 0)
             theirs.zero_grad()
-
-
-def check_the_mean_of_all_workers_is_kept_in_half_precision():
-    config = PowerSGD(rank=2, wire_dtype="float16")
-    trainee = Trainee(config)
-    given_sum, update_sum = 0, 0
-    for step in range(30):
-        gradients = [cases.gradients(step, w, "float32")["linear"] for w in range(hvd.size())]
-        given_sum = given_sum + np.mean(gradients, axis=0)
-        update_sum = update_sum + trainee.exchange(cases.gradients(step, hvd.rank(), "float32"))["linear"]
-    memory = np.mean(hvd.allgather_object(trainee.state().memory["linear"]), axis=0)
-    assert cases.error(update_sum + memory, given_sum) < 2**-11
 
 
 def check_bytes_are_those_of_the_factors_and_vectors():

@@ -1,21 +1,12 @@
 """Gradients that are exchanged together."""
 
-import math
-import zlib
-from typing import Dict, Generator, List, Sequence, Tuple, Union
+from typing import Generator, List, Sequence, Union
 
 import torch
-from horovod.common.util import split_list
 
+from horovod_powersgd.buckets import bucket_name, sort_into_buckets
 from horovod_powersgd.torch.gradient import MatrixGradient, PlainGradient
 from horovod_powersgd.torch.workers import Mean, Workers
-
-# A bucket is closed when its gradients take this many bytes: few enough to start early in backward, enough to pay
-# for a round of messages.
-BUCKET_BYTES = 25 * 2**20
-# A gradient that is averaged as it is travels alone from this size on: copying it costs more than a message.
-ALONE_BYTES = 64 * 2**10
-
 
 class Verdict:
     """Whether a step's averages are finite, on all workers alike; known when every bucket has said so."""
@@ -107,43 +98,13 @@ def make_buckets(
     """Sorts gradients into buckets, the same on every worker.
 
     Args:
-        gradients: in the order of registration. Backward computes them about the other way round.
+        gradients: in the order of registration.
         workers: that the buckets are exchanged with.
         prefix: of the buckets' names.
-        groups: Horovod's: their number, or lists of the parameters that belong together; what is in none of the
-            lists is sorted by size, as all is without groups.
+        groups: Horovod's: their number, or lists of the parameters that belong together.
     """
-    grouped: List[Sequence[PlainGradient]] = []
-    if isinstance(groups, int):
-        grouped, gradients = split_list(gradients, groups), []
-    elif groups is not None:
+    if groups is not None and not isinstance(groups, int):
         by_parameter = {g.parameter: g for g in gradients}
-        grouped = [[by_parameter[p] for p in group if p in by_parameter] for group in groups]
-        gradients = [g for g in gradients if not any(g in group for group in grouped)]
-    buckets = [bucket for group in grouped for bucket in _fill(group, math.inf, math.inf)]
-    buckets += _fill(gradients, BUCKET_BYTES, ALONE_BYTES)
-    return [Bucket(f"{prefix}.{i}.{_digest(bucket)}", bucket, workers) for i, bucket in enumerate(buckets)]
-
-
-def _digest(gradients: Sequence[PlainGradient]) -> str:
-    """Goes into a bucket's name: workers that freeze different layers must not average one with another."""
-    return format(zlib.crc32("\n".join(gradient.name for gradient in gradients).encode()), "x")
-
-
-def _fill(gradients: Sequence[PlainGradient], bucket_bytes: float, alone_bytes: float) -> List[List[PlainGradient]]:
-    """Buckets of one kind each, last gradient first."""
-    filling: Dict[Tuple, List[PlainGradient]] = {}
-    room: Dict[Tuple, float] = {}
-    full: List[List[PlainGradient]] = []
-    for gradient in reversed(gradients):
-        size = gradient.parameter.numel() * gradient.parameter.element_size()
-        if not isinstance(gradient, MatrixGradient) and size >= alone_bytes:
-            full.append([gradient])
-            continue
-        kind = (gradient.sent_dtype, gradient.parameter.device)
-        filling.setdefault(kind, []).append(gradient)
-        room[kind] = room.get(kind, bucket_bytes) - size
-        if room[kind] <= 0:
-            full.append(filling.pop(kind))
-            del room[kind]
-    return full + list(filling.values())
+        groups = [[by_parameter[p] for p in group if p in by_parameter] for group in groups]
+    buckets = enumerate(sort_into_buckets(gradients, groups))
+    return [Bucket(f"{prefix}.{bucket_name(i, bucket)}", bucket, workers) for i, bucket in buckets]

@@ -1,13 +1,12 @@
 """The exchange of one optimizer's gradients, step by step, while backward computes them."""
 
 import threading
-from dataclasses import asdict
 from types import MappingProxyType
 from typing import Callable, Dict, Generator, Iterable, List, Mapping, Sequence, Tuple, Union
 
 import torch
 
-from horovod_powersgd import PowerSGD
+from horovod_powersgd import PowerSGD, checkpoint
 from horovod_powersgd.agreement import Description
 from horovod_powersgd.layout import layout_of
 from horovod_powersgd.statistics import CompressionStats, TensorStats
@@ -15,7 +14,6 @@ from horovod_powersgd.torch.bucket import Verdict, make_buckets
 from horovod_powersgd.torch.gradient import MatrixGradient, PlainGradient
 from horovod_powersgd.torch.workers import Workers
 
-STATE_VERSION = 1
 DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16
 
 
@@ -133,14 +131,8 @@ class Engine:
 
     def state_dict(self) -> Dict[str, object]:
         """What this worker has to keep for the exchange to go on where it is: tensors, numbers and strings."""
-        return {
-            "version": STATE_VERSION,
-            "config": asdict(self._config),
-            "workers": self._workers.count,
-            "worker": self._workers.index,
-            "steps": self._steps,
-            "tensors": {gradient.name: gradient.state_dict() for gradient in self._gradients},
-        }
+        tensors = {gradient.name: gradient.state_dict() for gradient in self._gradients}
+        return checkpoint.state_dict(self._config, self._workers.count, self._workers.index, self._steps, tensors)
 
     def load_state_dict(self, states: Union[Mapping, Iterable[Mapping]]) -> None:
         """Goes on where the state was made.
@@ -152,45 +144,12 @@ class Engine:
         Raises:
             ValueError: the state is of another model or configuration, or does not serve this number of workers.
         """
-        count, index = self._workers.count, self._workers.index
-        alone = isinstance(states, Mapping)
-        memories: Dict[str, object] = {}
-        seen, saved, steps, factors = [], 0, 0, {}
-        for state in [states] if alone else states:
-            self._check(state)
-            seen.append(state["worker"])
-            if seen[0] != seen[-1] and (saved, steps) != (state["workers"], state["steps"]):
-                raise ValueError(f"the compression states of workers {seen[0]} and {seen[-1]} are not of the same step")
-            saved, steps, factors = state["workers"], state["steps"], state["tensors"]
-            if alone and (saved, seen) != (count, [index]):
-                raise ValueError(
-                    f"the compression state of worker {seen[0]} of {saved} alone does not serve worker {index} of "
-                    f"{count}: load that worker's own, or the list of all workers' states"
-                )
-            if seen[-1] % count == index:
-                for name, tensor in state["tensors"].items():
-                    if tensor.get("memory") is not None:
-                        memories.setdefault(name, []).append((tensor["memory"], tensor["memory_scale"]))
-        if not alone and (not seen or sorted(seen) != list(range(saved))):
-            raise ValueError(f"the compression states of all workers are needed, and those given are of {seen}")
-        self._steps = steps
+        shapes = {gradient.name: gradient.layout.shape for gradient in self._gradients}
+        share = checkpoint.share_of(states, self._config, shapes, self._workers.count, self._workers.index)
+        self._steps = share.steps
         for gradient in self._gradients:
-            gradient.load_state_dict(factors[gradient.name], memories.get(gradient.name, ()), count / saved)
-
-    def _check(self, state: Mapping) -> None:
-        if state.get("version") != STATE_VERSION:
-            raise ValueError(f"not a compression state of version {STATE_VERSION}: {state.get('version')!r}")
-        mine = {f"PowerSGD.{field}": repr(value) for field, value in asdict(self._config).items()}
-        mine.update((g.name, f"shape {g.layout.shape}") for g in self._gradients)
-        theirs = {f"PowerSGD.{field}": repr(value) for field, value in state["config"].items()}
-        theirs.update((name, f"shape {tuple(tensor['shape'])}") for name, tensor in state["tensors"].items())
-        wrong = [what for what in {**mine, **theirs} if mine.get(what) != theirs.get(what)]
-        if wrong:
-            listed = "; ".join(
-                f"{what}: {theirs.get(what, 'missing')} in the state, {mine.get(what, 'missing')} here"
-                for what in wrong
-            )
-            raise ValueError(f"the compression state is of another model or configuration: {listed}")
+            memories = [(t["memory"], t["memory_scale"]) for t in share.memories.get(gradient.name, ())]
+            gradient.load_state_dict(share.tensors[gradient.name], memories, share.weight)
 
     def _tensor_stats(self, gradient: PlainGradient) -> TensorStats:
         layout, reason = gradient.layout, gradient.layout.reason
@@ -198,15 +157,7 @@ class Engine:
             reason = "sparse"
         elif reason is None and self._warming_up:
             reason = "warm-up"
-        return TensorStats(
-            name=gradient.name,
-            shape=layout.shape,
-            matrix_shape=layout.matrix_shape,
-            rank=layout.rank if reason is None else 0,
-            compressed=reason is None,
-            reason=reason,
-            residual=gradient.residual() if reason is None else 0.0,
-        )
+        return TensorStats.of(gradient.name, layout, reason, gradient.residual())
 
     def _count(self) -> None:
         self._steps += self._verdict.result()

@@ -1,6 +1,5 @@
 """What one parameter's gradient goes through in a step, and what is kept of it for the next one."""
 
-import math
 from typing import Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from horovod_powersgd import PowerSGD
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.reference import initial_factor
+from horovod_powersgd.statistics import residual
 from horovod_powersgd.torch.orthogonalization import orthogonalize
 from horovod_powersgd.torch.workers import SparseMean, Workers
 
@@ -24,6 +24,8 @@ class PlainGradient:
         sparse_dim: of a sparse gradient; 0 where it is dense.
     """
 
+    compressed = False
+
     def __init__(self, name: str, parameter: torch.nn.Parameter, layout: Layout, sparse_as_dense: bool = False):
         self.name, self.parameter, self.layout = name, parameter, layout
         self.arrived = self.is_sparse = False
@@ -34,6 +36,16 @@ class PlainGradient:
     def sent_dtype(self) -> torch.dtype:
         """Of what Horovod is given; it does not reduce bfloat16."""
         return torch.float32 if self.parameter.dtype == torch.bfloat16 else self.parameter.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of a dense gradient."""
+        return self.parameter.numel() * self.parameter.element_size()
+
+    @property
+    def kind(self) -> Tuple[torch.dtype, torch.device]:
+        """What the gradients of a bucket have in common."""
+        return self.sent_dtype, self.parameter.device
 
     def done(self) -> bool:
         """Whether backward has computed the gradient."""
@@ -81,7 +93,7 @@ class PlainGradient:
 
     def uncompressed_bytes(self) -> int:
         """What Horovod would have been handed."""
-        return self._sparse_bytes if self.is_sparse else self.parameter.numel() * self.parameter.element_size()
+        return self._sparse_bytes if self.is_sparse else self.nbytes
 
     def send(self) -> torch.Tensor:
         """What the next round averages, flat: here the gradient, where possible in its own storage."""
@@ -140,6 +152,8 @@ class MatrixGradient(PlainGradient):
         factor: (r, m) or (r, n): the last averaged factor.
         factor_is_q: which of the two it is.
     """
+
+    compressed = True
 
     def __init__(
         self,
@@ -250,9 +264,7 @@ class MatrixGradient(PlainGradient):
         """|e| / |delta| of the last step; None where there was none or no memory is kept."""
         if self.memory is None or self._own is None:
             return None
-        # The memory is orthogonal to what was sent: together they are delta.
-        left, sent = (torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in (self.memory, self._own))
-        return left / math.hypot(left, sent) if left else 0.0
+        return residual(*(torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in (self.memory, self._own)))
 
     def state_dict(self) -> Dict[str, object]:
         return {

@@ -19,9 +19,7 @@ from horovod.torch.mpi_ops import (
     allreduce_async_,
 )
 
-from horovod_powersgd.agreement import DIGEST_BITS, Description, differences, digest
-
-MOST_WORKERS = 2**20
+from horovod_powersgd.agreement import MOST_WORKERS, Description, ballot, differences
 
 # Known by its identity.
 _world = [None]
@@ -92,8 +90,6 @@ class Workers:
     def agree(self, description: Description, steps: int) -> Optional[int]:
         """Checks that all workers have the same description. Costs one small allreduce.
 
-        A worker that has joined (hvd.join) sends zeros: each number goes with its complement, and the largest counts.
-
         Args:
             description: this worker's.
             steps: that this worker has exchanged.
@@ -104,13 +100,11 @@ class Workers:
         Raises:
             RuntimeError: on every worker, with what differs between whom.
         """
-        numbers = digest(description)
-        complements = [2 ** (DIGEST_BITS + 1) - number for number in numbers]
-        place = (steps + 1) * MOST_WORKERS - mpi_ops.rank()
-        largest = self.largest([*numbers, *complements, place], "agreement")
-        if largest[:-1] != [*numbers, *complements]:
+        mine = ballot(description)
+        *largest, place = self.largest([*mine, (steps + 1) * MOST_WORKERS - mpi_ops.rank()], "agreement")
+        if largest != mine:
             raise RuntimeError(f"The workers do not agree:\n{differences(self._gather(description))}")
-        return None if largest[-1] <= MOST_WORKERS else -largest[-1] % MOST_WORKERS
+        return None if place <= MOST_WORKERS else -place % MOST_WORKERS
 
     def _gather(self, item: object) -> List[object]:
         """Each worker's item; Horovod's allgather_object knows no process sets."""

@@ -1,0 +1,97 @@
+"""What a worker saves of its exchange, and who loads what when the workers have changed."""
+
+from dataclasses import asdict
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Tuple, Union
+
+from horovod_powersgd.powersgd import PowerSGD
+
+STATE_VERSION = 1
+
+# One tensor's saved shape, factor and memory.
+TensorState = Mapping[str, Any]
+
+
+def state_dict(config: PowerSGD, workers: int, worker: int, steps: int, tensors: Dict[str, TensorState]) -> Dict:
+    """One worker's state: numbers, strings and the framework's arrays."""
+    return {
+        "version": STATE_VERSION,
+        "config": asdict(config),
+        "workers": workers,
+        "worker": worker,
+        "steps": steps,
+        "tensors": tensors,
+    }
+
+
+class Share(NamedTuple):
+    """What one worker takes from saved states.
+
+    Attributes:
+        steps: that were exchanged.
+        tensors: a state of each tensor, by name; its factor is the same in all workers' states.
+        memories: the states of each tensor whose memories are this worker's, by name.
+        weight: what the sum of those memories is multiplied by, so that the mean over the workers stays.
+    """
+
+    steps: int
+    tensors: Mapping[str, TensorState]
+    memories: Mapping[str, List[TensorState]]
+    weight: float
+
+
+def share_of(
+    states: Union[Mapping, Iterable[Mapping]],
+    config: PowerSGD,
+    shapes: Mapping[str, Tuple[int, ...]],
+    workers: int,
+    worker: int,
+) -> Share:
+    """This worker's part of saved states.
+
+    Args:
+        states: this worker's state, or those of all workers in their order. With another number of workers than
+            the state is from, all are needed.
+        config: of this exchange.
+        shapes: of this exchange's tensors, by name.
+        workers: how many there are.
+        worker: this one's number.
+
+    Raises:
+        ValueError: the state is of another model or configuration, or does not serve this number of workers.
+    """
+    alone = isinstance(states, Mapping)
+    memories: Dict[str, List[TensorState]] = {}
+    seen, saved, steps, tensors = [], 0, 0, {}
+    for state in [states] if alone else states:
+        _check(state, config, shapes)
+        seen.append(state["worker"])
+        if seen[0] != seen[-1] and (saved, steps) != (state["workers"], state["steps"]):
+            raise ValueError(f"the compression states of workers {seen[0]} and {seen[-1]} are not of the same step")
+        saved, steps, tensors = state["workers"], state["steps"], state["tensors"]
+        if alone and (saved, seen) != (workers, [worker]):
+            raise ValueError(
+                f"the compression state of worker {seen[0]} of {saved} alone does not serve worker {worker} of "
+                f"{workers}: load that worker's own, or the list of all workers' states"
+            )
+        if seen[-1] % workers == worker:
+            for name, tensor in tensors.items():
+                if tensor.get("memory") is not None:
+                    memories.setdefault(name, []).append(tensor)
+    if not alone and (not seen or sorted(seen) != list(range(saved))):
+        raise ValueError(f"the compression states of all workers are needed, and those given are of {seen}")
+    return Share(steps, tensors, memories, workers / saved)
+
+
+def _check(state: Mapping, config: PowerSGD, shapes: Mapping[str, Tuple[int, ...]]) -> None:
+    if state.get("version") != STATE_VERSION:
+        raise ValueError(f"not a compression state of version {STATE_VERSION}: {state.get('version')!r}")
+    mine = {f"PowerSGD.{field}": repr(value) for field, value in asdict(config).items()}
+    mine.update((name, f"shape {tuple(shape)}") for name, shape in shapes.items())
+    theirs = {f"PowerSGD.{field}": repr(value) for field, value in state["config"].items()}
+    theirs.update((name, f"shape {tuple(tensor['shape'])}") for name, tensor in state["tensors"].items())
+    wrong = [what for what in {**mine, **theirs} if mine.get(what) != theirs.get(what)]
+    if wrong:
+        listed = "; ".join(
+            f"{what}: {theirs.get(what, 'missing')} in the state, {mine.get(what, 'missing')} here" for what in wrong
+        )
+        raise ValueError(f"the compression state is of another model or configuration: {listed}")

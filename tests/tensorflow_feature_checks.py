@@ -1,0 +1,378 @@
+"""What users do with tapes, in every worker of a TensorFlow job."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import cases
+import horovod_powersgd.tensorflow as hvd
+from horovod_powersgd import PowerSGD, reference
+from horovod_powersgd.layout import trailing_columns
+from horovod_powersgd.tensorflow.state import known_states
+from tensorflow_trainee import EagerTrainee, FunctionTrainee
+
+SHAPE = (24, 32)
+
+
+def matrix(step=0, worker=None, dtype="float32"):
+    """A worker's gradient."""
+    worker = hvd.rank() if worker is None else worker
+    return cases.gradients(step, worker, dtype, {"matrix": SHAPE})["matrix"]
+
+
+def variable(name="matrix", dtype=tf.float32, shape=SHAPE):
+    return tf.Variable(tf.zeros(shape, dtype), name=name)
+
+
+def expected(config, steps, dtype="float32", name="matrix", gradient=matrix):
+    """The reference's updates in so many steps."""
+    states = [reference.State() for _ in range(hvd.size())]
+    return [
+        reference.simulate(
+            [{name: gradient(step, w, dtype)} for w in range(hvd.size())], states, config, trailing_columns
+        )[0][name]
+        for step in range(steps)
+    ]
+
+
+def exchange(variables, gradients, config, **options):
+    """By a new tape."""
+    with tf.GradientTape() as tape:
+        loss = sum(tf.reduce_sum(tf.cast(v, g.dtype) * g) for v, g in zip(variables, gradients))
+    return hvd.DistributedGradientTape(tape, compression=config, **options).gradient(loss, variables)
+
+
+def check_the_state_is_the_variables_whatever_the_tape_and_the_function():
+    config = PowerSGD(rank=2)
+    traces = []
+
+    @tf.function
+    def with_a_batch(batch, v, gradient):
+        traces.append(batch.shape)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(v * gradient) + tf.reduce_sum(batch)
+        # The configuration is written inline.
+        return hvd.DistributedGradientTape(tape, compression=hvd.PowerSGD(rank=2)).gradient(loss, v)
+
+    @tf.function
+    def another(v, gradient):
+        return exchange([v], [gradient], hvd.PowerSGD(rank=2))[0]
+
+    v = variable()
+    steps = [
+        lambda g: with_a_batch(tf.zeros(3), v, g),
+        lambda g: another(v, g),
+        lambda g: exchange([v], [g], config)[0],
+        lambda g: with_a_batch(tf.zeros(5), v, g),
+        lambda g: with_a_batch(tf.zeros((2, 2)), v, g),
+        lambda g: another(v, g),
+    ]
+    for step, update, run in zip(range(6), expected(config, 6), steps):
+        assert cases.error(run(tf.constant(matrix(step))).numpy(), update) < 1e-3, step
+    assert len(traces) >= 3
+    assert hvd.compression_stats([v]).steps == 6
+
+
+def check_two_models_and_two_configurations_keep_apart():
+    one, other = variable(), variable()
+    both = EagerTrainee(PowerSGD(rank=2), shapes={"matrix": SHAPE})
+    for step in range(3):
+        gradient = tf.constant(matrix(step))
+        expected_update = both.exchange({"matrix": matrix(step)})["matrix"]
+        np.testing.assert_allclose(exchange([one], [gradient], PowerSGD(rank=2))[0], expected_update, 1e-4, 1e-5)
+        exchange([other], [3 * gradient], PowerSGD(rank=2))
+        exchange([one], [gradient], PowerSGD(rank=1))
+    assert len(known_states([one])) == 2
+
+
+def check_names_are_made_unique():
+    first, second = variable("w"), variable("w")
+    config = PowerSGD(rank=2)
+    gradients = [tf.constant(matrix()), tf.constant(matrix())]
+    one, two = exchange([first, second], gradients, config)
+    assert [state.name for state in known_states([first, second])] == ["w", "w_1"]
+    assert cases.error(one.numpy(), expected(config, 1, name="w")[0]) < 1e-5
+    assert cases.error(two.numpy(), expected(config, 1, name="w_1")[0]) < 1e-5
+
+
+def check_a_persistent_tape_gives_several_gradients():
+    config = PowerSGD(rank=2, num_iters_per_step=1)
+
+    def step(v, w, gradient):
+        with tf.GradientTape(persistent=True) as tape:
+            one, other = tf.reduce_sum(v * gradient), tf.reduce_sum(w * gradient)
+        tape = hvd.DistributedGradientTape(tape, compression=config)
+        # Twice the same variable: its memory goes from one exchange to the next.
+        return tape.gradient(one, v), tape.gradient(other, {"w": w})["w"], tape.gradient(one, [v])[0]
+
+    for run in (step, tf.function(step)):
+        v, w = variable("v"), variable("w")
+        for i in range(2):
+            first, other, second = run(v, w, tf.constant(matrix(i)))
+            steps_of_v = expected(config, 2 * i + 2, name="v", gradient=lambda s, w, d: matrix(s // 2, w, d))
+            assert cases.error(first.numpy(), steps_of_v[2 * i]) < 1e-3
+            assert cases.error(second.numpy(), steps_of_v[2 * i + 1]) < 1e-3
+            assert cases.error(other.numpy(), expected(config, i + 1, name="w")[i]) < 1e-3
+
+
+def check_gradients_that_are_none_stay_none():
+    v, unused = variable("v"), variable("unused")
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(v * matrix())
+    tape = hvd.DistributedGradientTape(tape, compression=PowerSGD(rank=2))
+    update, nothing = tape.gradient(loss, (v, unused))
+    assert nothing is None
+    assert cases.error(update.numpy(), expected(PowerSGD(rank=2), 1, name="v")[0]) < 1e-5
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(v * matrix())
+    tape = hvd.DistributedGradientTape(tape, compression=PowerSGD(rank=2))
+    zero = tape.gradient(loss, [unused], unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    assert not zero[0].numpy().any()
+
+
+def check_local_sources_stay_the_workers_own():
+    for scale in (True, False):
+        v, local = variable("v"), variable("local")
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum((v + local) * matrix())
+        tape = hvd.DistributedGradientTape(tape, compression=PowerSGD(rank=2), scale_local_gradients=scale)
+        tape.register_local_source(local)
+        update, own = tape.gradient(loss, [v, local])
+        assert cases.error(update.numpy(), expected(PowerSGD(rank=2), 1, name="v")[0]) < 1e-5
+        np.testing.assert_allclose(own, matrix() / (hvd.size() if scale else 1), rtol=1e-6)
+
+
+def check_local_layers_stay_the_workers_own():
+    shared, local = tf.keras.layers.Dense(16, use_bias=False), tf.keras.layers.Dense(16, use_bias=False)
+    x = tf.constant(matrix())
+    shared.build(x.shape), local.build(x.shape)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(shared(x)) + tf.reduce_sum(local(x))
+    tape = hvd.PartialDistributedGradientTape(tape, compression=PowerSGD(rank=16), local_layers=local)
+    update, own = tape.gradient(loss, [*shared.trainable_weights, *local.trainable_weights])
+    mine = np.repeat(matrix().sum(0)[:, None], 16, 1)
+    np.testing.assert_allclose(own, mine / hvd.size(), rtol=1e-4, atol=1e-4)
+    mean = np.mean([np.repeat(matrix(0, w).sum(0)[:, None], 16, 1) for w in range(hvd.size())], axis=0)
+    np.testing.assert_allclose(update, mean, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="[Ll]ayer"):
+        hvd.PartialDistributedGradientTape(tf.GradientTape(), local_layers=[3])
+
+
+def check_keras_variables_are_known_by_their_path():
+    layer = tf.keras.layers.Dense(SHAPE[1], use_bias=False, name="some_layer")
+    layer.build((None, SHAPE[0]))
+    kernel = layer.trainable_weights[0]
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(kernel * matrix())
+    update = hvd.DistributedGradientTape(tape, compression=PowerSGD(rank=2)).gradient(loss, [kernel])[0]
+    name = getattr(kernel, "path", None) or kernel.name.partition(":")[0]
+    assert known_states([kernel])[0].name == name
+    assert cases.error(update.numpy(), expected(PowerSGD(rank=2), 1, name=name)[0]) < 1e-5
+
+
+def check_sparse_gradients_are_gathered_or_compressed():
+    # Each worker's own rows, and one that all have.
+    rows = [hvd.rank() + 1, 0]
+    for as_dense in (False, True):
+        for wrap in (lambda f: f, tf.function):
+            table, v = variable("table"), variable("v")
+
+            @wrap
+            def step(table=table, v=v):
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_sum(tf.gather(table, rows) * [[2.0], [4.0]]) + tf.reduce_sum(v * matrix())
+                config = PowerSGD(rank=16, min_compression_rate=0)
+                tape = hvd.DistributedGradientTape(tape, compression=config, sparse_as_dense=as_dense)
+                return tape.gradient(loss, [table, v])
+
+            for _ in range(2):
+                update, _ = step()
+            assert isinstance(update, tf.IndexedSlices) != as_dense
+            dense = np.zeros(SHAPE)
+            dense[0] = 4
+            dense[1 : hvd.size() + 1] = 2 / hvd.size()
+            np.testing.assert_allclose(tf.convert_to_tensor(update), dense, atol=1e-4)
+            stats = hvd.compression_stats([table, v])
+            assert stats.tensors[0].reason == (None if as_dense else "sparse")
+            if hvd.size() > 1 and not as_dense:
+                sent = 2 * SHAPE[1] * 4 + 2 * 4 + sum(SHAPE) * 16 * 4
+                assert stats.bytes_sent == sent, (stats.bytes_sent, sent)
+
+
+def check_variables_of_all_precisions():
+    for dtype, rounding in ((tf.float16, 2**-10), (tf.bfloat16, 2**-7), (tf.float64, 1e-9)):
+        for kind in (lambda f: f, tf.function):
+            v, bias = variable("v", dtype), variable("bias", dtype, (7,))
+            run = kind(lambda g, b, v=v, bias=bias: exchange([v, bias], [g, b], PowerSGD(rank=2)))
+            computed = "float64" if dtype == tf.float64 else "float32"
+            rounded = lambda s, w, d: tf.cast(tf.cast(matrix(s, w, d), dtype), d).numpy()  # noqa: E731
+            for step, update in enumerate(expected(PowerSGD(rank=2), 3, computed, "v", rounded)):
+                found, mean = run(tf.cast(matrix(step, dtype=computed), dtype), tf.fill([7], tf.cast(hvd.rank(), dtype)))
+                assert found.dtype == mean.dtype == dtype
+                assert cases.error(tf.cast(found, update.dtype).numpy(), update) < 2 * rounding
+                np.testing.assert_allclose(tf.cast(mean, tf.float32), (hvd.size() - 1) / 2, rtol=rounding)
+    # Half precision's largest number is 65504.
+    big = exchange([variable("v", tf.float16, (3,))], [tf.fill([3], tf.cast(40000.0, tf.float16))], PowerSGD())[0]
+    np.testing.assert_array_equal(big, np.float16(40000))
+    for compression in (hvd.Compression.none, PowerSGD()):
+        bias = variable("bias", tf.bfloat16, (7,))
+        mean = exchange([bias], [tf.fill([7], tf.cast(hvd.rank(), tf.bfloat16))], compression)[0]
+        np.testing.assert_allclose(tf.cast(mean, tf.float32), (hvd.size() - 1) / 2, rtol=2**-7)
+
+
+def check_the_loss_scale_can_change():
+    plain, scaled = variable(), variable()
+    scale = tf.Variable(1024.0)
+    for step in range(4):
+        scale.assign(1024.0 if step < 2 else 256.0)
+        update = exchange([plain], [tf.constant(matrix(step))], PowerSGD(rank=2))[0]
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(scaled * matrix(step)) * scale
+        tape = hvd.DistributedGradientTape(tape, compression=PowerSGD(rank=2))
+        tape.loss_scale = scale
+        found = tape.gradient(loss, scaled) / scale
+        np.testing.assert_allclose(found, update, rtol=1e-3, atol=1e-4)
+
+
+def check_process_sets_exchange_among_themselves():
+    if hvd.size() < 3:
+        return
+    pair = hvd.add_process_set([0, 2])
+    v = variable()
+    update = exchange([v], [tf.constant(matrix())], PowerSGD(rank=2), process_set=pair)[0].numpy()
+    if hvd.rank() in (0, 2):
+        states = [reference.State(), reference.State()]
+        gradients = [{"matrix": matrix(0, w)} for w in (0, 2)]
+        both = reference.simulate(gradients, states, PowerSGD(rank=2), trailing_columns)[0]["matrix"]
+        assert cases.error(update, both) < 1e-5
+    else:
+        np.testing.assert_array_equal(update, matrix())
+    hvd.allgather_object(0, name="before the set goes")
+    hvd.remove_process_set(pair)
+
+
+def check_workers_that_disagree_are_told():
+    last = hvd.rank() == hvd.size() - 1
+    differences = {
+        "rank=3": dict(config=PowerSGD(rank=3 if last else 2)),
+        "Sum": dict(op=hvd.Sum if last else hvd.Average),
+        "24, 31": dict(shape=(24, 31) if last else SHAPE),
+        "other": dict(name="other" if last else "matrix"),
+        "float64": dict(dtype=tf.float64 if last else tf.float32),
+    }
+
+    def run(wrap, config=PowerSGD(rank=2), op=hvd.Average, shape=SHAPE, name="matrix", dtype=tf.float32):
+        v = variable(name, dtype, shape)
+        return wrap(lambda: exchange([v], [tf.ones(shape, dtype)], config, op=op)[0])()
+
+    for difference, options in differences.items():
+        for wrap, error in ((lambda f: f, RuntimeError), (tf.function, tf.errors.InvalidArgumentError)):
+            if hvd.size() == 1:
+                run(wrap, **options)
+                continue
+            with pytest.raises(error) as told:
+                run(wrap, **options)
+            assert "The workers do not agree" in str(told.value) and difference in str(told.value), told.value
+            assert f"worker {hvd.size() - 1}" in str(told.value)
+    # The job can go on.
+    np.testing.assert_allclose(run(tf.function), 1, rtol=1e-5)
+
+
+def check_a_checkpoint_goes_on_bit_for_bit():
+    import pickle
+    import tempfile
+
+    for config in (PowerSGD(rank=2), PowerSGD(rank=2, num_iters_per_step=1), PowerSGD(rank=2, warm_start=False)):
+        whole = FunctionTrainee(config)
+        for step in range(3):
+            whole.exchange(cases.gradients(step, hvd.rank(), "float32"))
+        saved = pickle.dumps(hvd.compression_state_dict(whole.variables.values()))
+        kept = hvd.CompressionState(whole.variables.values(), config)
+        with tempfile.TemporaryDirectory() as folder:
+            path = tf.train.Checkpoint(compression=kept).save(f"{folder}/worker-{hvd.rank()}")
+            by_pickle, by_checkpoint = FunctionTrainee(config), EagerTrainee(config)
+            hvd.load_compression_state_dict(pickle.loads(saved), by_pickle.variables.values())
+            kept = hvd.CompressionState(by_checkpoint.variables.values(), config)
+            tf.train.Checkpoint(compression=kept).restore(path).assert_consumed()
+        for step in range(3, 6):
+            gradients = cases.gradients(step, hvd.rank(), "float32")
+            updates = whole.exchange(gradients)
+            for resumed in (by_pickle, by_checkpoint):
+                for name, update in resumed.exchange(gradients).items():
+                    np.testing.assert_array_equal(update, updates[name])
+                for name, memory in resumed.state().memory.items():
+                    np.testing.assert_array_equal(memory, whole.state().memory[name])
+
+
+def check_a_checkpoint_serves_another_number_of_workers():
+    trainee = EagerTrainee(PowerSGD(rank=2))
+    for step in range(2):
+        trainee.exchange(cases.gradients(step, hvd.rank(), "float32"))
+    states = hvd.allgather_object(hvd.compression_state_dict(trainee.variables.values()), name="states")
+    resumed = EagerTrainee(PowerSGD(rank=2))
+    # As if each of them had been two.
+    twice = [{**state, "workers": 2 * hvd.size(), "worker": 2 * i + j} for i, state in enumerate(states) for j in (0, 1)]
+    hvd.load_compression_state_dict(iter(twice), resumed.variables.values())
+    memory = hvd.allgather_object(known_states([resumed.variables["linear"]])[0].memory.numpy(), name="memories")
+    mean = np.mean([state["tensors"]["linear"]["memory"] for state in states], axis=0)
+    np.testing.assert_allclose(np.mean(memory, axis=0), mean, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="needed"):
+        hvd.load_compression_state_dict(twice[1:], resumed.variables.values())
+    with pytest.raises(ValueError, match="alone"):
+        hvd.load_compression_state_dict(twice[0], resumed.variables.values())
+    with pytest.raises(ValueError, match="linear"):
+        hvd.load_compression_state_dict(states, [variable("other")])
+
+
+def check_misuse_is_told():
+    def tape(**options):
+        return hvd.DistributedGradientTape(tf.GradientTape(), **options)
+
+    for options, match in (
+        (dict(compression=PowerSGD(), op=hvd.Adasum), "Adasum"),
+        (dict(compression=PowerSGD(), op=hvd.Sum, gradient_predivide_factor=2.0), "gradient_predivide_factor"),
+        (dict(compression=PowerSGD(), groups=0), "groups"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            tape(**options)
+    with pytest.raises(TypeError, match="PowerSGD"):
+        tape(compression="powersgd")
+    assert isinstance(tape(compression=PowerSGD()), tf.GradientTape)
+    with pytest.raises(RuntimeError, match="compressed nothing"):
+        tape().compression_stats()
+
+    v = variable()
+    compiled = tf.function(lambda g: exchange([v], [g], PowerSGD(rank=2)), jit_compile=True)
+    with pytest.raises(RuntimeError, match="jit_compile=False"):
+        compiled(tf.constant(matrix()))
+
+
+def check_tensors_are_averaged_as_they_are():
+    x = tf.constant(matrix())
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = tf.reduce_sum(x * matrix())
+    mean = hvd.DistributedGradientTape(tape, compression=PowerSGD(rank=1)).gradient(loss, x)
+    np.testing.assert_allclose(mean, np.mean([matrix(0, w) for w in range(hvd.size())], axis=0), rtol=1e-4, atol=1e-5)
+
+
+def check_optimizers_of_tensorflow_1_in_a_session():
+    v1 = tf.compat.v1
+    for passes in (1, 2):
+        with tf.Graph().as_default(), v1.Session() as session:
+            v = v1.get_variable("matrix", SHAPE, initializer=v1.zeros_initializer(), use_resource=True)
+            gradient = v1.placeholder(tf.float32, SHAPE)
+            optimizer = hvd.DistributedOptimizer(
+                v1.train.GradientDescentOptimizer(1.0), compression=PowerSGD(rank=2), backward_passes_per_step=passes
+            )
+            train = optimizer.minimize(tf.reduce_sum(v * gradient))
+            # No variable of ours is to be initialised, saved or restored.
+            assert v1.global_variables() == [v]
+            session.run([v1.global_variables_initializer(), v1.local_variables_initializer()])
+            before = session.run(v)
+            for step, update in enumerate(expected(PowerSGD(rank=2), 4)):
+                for _ in range(passes):
+                    session.run(train, {gradient: matrix(step) / passes})
+                after = session.run(v)
+                np.testing.assert_allclose(before - after, update, rtol=1e-3, atol=1e-4)
+                before = after

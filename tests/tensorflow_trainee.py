@@ -1,0 +1,109 @@
+"""Variables whose gradients are given, and what exchanges them: a tape or a Keras optimizer."""
+
+import itertools
+
+import numpy as np
+import tensorflow as tf
+from tensorflow import keras
+
+import cases
+import horovod_powersgd.tensorflow as hvd
+from horovod_powersgd import reference
+from horovod_powersgd.tensorflow.state import known_states
+
+
+class Trainee:
+    """Variables whose gradients are given. Subclasses say how they are exchanged."""
+
+    def __init__(self, config, dtype="float32", shapes=cases.SHAPES, **options):
+        self.variables = {name: tf.Variable(np.zeros(shape, dtype), name=name) for name, shape in shapes.items()}
+        self._config, self._options = config, options
+
+    def start(self, gradients):
+        """Takes the gradients of a step."""
+        self._gradients = gradients
+
+    def finish(self):
+        """The updates of these gradients; they are also applied."""
+        gradients = [tf.constant(self._gradients[name]) for name in self.variables]
+        return {name: update.numpy() for name, update in zip(self.variables, self._update(gradients))}
+
+    def exchange(self, gradients):
+        """Start and finish."""
+        self.start(gradients)
+        return self.finish()
+
+    def stats(self):
+        return hvd.compression_stats(self.variables.values())
+
+    def state(self):
+        """This worker's state as the reference keeps it."""
+        state = reference.State()
+        for kept in known_states(self.variables.values()):
+            state.steps = int(kept.clock.steps)
+            if kept.memory is not None and state.steps > 0 and kept.own.numpy().size:
+                state.memory[kept.name] = kept.memory.numpy()
+            if kept.factor is not None and state.steps > 0 and kept.own.numpy().size:
+                state.factors[kept.name] = reference.Factor(kept.factor.numpy().T, bool(kept.factor_is_q))
+        return state
+
+
+class EagerTrainee(Trainee):
+    """Makes a tape in each step."""
+
+    def _update(self, gradients):
+        variables = list(self.variables.values())
+        with tf.GradientTape() as tape:
+            loss = sum(tf.reduce_sum(v * gradient) for v, gradient in zip(variables, gradients))
+        tape = hvd.DistributedGradientTape(tape, compression=self._config, **self._options)
+        updates = tape.gradient(loss, variables)
+        for variable, update in zip(variables, updates):
+            variable.assign_sub(update)
+        return updates
+
+
+class FunctionTrainee(EagerTrainee):
+    """Makes its tape in a tf.function."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self._update = tf.function(super()._update)
+
+
+class KerasTrainee(Trainee):
+    """Has a Keras optimizer, of whichever Keras this is, that subtracts the updates."""
+
+    def __init__(self, *arguments, **options):
+        import horovod_powersgd.tensorflow.keras as hvd_keras
+
+        super().__init__(*arguments, **options)
+        self.optimizer = hvd_keras.DistributedOptimizer(
+            keras.optimizers.SGD(1.0), compression=self._config, **self._options
+        )
+        self._apply = tf.function(
+            lambda gradients: self.optimizer.apply_gradients(list(zip(gradients, self.variables.values())))
+        )
+
+    def _update(self, gradients):
+        before = [variable.numpy() for variable in self.variables.values()]
+        for variable in self.variables.values():
+            variable.assign(tf.zeros_like(variable))
+        self._apply(gradients)
+        updates = [-tf.identity(variable) for variable in self.variables.values()]
+        for variable, value in zip(self.variables.values(), before):
+            variable.assign_add(value)
+        return updates
+
+
+_kinds = itertools.cycle([EagerTrainee, FunctionTrainee, KerasTrainee])
+
+
+def any_trainee(*arguments, **options):
+    """Each in turn: over all the launches, each configuration meets each of them."""
+    return next(_kinds)(*arguments, **options)
+
+
+def start_with(number):
+    """Which kind is next."""
+    for _ in range(number):
+        next(_kinds)

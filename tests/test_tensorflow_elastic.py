@@ -1,0 +1,50 @@
+"""Elastic jobs of TensorFlow and Keras: workers die and join. Several names of this machine stand for its hosts."""
+
+import json
+import sys
+
+import pytest
+from job import HERE, run
+
+from horovod_powersgd.launcher import find_program
+
+HOSTS = ["localhost:1", "127.0.0.1:1", "127.1:1"]
+LATER = "127.0.1:1"
+
+
+@pytest.mark.parametrize("legacy", ["0", "1"], ids=["keras3", "tf_keras"])
+@pytest.mark.parametrize("kind", ["tape", "fit"])
+def test_survivors_go_on_and_newcomers_become_equal_replicas(kind, legacy, tmp_path):
+    discover = tmp_path / "discover.sh"
+    hosts = "\n".join(f"echo {host}" for host in HOSTS)
+    discover.write_text(f"#!/bin/sh\n{hosts}\n[ -e {tmp_path}/grow ] && echo {LATER}\nexit 0\n")
+    discover.chmod(0o755)
+    command = [find_program("horovodrun"), "--gloo", "-np", "3", "--min-np", "2", "--max-np", "3"]
+    command += ["--host-discovery-script", discover, "--disable-cache", "--elastic-timeout", "120"]
+    command += [sys.executable, HERE / "tensorflow_elastic_training.py", tmp_path, kind]
+    # The others wait that long for the new worker, which first imports TensorFlow.
+    settings = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "60", "TF_USE_LEGACY_KERAS": legacy}
+    output = run([str(word) for word in command], 240, settings)
+
+    workers = [[json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*.jsonl")]
+    by_end = {}
+    for worker in workers:
+        by_end.setdefault(worker[-1]["event"], []).append(worker)
+    assert {end: len(found) for end, found in by_end.items()} == {"dies": 1, "end": 3}, output
+    # Keras trains the batch again after which an epoch was interrupted: when a worker was lost, and when one came.
+    steps = {"tape": 24, "fit": 26}[kind]
+    assert all(worker[-1]["step"] == steps and worker[-1]["size"] == 3 for worker in by_end["end"]), output
+    assert len({worker[-1]["variables"] for worker in by_end["end"]}) == 1
+    newcomers = 0
+    for worker in by_end["end"]:
+        starts = [event for event in worker if event["event"] == "start"]
+        if len(starts) == 1:
+            newcomers += 1
+            assert starts[0]["step"] == 12, output
+            continue
+        # Three workers, two, three again; each time from where they were.
+        assert [(start["size"], start["step"]) for start in starts] == [(3, 0), (2, 8), (3, 12)], output
+        for before, start in zip(worker, worker[1:]):
+            if start["event"] == "start":
+                assert start["variables"] == before["variables"], output
+    assert newcomers == 1

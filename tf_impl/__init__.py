@@ -1,0 +1,46 @@
+"""horovod.tensorflow with PowerSGD: everything that it exports, and a tape and an optimizer that compress.
+
+    import horovod_powersgd.tensorflow as hvd       # was: import horovod.tensorflow as hvd
+"""
+
+from horovod_powersgd.installation import require_horovod
+
+require_horovod("tensorflow")
+
+import functools  # noqa: E402
+
+import horovod.tensorflow  # noqa: E402
+from horovod.tensorflow import *  # noqa: E402, F401, F403
+
+# Not "from ... import elastic": that would find Horovod's, which the line above has brought.
+import horovod_powersgd.tensorflow.elastic  # noqa: E402, F401
+from horovod_powersgd import PowerSGD, launcher  # noqa: E402, F401
+from horovod_powersgd.tensorflow.compression_state import (  # noqa: E402, F401
+    CompressionState,
+    compression_state_dict,
+    compression_stats,
+    load_compression_state_dict,
+)
+from horovod_powersgd.tensorflow.exchange import new_world  # noqa: E402
+from horovod_powersgd.tensorflow.optimizer import DistributedOptimizer  # noqa: E402, F401
+from horovod_powersgd.tensorflow.replicas import assert_replicas_equal, broadcast_variables  # noqa: E402, F401
+from horovod_powersgd.tensorflow.tape import (  # noqa: E402, F401
+    DistributedGradientTape,
+    PartialDistributedGradientTape,
+)
+
+
+@functools.wraps(horovod.tensorflow.init)
+def init(*args, **kwargs):
+    launcher.prepare_single_worker()
+    horovod.tensorflow.init(*args, **kwargs)
+    if not (args or kwargs.get("comm")):  # a communicator of one worker is no mistake
+        launcher.check_world(horovod.tensorflow.size())
+    new_world()
+
+
+@functools.wraps(horovod.tensorflow.join)
+def join(*args, **kwargs):
+    last = horovod.tensorflow.join(*args, **kwargs)
+    new_world()
+    return last

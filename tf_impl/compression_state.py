@@ -1,0 +1,108 @@
+"""What resuming needs beside model and optimizer: the variables' factors and memories."""
+
+import itertools
+from typing import Dict, Iterable, List, Mapping, Sequence, Union
+
+import tensorflow as tf
+from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
+
+from horovod_powersgd import PowerSGD, checkpoint
+from horovod_powersgd.statistics import CompressionStats
+from horovod_powersgd.tensorflow.state import VariableState, known_states, states_of
+
+
+def compression_stats(variables: Sequence) -> CompressionStats:
+    """What compression did to the gradients of these variables in the last step and in all steps, on this worker.
+
+    Raises:
+        RuntimeError: they were not exchanged together yet.
+    """
+    exchanges = [e for state in known_states(variables) for e in state.clock.exchanges.values()]
+    if not exchanges:
+        raise RuntimeError("no gradients of these variables have been compressed yet")
+    return exchanges[-1].stats()
+
+
+def compression_state_dict(variables: Sequence) -> Dict[str, object]:
+    """This worker's factors and memory: what a resumed run needs beside model and optimizer.
+
+    Args:
+        variables: whose gradients are exchanged, in the order in which they are.
+
+    Returns:
+        Numbers, strings and numpy arrays, for pickle or numpy.save. Every worker saves its own.
+
+    Raises:
+        RuntimeError: none of them has been compressed yet.
+    """
+    known = known_states(variables)
+    if not known:
+        raise RuntimeError("no gradients of these variables have been compressed yet")
+    config, process_set = known[-1].config, known[-1].process_set
+    states = states_of(variables, config, process_set)
+    tensors = {state.name: state.state_dict() for state in states}
+    return checkpoint.state_dict(
+        config, process_set.size(), process_set.rank(), int(states[0].clock.steps), tensors
+    )
+
+
+def load_compression_state_dict(
+    states: Union[Mapping, Iterable[Mapping]], variables: Sequence, process_set: ProcessSet = global_process_set
+) -> None:
+    """Goes on where compression_state_dict was called.
+
+    Args:
+        states: what this worker saved; or what all workers saved, in the workers' order (a list, or a generator that
+            loads one after the other). Another number of workers than then needs all of them: the memories are
+            shared out so that their mean stays.
+        variables: as then.
+        process_set: of the workers.
+
+    Raises:
+        ValueError: another model, or states are missing. It names what differs.
+    """
+    if not isinstance(states, Mapping):
+        states = iter(states)
+        first = next(states, None)
+        if first is None:
+            raise ValueError("the compression states of all workers are needed, and none is given")
+        states = itertools.chain([first], states)
+    config = PowerSGD(**(states if isinstance(states, Mapping) else first)["config"])
+    load_states(states, states_of(variables, config, process_set))
+
+
+def load_states(states: Union[Mapping, Iterable[Mapping]], mine: List[VariableState]) -> None:
+    """load_compression_state_dict, into these states, and for their configuration only."""
+    shapes = {state.name: state.layout.shape for state in mine}
+    workers = mine[0].process_set
+    share = checkpoint.share_of(states, mine[0].config, shapes, workers.size(), workers.rank())
+    mine[0].clock.steps.assign(share.steps)
+    for state in mine:
+        state.load_state_dict(share.tensors[state.name], share.memories.get(state.name, ()), share.weight)
+
+
+class CompressionState(tf.Module):
+    """The factors and the memory of variables, for tf.train.Checkpoint. Every worker saves its own.
+
+    Args:
+        variables: whose gradients are exchanged, in the order in which they are.
+        compression: the hvd.PowerSGD that they are exchanged with.
+        process_set: of the workers.
+
+    Example:
+        >>> checkpoint = tf.train.Checkpoint(
+        ...     model=model,
+        ...     optimizer=optimizer,
+        ...     compression=hvd.CompressionState(model.trainable_variables, hvd.PowerSGD(rank=4)),
+        ... )
+        >>> checkpoint.save(f"checkpoints/worker-{hvd.rank()}")
+    """
+
+    def __init__(self, variables: Sequence, compression: PowerSGD, process_set: ProcessSet = global_process_set):
+        super().__init__()
+        states = states_of(variables, compression, process_set)
+        self.steps = states[0].clock.steps
+        self.tensors = {}
+        for state in states:
+            kept = {"factor": state.factor, "factor_is_q": state.factor_is_q, "memory": state.memory}
+            self.tensors[state.name] = {what: v for what, v in kept.items() if isinstance(v, tf.Variable)}

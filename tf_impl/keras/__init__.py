@@ -1,0 +1,13 @@
+"""horovod.tensorflow.keras with PowerSGD, for Keras 3 and, with TF_USE_LEGACY_KERAS=1, for Keras 2 (tf_keras).
+
+    import horovod_powersgd.tensorflow.keras as hvd     # was: import horovod.tensorflow.keras as hvd
+"""
+
+from horovod.tensorflow.keras import *  # noqa: F401, F403
+
+# Not "from ... import callbacks": that would find Horovod's, which the line above has brought.
+import horovod_powersgd.tensorflow.keras.callbacks
+import horovod_powersgd.tensorflow.keras.elastic  # noqa: F401
+from horovod_powersgd import PowerSGD  # noqa: F401
+from horovod_powersgd.tensorflow import init  # noqa: F401
+from horovod_powersgd.tensorflow.keras.optimizer import DistributedOptimizer, load_model  # noqa: F401

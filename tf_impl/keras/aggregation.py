@@ -1,0 +1,105 @@
+"""What a distributed Keras optimizer does with gradients before it applies them."""
+
+from typing import Callable, List, Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+from horovod.tensorflow.mpi_ops import ProcessSet
+
+from horovod_powersgd.tensorflow.compression_state import load_compression_state_dict
+from horovod_powersgd.tensorflow.reduction import Reduction, reduce_shared
+from horovod_powersgd.tensorflow.state import make_variable, native
+from horovod_powersgd.tensorflow.workers import Workers
+
+
+class Aggregation:
+    """Sums gradients over backward passes, and averages the sums over the workers.
+
+    Args:
+        reduction: averages.
+        passes: backward passes per step.
+        average: over the passes, too.
+        process_set: of the workers.
+        scale_local: divide the gradients of this worker's own variables by the number of workers.
+
+    Attributes:
+        counter: variable: passes since the last step.
+        exchanged: whether the gradients that are going to be applied have been averaged. Known when the ops are made.
+        inside_loss_scaling: whether a LossScaleOptimizer is computing gradients, which are not to be averaged yet.
+        process_set: of the workers.
+        variables: those of the last call.
+        saved_states: to be loaded when the variables are known.
+    """
+
+    def __init__(
+        self, reduction: Reduction, passes: int, average: bool, process_set: ProcessSet, scale_local: bool
+    ):
+        self.reduction, self._passes, self._average = reduction, passes, average
+        self.process_set, self._scale_local = process_set, scale_local
+        self.counter = make_variable(np.int32(0))
+        self.exchanged = self.inside_loss_scaling = False
+        self.variables: Sequence = ()
+        self.saved_states: object = None
+        self._local = set()
+        self._sums: Mapping = {}
+
+    def add_local(self, variable) -> None:
+        """The variable's gradient stays this worker's own."""
+        self._local.add(native(variable).ref())
+
+    @tf.autograph.experimental.do_not_convert
+    def __call__(self, gradients: Sequence, variables: Sequence) -> List:
+        """The averages, in the step's last pass; the gradients, in the others, which are not to be applied."""
+        self.variables = list(variables)
+        if self.saved_states is not None:
+            states, self.saved_states = self.saved_states, None
+            with tf.init_scope():
+                load_compression_state_dict(states, self.variables, self.process_set)
+        if self._passes == 1:
+            return self._reduce(gradients, self.variables)
+        places = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        dense = [tf.convert_to_tensor(gradients[i]) for i in places]
+        present = [self.variables[i] for i in places]
+        sums = [self._sum(gradient, variable) for gradient, variable in zip(dense, present)]
+        added = [total.assign_add(gradient) for total, gradient in zip(sums, dense)]
+        with tf.control_dependencies([*added, self.counter.assign_add(1)]):
+            last = tf.equal(self.counter, self._passes)
+
+        def finish():
+            means = self._reduce([tf.convert_to_tensor(total) for total in sums], present)
+            with tf.control_dependencies(means):
+                cleared = [total.assign(tf.zeros_like(total)) for total in sums] + [self.counter.assign(0)]
+            with tf.control_dependencies(cleared):
+                return [mean / self._passes if self._average else tf.identity(mean) for mean in means]
+
+        found = dict(zip(places, tf.nest.flatten(tf.cond(last, finish, lambda: dense))))
+        return [found.get(i) for i in range(len(gradients))]
+
+    def apply(self, apply: Callable, iterations: tf.Variable):
+        """Calls `apply` after a step's last pass; after the others only the iterations are counted."""
+        if self._passes == 1:
+            return apply()
+
+        def done(operation):
+            # Keras 3 returns None.
+            with tf.control_dependencies([] if operation is None else [operation]):
+                return tf.constant(True)
+
+        applied = tf.cond(
+            tf.equal(self.counter, 0), lambda: done(apply()), lambda: done(iterations.assign_add(1))
+        )
+        return iterations if tf.executing_eagerly() else applied.op
+
+    def _reduce(self, gradients: Sequence, variables: Sequence) -> List:
+        divisor = None
+        if self._scale_local and self._local:
+            divisor = Workers(self.process_set, "").count(tf.float32)
+        is_local = lambda variable: native(variable).ref() in self._local  # noqa: E731
+        return reduce_shared(self.reduction, gradients, variables, is_local, divisor)
+
+    def _sum(self, gradient: tf.Tensor, variable) -> tf.Variable:
+        key = native(variable).ref()
+        if key not in self._sums:
+            with tf.device(native(variable).device):
+                self._sums[key] = make_variable(np.zeros(variable.shape, gradient.dtype.as_numpy_dtype))
+        return self._sums[key]

@@ -1,0 +1,73 @@
+"""Loss scaling around a distributed optimizer.
+
+Keras's LossScaleOptimizer asks whether the gradients are finite before it calls the optimizer inside, and calls that
+only if they are. Workers that look at their own gradients come to different answers: so the gradients are averaged
+before. As Keras puts a LossScaleOptimizer around the optimizers of models in mixed precision by itself, its class is
+what has to know.
+"""
+
+import functools
+import sys
+
+import tensorflow as tf
+
+from horovod_powersgd.tensorflow.reduction import scaled, unscaled
+
+
+def aggregation_inside(optimizer):
+    """The Aggregation of the distributed optimizer inside a LossScaleOptimizer; None where there is none."""
+    return getattr(getattr(optimizer, "inner_optimizer", None), "_aggregation", None)
+
+
+def average_before_apply(cls) -> None:
+    """Lets Keras 3's LossScaleOptimizer average first, without the scale: so the memory is right in the next one."""
+    original = cls.apply
+
+    @functools.wraps(original)
+    def apply(self, grads, trainable_variables=None):
+        aggregation = aggregation_inside(self)
+        if aggregation is None:
+            return original(self, grads, trainable_variables)
+        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        if not self.built:
+            self.build(variables)
+            self.built = True
+        scale = self.dynamic_scale.value
+        gradients = scaled(aggregation(unscaled(grads, scale), variables), scale)
+        aggregation.exchanged = True
+        try:
+            aggregation.apply(lambda: original(self, gradients, variables), self.inner_optimizer._iterations)
+        finally:
+            aggregation.exchanged = False
+
+    cls.apply = tf.autograph.experimental.do_not_convert(apply)
+
+
+def average_after_unscaling(cls) -> None:
+    """Lets Keras 2's LossScaleOptimizer compute gradients without averaging them; it does so when it applies them."""
+    for name in ("compute_gradients", "_compute_gradients", "get_gradients"):
+        if name in vars(cls):
+            setattr(cls, name, _without_averaging(vars(cls)[name]))
+
+
+def _without_averaging(original):
+    @functools.wraps(original)
+    def compute(self, *args, **kwargs):
+        aggregation = aggregation_inside(self)
+        if aggregation is None:
+            return original(self, *args, **kwargs)
+        aggregation.inside_loss_scaling = True
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            aggregation.inside_loss_scaling = False
+
+    return compute
+
+
+def loss_scale_optimizers() -> tuple:
+    """Keras's classes: one in Keras 3, two in Keras 2."""
+    if hasattr(tf.keras.optimizers, "LossScaleOptimizer"):
+        return (tf.keras.optimizers.LossScaleOptimizer,)
+    module = sys.modules[tf.keras.mixed_precision.LossScaleOptimizer.__module__]
+    return module.LossScaleOptimizer, module.LossScaleOptimizerV3

@@ -1,0 +1,283 @@
+"""hvd.DistributedOptimizer for Keras 3 and Keras 2 (tf_keras), that takes a PowerSGD."""
+
+import warnings
+from typing import Dict, Iterable, Mapping, Union
+
+import horovod.tensorflow as horovod
+import tensorflow as tf
+
+from horovod_powersgd.statistics import CompressionStats
+from horovod_powersgd.tensorflow.compression_state import compression_state_dict, load_compression_state_dict
+from horovod_powersgd.tensorflow.keras.aggregation import Aggregation
+from horovod_powersgd.tensorflow.keras import compilation, loss_scaling
+from horovod_powersgd.tensorflow.reduction import Reduction
+
+KERAS_3 = hasattr(tf.keras.optimizers, "LossScaleOptimizer")
+LOSS_SCALE_OPTIMIZERS = loss_scaling.loss_scale_optimizers()
+
+for _cls in LOSS_SCALE_OPTIMIZERS:
+    (loss_scaling.average_before_apply if KERAS_3 else loss_scaling.average_after_unscaling)(_cls)
+if KERAS_3:
+    compilation.interpret_distributed_models(tf.keras.Model)
+
+
+class _DistributedOptimizer:
+    """What comes before the wrapped optimizer's class in a distributed optimizer's. `_aggregated_by` is in its class."""
+
+    @property
+    def _aggregation(self) -> Aggregation:
+        # Not in __init__: from_config makes optimizers without our knowing.
+        if "_made_aggregation" not in vars(self):
+            object.__setattr__(self, "_made_aggregation", Aggregation(*self._aggregated_by))
+        return vars(self)["_made_aggregation"]
+
+    @property
+    def _agg_helper(self):
+        """Horovod's name of what counts backward passes."""
+        return self._aggregation if self._aggregated_by[1] > 1 else None
+
+    def register_local_var(self, var) -> None:
+        """The variable's gradient stays this worker's own."""
+        self._aggregation.add_local(var)
+
+    def _allreduce(self, grads, vars):
+        self._aggregation.exchanged = True
+        return self._aggregation(grads, vars)
+
+    def compute_gradients(self, loss, var_list, tape=None):
+        """The averaged gradients, with their variables.
+
+        Args:
+            loss: a tensor computed under `tape`, or a function that computes it.
+            var_list: variables.
+            tape: where loss is a tensor.
+        """
+        if callable(loss):
+            with tf.GradientTape() as tape:
+                loss = loss()
+        variables = list(var_list)
+        return list(zip(self._allreduce(tape.gradient(loss, variables), variables), variables))
+
+    def _compute_gradients(self, loss, var_list, grad_loss=None, tape=None):
+        return self.compute_gradients(loss, var_list, tape)
+
+    def compression_stats(self) -> CompressionStats:
+        """What compression did in the last step and in all steps so far, for this worker.
+
+        Raises:
+            RuntimeError: nothing was compressed yet.
+        """
+        exchange = self._aggregation.reduction.exchange
+        if exchange is None:
+            raise RuntimeError("this optimizer has compressed nothing yet")
+        return exchange.stats()
+
+    def compression_state_dict(self) -> Dict[str, object]:
+        """This worker's factors and memory: what a resumed run needs beside model and optimizer.
+
+        Returns:
+            Numbers, strings and numpy arrays, for pickle or numpy.save. Every worker saves its own.
+
+        Raises:
+            RuntimeError: nothing was compressed yet.
+        """
+        return compression_state_dict(self._aggregation.variables)
+
+    def load_compression_state_dict(self, states: Union[Mapping, Iterable[Mapping]]) -> None:
+        """Goes on where compression_state_dict was called; in the first step, where that is still to come.
+
+        Args:
+            states: what this worker saved; or what all workers saved, in the workers' order. Another number of
+                workers than then needs all of them: the memories are shared out so that their mean stays.
+
+        Raises:
+            ValueError: another model, or states are missing. It names what differs.
+        """
+        aggregation = self._aggregation
+        variables = aggregation.variables or getattr(self, "_trainable_variables", ())
+        if variables:
+            load_compression_state_dict(states, variables, aggregation.process_set)
+        else:
+            aggregation.saved_states = states
+
+
+class _Keras3Optimizer(_DistributedOptimizer):
+    @tf.autograph.experimental.do_not_convert
+    def apply(self, grads, trainable_variables=None):
+        """As the wrapped optimizer's, of the averaged gradients."""
+        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        if not self.built:
+            self.build(variables)
+            self.built = True
+        aggregation = self._aggregation
+        exchanged, aggregation.exchanged = aggregation.exchanged, False
+        gradients = list(grads) if exchanged else aggregation(grads, variables)
+        aggregation.apply(lambda: super(_Keras3Optimizer, self).apply(gradients, variables), self._iterations)
+
+
+class _Keras2Optimizer(_DistributedOptimizer):
+    @tf.autograph.experimental.do_not_convert
+    def aggregate_gradients(self, grads_and_vars):
+        """[(averaged gradient, variable)]"""
+        pairs = list(grads_and_vars)
+        if self._aggregation.exchanged or not pairs:
+            return pairs
+        gradients, variables = zip(*pairs)
+        return list(zip(self._aggregation(gradients, variables), variables))
+
+    def _aggregate_gradients(self, grads_and_vars):
+        return self.aggregate_gradients(grads_and_vars)
+
+    def compute_gradients(self, loss, var_list, tape=None):
+        return self._compute_gradients(loss, var_list, tape=tape)
+
+    @tf.autograph.experimental.do_not_convert
+    def _compute_gradients(self, loss, var_list, grad_loss=None, tape=None):
+        base = super(_DistributedOptimizer, self)
+        if hasattr(base, "compute_gradients"):
+            pairs = base.compute_gradients(loss, var_list, tape)
+        else:
+            pairs = base._compute_gradients(loss, var_list, grad_loss, tape)
+        if self._aggregation.inside_loss_scaling:
+            return pairs
+        pairs = self.aggregate_gradients(pairs)
+        self._aggregation.exchanged = True
+        return pairs
+
+    @tf.autograph.experimental.do_not_convert
+    def get_gradients(self, loss, params):
+        """The averaged gradients."""
+        return self._allreduce(super().get_gradients(loss, params), params)
+
+    @tf.autograph.experimental.do_not_convert
+    def apply_gradients(self, grads_and_vars, *args, **kwargs):
+        """As the wrapped optimizer's, of the averaged gradients."""
+        aggregation, pairs = self._aggregation, list(grads_and_vars)
+        if kwargs.get("experimental_aggregate_gradients", True) and not kwargs.get("skip_gradients_aggregation"):
+            pairs = self.aggregate_gradients(pairs)
+        aggregation.exchanged = True
+        try:
+            return aggregation.apply(
+                lambda: super(_Keras2Optimizer, self).apply_gradients(pairs, *args, **kwargs), self.iterations
+            )
+        finally:
+            aggregation.exchanged = False
+
+
+def DistributedOptimizer(
+    optimizer,
+    name=None,
+    device_dense="",
+    device_sparse="",
+    compression=horovod.Compression.none,
+    sparse_as_dense=False,
+    gradient_predivide_factor=1.0,
+    op=horovod.Average,
+    backward_passes_per_step=1,
+    average_aggregated_gradients=False,
+    num_groups=0,
+    groups=None,
+    process_set=horovod.global_process_set,
+    scale_local_gradients=True,
+):
+    """horovod.tensorflow.keras.DistributedOptimizer, for Keras 3 as well, whose compression can also be a PowerSGD.
+
+    Args:
+        optimizer: to wrap. The result is another optimizer of its class and configuration; in a saved model it is
+            the wrapped optimizer, and loads without Horovod.
+        compression: a horovod_powersgd.PowerSGD, or Compression.none or .fp16.
+        (the others): as Horovod's.
+
+    Raises:
+        ValueError: what Horovod refuses.
+
+    Example:
+        >>> optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), compression=hvd.PowerSGD(rank=4))
+        >>> model.compile(optimizer=optimizer, loss=...)
+    """
+    if gradient_predivide_factor != 1.0 and horovod.rocm_built():
+        raise ValueError("gradient_predivide_factor not supported yet with ROCm")
+    if gradient_predivide_factor != 1.0 and op != horovod.Average:
+        raise ValueError("gradient_predivide_factor not supported with op != Average")
+    if op not in (horovod.Average, horovod.Sum):
+        raise ValueError("op currently only supports Average and Sum")
+    if backward_passes_per_step <= 0:
+        raise ValueError("backward_passes_per_step must be > 0")
+    if num_groups != 0:
+        warnings.warn("Parameter `num_groups` has been replaced by `groups`.", DeprecationWarning)
+        groups = num_groups if groups is None else groups
+    if not (groups is None or isinstance(groups, list) or groups > 0):
+        raise ValueError("groups should be a positive integer or a list of list of variables")
+    reduction = Reduction(
+        compression,
+        name or f"Distributed{type(optimizer).__name__}",
+        device_dense,
+        device_sparse,
+        sparse_as_dense,
+        op,
+        gradient_predivide_factor,
+        groups,
+        process_set,
+    )
+    aggregated_by = (
+        reduction,
+        backward_passes_per_step,
+        average_aggregated_gradients,
+        process_set,
+        scale_local_gradients,
+    )
+    if isinstance(optimizer, LOSS_SCALE_OPTIMIZERS):
+        distributed = _distribute(optimizer.inner_optimizer, aggregated_by)
+        config = {key: value for key, value in optimizer.get_config().items() if key != "inner_optimizer"}
+        return _expose(type(optimizer)(distributed, **config))
+    return _distribute(optimizer, aggregated_by)
+
+
+def load_model(
+    filepath, custom_optimizers=None, custom_objects=None, compression=horovod.Compression.none, legacy_opts=False
+):
+    """A saved Keras model, with its optimizer, as it was saved, made a distributed one.
+
+    Args:
+        filepath: as keras.models.load_model's.
+        custom_optimizers: a list of optimizer classes that the model may have been saved with.
+        custom_objects: as keras.models.load_model's.
+        compression: as DistributedOptimizer's.
+        legacy_opts: not needed; the saved model says which optimizer it has.
+    """
+    custom_objects = {**{cls.__name__: cls for cls in custom_optimizers or ()}, **(custom_objects or {})}
+    model = tf.keras.models.load_model(filepath, custom_objects=custom_objects)
+    optimizer = model.optimizer
+    if isinstance(optimizer, LOSS_SCALE_OPTIMIZERS):
+        optimizer = optimizer.inner_optimizer
+    if optimizer is not None:
+        like = DistributedOptimizer(optimizer, compression=compression)
+        object.__setattr__(optimizer, "__class__", type(like))
+    return model
+
+
+def _expose(loss_scale_optimizer):
+    """Gives it what users ask a distributed optimizer for."""
+    for name in ("compression_stats", "compression_state_dict", "load_compression_state_dict", "register_local_var"):
+        object.__setattr__(loss_scale_optimizer, name, getattr(loss_scale_optimizer.inner_optimizer, name))
+    return loss_scale_optimizer
+
+
+def _distribute(optimizer, aggregated_by):
+    """A distributed optimizer of the optimizer's class and configuration; with Keras 3 also of its state."""
+    wrapped = optimizer.__class__
+    members = {
+        "_aggregated_by": aggregated_by,
+        # Keras writes the class that an optimizer says it has into saved models: there it is the wrapped one.
+        "__class__": property(lambda self: wrapped),
+        # As Horovod's.
+        "__module__": "horovod._keras",
+        "__doc__": wrapped.__doc__,
+    }
+    world = _Keras3Optimizer if KERAS_3 else _Keras2Optimizer
+    distributed = type(wrapped.__name__, (world, wrapped), members).from_config(optimizer.get_config())
+    if KERAS_3 and optimizer.built:
+        distributed.build(optimizer._trainable_variables)
+        for mine, learned in zip(distributed.variables, optimizer.variables):
+            mine.assign(learned)
+    return distributed

@@ -1,0 +1,184 @@
+"""Gradients in, averages out: what a tape and an optimizer do with all the workers' gradients."""
+
+from typing import Callable, Iterable, List, Optional, Sequence
+
+import horovod.tensorflow as horovod
+import tensorflow as tf
+from horovod.tensorflow.mpi_ops import Average, ProcessSet, Sum
+
+from horovod_powersgd import PowerSGD
+from horovod_powersgd.tensorflow.exchange import Exchange, Settings, exchange_of
+from horovod_powersgd.tensorflow.state import native
+
+
+class Reduction:
+    """Averages gradients over the workers, by PowerSGD or by Horovod's own compressions.
+
+    Args:
+        compression: a PowerSGD, or a Horovod compression.
+        name: prefix of the operations.
+        (the others): of Horovod's DistributedGradientTape.
+
+    Attributes:
+        exchange: the last one, for PowerSGD.
+
+    Raises:
+        TypeError: compression is neither.
+        ValueError: PowerSGD with an op that is neither hvd.Average nor hvd.Sum.
+    """
+
+    def __init__(
+        self,
+        compression,
+        name: str,
+        device_dense: str,
+        device_sparse: str,
+        sparse_as_dense: bool,
+        op: int,
+        gradient_predivide_factor: float,
+        groups,
+        process_set: ProcessSet,
+    ):
+        self.exchange: Optional[Exchange] = None
+        self._settings: Optional[Settings] = None
+        self._process_set, self._sparse_as_dense = process_set, sparse_as_dense
+        groups = native_groups(groups)
+        if isinstance(compression, PowerSGD):
+            if op not in (Average, Sum):
+                raise ValueError(
+                    "PowerSGD averages or sums gradients: op must be hvd.Average or hvd.Sum (Adasum is neither)"
+                )
+            if isinstance(groups, list):
+                self._grouped = groups  # their identities count as long as they live
+                groups = tuple(tuple(id(variable) for variable in group) for group in groups)
+            self._settings = Settings(
+                compression,
+                process_set,
+                sum_gradients=op == Sum,
+                predivide_factor=gradient_predivide_factor,
+                sparse_as_dense=sparse_as_dense,
+                groups=groups,
+                device=device_dense,
+                device_sparse=device_sparse,
+            )
+            compression, groups = horovod.Compression.none, None
+        elif not hasattr(compression, "decompress"):
+            raise TypeError(
+                "compression must be hvd.Compression.none, hvd.Compression.fp16 or a hvd.PowerSGD(...), "
+                f"not {compression!r}"
+            )
+        self._horovods = horovod._make_allreduce_grads_fn(
+            name,
+            device_dense,
+            device_sparse,
+            compression,
+            sparse_as_dense,
+            op,
+            gradient_predivide_factor,
+            groups,
+            process_set,
+        )
+
+    def __call__(self, gradients: Sequence, variables: Sequence, use_generic_names: bool = False) -> List:
+        """The averages, in the same order; None where there is no gradient.
+
+        Args:
+            gradients: tf.Tensor, tf.IndexedSlices or None.
+            variables: what they are the gradients of: tf.Variable, Keras 3 variables, or tensors, which Horovod
+                averages uncompressed.
+            use_generic_names: as in Horovod, which then names the gradients by their places.
+        """
+        places = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        if not places or not self._process_set.included():
+            return list(gradients)
+        compressed = [i for i in places if self._settings is not None and _is_static(native(variables[i]))]
+        plain = [i for i in places if i not in compressed]
+        updates = self._compressed(*_at(compressed, gradients, variables))
+        means = self._plain(*_at(plain, gradients, variables), use_generic_names)
+        found = dict(zip(compressed + plain, [*updates, *means]))
+        return [found.get(i) for i in range(len(gradients))]
+
+    def _compressed(self, gradients: Sequence, variables: Sequence) -> Sequence:
+        if not gradients:
+            return []
+        if self._sparse_as_dense:
+            gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
+        # A variable that is given twice has one gradient, and one memory.
+        places = {id(native(variable)): i for i, variable in enumerate(variables)}
+        gradients, once = _at(places.values(), gradients, variables)
+        self.exchange = exchange_of(self._settings, once, gradients)
+        updates = dict(zip(places, self.exchange(gradients)))
+        return [updates[id(native(variable))] for variable in variables]
+
+    def _plain(self, gradients: Sequence, variables: Sequence, use_generic_names: bool) -> Sequence:
+        if not gradients:
+            return []
+        # Horovod does not reduce bfloat16.
+        dtypes = [gradient.dtype for gradient in gradients]
+        sent = [_cast(gradient, tf.float32 if d == tf.bfloat16 else d) for gradient, d in zip(gradients, dtypes)]
+        means = self._horovods(sent, [native(variable) for variable in variables], use_generic_names)
+        return [_cast(mean, dtype) for mean, dtype in zip(means, dtypes)]
+
+
+def reduce_shared(
+    reduce: Callable, gradients: Sequence, variables: Sequence, is_local: Callable, divisor=None, **options
+) -> List:
+    """Averages the gradients of the variables that the workers share; those of a worker's own are only divided.
+
+    Args:
+        reduce: a Reduction.
+        gradients: of the variables.
+        variables: all.
+        is_local: whether a variable is the worker's own.
+        divisor: of the gradients of a worker's own variables; None leaves them.
+        options: for the reduction.
+    """
+    found = list(gradients)
+    shared = [i for i, variable in enumerate(variables) if not is_local(variable)]
+    for i, mean in zip(shared, reduce(*_at(shared, gradients, variables), **options)):
+        found[i] = mean
+    if divisor is not None:
+        for i in {*range(len(found))}.difference(shared):
+            found[i] = _map(lambda values: values / tf.cast(divisor, values.dtype), found[i])
+    return found
+
+
+def scaled(gradients: Sequence, scale) -> List:
+    """The gradients times `scale`, a number or a variable; None: as they are."""
+    if scale is None:
+        return list(gradients)
+    return [_map(lambda values: values * tf.cast(scale, values.dtype), gradient) for gradient in gradients]
+
+
+def unscaled(gradients: Sequence, scale) -> List:
+    """The gradients divided by `scale`, a number or a variable; None: as they are."""
+    return scaled(gradients, None if scale is None else 1 / tf.cast(scale, tf.float64))
+
+
+def _at(places: Iterable[int], *lists: Sequence) -> List[List]:
+    """What the lists hold at these places."""
+    places = list(places)
+    return [[items[i] for i in places] for items in lists]
+
+
+def native_groups(groups):
+    """Horovod's groups, with the tf.Variable of each Keras 3 variable."""
+    if not isinstance(groups, list):
+        return groups
+    return [[native(variable) for variable in group] for group in groups]
+
+
+def _is_static(variable) -> bool:
+    """Whether it is a variable of real numbers whose shape is known: others have no state, and are not compressed."""
+    return isinstance(variable, tf.Variable) and variable.shape.is_fully_defined() and variable.dtype.is_floating
+
+
+def _cast(gradient, dtype: tf.DType):
+    return tf.cast(gradient, dtype) if gradient.dtype != dtype else gradient
+
+
+def _map(function: Callable, gradient):
+    """The function of a gradient's values; None of None."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
+    return None if gradient is None else function(gradient)

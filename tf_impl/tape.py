@@ -1,0 +1,174 @@
+"""hvd.DistributedGradientTape that takes a PowerSGD."""
+
+import horovod.tensorflow as horovod
+import tensorflow as tf
+
+from horovod_powersgd.statistics import CompressionStats
+from horovod_powersgd.tensorflow.reduction import Reduction, native_groups, reduce_shared, scaled, unscaled
+from horovod_powersgd.tensorflow.state import native
+from horovod_powersgd.tensorflow.workers import Workers
+
+
+class _DistributedGradientTape(horovod._DistributedGradientTape):
+    """Horovod's tape, of any variables and compression.
+
+    Attributes:
+        loss_scale: what the loss is multiplied by, a number or a variable: the memory is kept without it, and so
+            stays right when the scale changes. None: nothing.
+    """
+
+    # Horovod's methods say super(self.__class__, self), so the class of a tape is made, as Horovod makes its own, by
+    # putting these methods and Horovod's into a direct subclass of the wrapped tape's class.
+    loss_scale = None
+
+    def register_local_source(self, source):
+        """The source's gradient stays this worker's own."""
+        self._local_sources.add(native(source).ref())
+
+    @tf.autograph.experimental.do_not_convert
+    def gradient(
+        self,
+        target,
+        sources,
+        output_gradients=None,
+        use_generic_names=False,
+        unconnected_gradients=tf.UnconnectedGradients.NONE,
+    ):
+        """The averaged gradients, in the structure of `sources`.
+
+        Args:
+            target, sources, output_gradients, unconnected_gradients: as tf.GradientTape's.
+            use_generic_names: as Horovod's.
+        """
+        flat = tf.nest.flatten(sources)
+        variables = [native(source) for source in flat]
+        gradients = super(self.__class__, self).gradient(target, variables, output_gradients, unconnected_gradients)
+        divisor = None
+        if self.scale_local_gradients and self._local_sources:
+            divisor = Workers(self.process_set, "").count(tf.float32)
+        gradients = unscaled(gradients, self.loss_scale)
+        gradients = reduce_shared(
+            self._allreduce_grads,
+            gradients,
+            flat,
+            lambda source: native(source).ref() in self._local_sources,
+            divisor,
+            use_generic_names=use_generic_names,
+        )
+        return tf.nest.pack_sequence_as(sources, scaled(gradients, self.loss_scale))
+
+    def get_local_and_global_gradients(self, target, sources, output_gradients=None, use_generic_names=False):
+        """([(source, gradient)] of the local sources, [(source, gradient)] of the others)."""
+        gradients = self.gradient(target, sources, output_gradients, use_generic_names)
+        pairs = list(zip(sources, gradients))
+        return (
+            [pair for pair in pairs if native(pair[0]).ref() in self._local_sources],
+            [pair for pair in pairs if native(pair[0]).ref() not in self._local_sources],
+        )
+
+    def compression_stats(self) -> CompressionStats:
+        """What compression did to the gradients of the last gradient() call, in the last step and in all steps."""
+        if self._allreduce_grads.exchange is None:
+            raise RuntimeError("this tape has compressed nothing: give it a hvd.PowerSGD, and call gradient() first")
+        return self._allreduce_grads.exchange.stats()
+
+
+@tf.autograph.experimental.do_not_convert
+def DistributedGradientTape(
+    gradtape,
+    device_dense="",
+    device_sparse="",
+    compression=horovod.Compression.none,
+    sparse_as_dense=False,
+    op=horovod.Average,
+    gradient_predivide_factor=1.0,
+    num_groups=0,
+    groups=None,
+    process_set=horovod.global_process_set,
+    scale_local_gradients=True,
+):
+    """horovod.tensorflow.DistributedGradientTape, whose compression can also be a PowerSGD.
+
+    What PowerSGD keeps from step to step belongs to the variables: a tape may be built anew in each step.
+
+    Args:
+        gradtape: a tf.GradientTape to wrap. The result is an instance of its class.
+        compression: a horovod_powersgd.PowerSGD, or Compression.none or .fp16.
+        (the others): as Horovod's.
+
+    Raises:
+        ValueError: PowerSGD with op=Adasum, or what Horovod refuses.
+
+    Example:
+        >>> with tf.GradientTape() as tape:
+        ...     loss = ...
+        >>> tape = hvd.DistributedGradientTape(tape, compression=hvd.PowerSGD(rank=4))
+        >>> gradients = tape.gradient(loss, model.trainable_variables)
+    """
+    groups = native_groups(groups)
+    arguments = (sparse_as_dense, op, gradient_predivide_factor)
+    # Horovod checks the arguments.
+    tape = horovod.DistributedGradientTape(
+        gradtape,
+        device_dense,
+        device_sparse,
+        horovod.Compression.none,
+        *arguments,
+        num_groups,
+        groups,
+        process_set,
+        scale_local_gradients,
+    )
+    methods = {**vars(horovod._DistributedGradientTape), **vars(_DistributedGradientTape)}
+    tape.__class__ = type(gradtape.__class__.__name__, (gradtape.__class__,), methods)
+    groups = num_groups if num_groups and groups is None else groups
+    tape._allreduce_grads = Reduction(
+        compression, "DistributedGradientTape", device_dense, device_sparse, *arguments, groups, process_set
+    )
+    return tape
+
+
+@tf.autograph.experimental.do_not_convert
+def PartialDistributedGradientTape(
+    gradtape,
+    device_dense="",
+    device_sparse="",
+    compression=horovod.Compression.none,
+    sparse_as_dense=False,
+    op=horovod.Average,
+    gradient_predivide_factor=1.0,
+    num_groups=0,
+    groups=None,
+    process_set=horovod.global_process_set,
+    local_layers=None,
+    scale_local_gradients=True,
+):
+    """DistributedGradientTape that leaves the gradients of some layers to each worker.
+
+    Args:
+        local_layers: a Keras layer or a list of them.
+        (the others): as DistributedGradientTape's.
+
+    Raises:
+        ValueError: what is in local_layers is no layer; and as DistributedGradientTape.
+    """
+    layers = [local_layers] if isinstance(local_layers, tf.keras.layers.Layer) else local_layers or []
+    if not all(isinstance(layer, tf.keras.layers.Layer) for layer in layers):
+        raise ValueError("All local layers must be of tf.keras.layers.Layer type.")
+    tape = DistributedGradientTape(
+        gradtape,
+        device_dense,
+        device_sparse,
+        compression,
+        sparse_as_dense,
+        op,
+        gradient_predivide_factor,
+        num_groups,
+        groups,
+        process_set,
+        scale_local_gradients,
+    )
+    for layer in layers:
+        for variable in layer.trainable_weights:
+            tape.register_local_source(variable)
+    return tape

@@ -1,0 +1,131 @@
+"""The workers that exchange gradients, by Horovod's ops in a graph."""
+
+import os
+import pickle
+from dataclasses import dataclass
+from typing import Callable
+
+import numpy as np
+import tensorflow as tf
+from horovod.tensorflow import mpi_ops
+from horovod.tensorflow.mpi_ops import Average, Max, ProcessSet, Sum
+
+from horovod_powersgd.agreement import MOST_WORKERS, Description, ballot, differences
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The workers that average together. Every method adds ops to the graph that is being built.
+
+    Attributes:
+        process_set: Horovod's.
+        prefix: of all tensor names sent to Horovod, so that several exchanges can live in one process.
+        predivide_factor: the part of the division by the number of workers that comes before the sum.
+        device: of Horovod's ops; "" is TensorFlow's choice.
+        device_sparse: of those for sparse gradients.
+    """
+
+    process_set: ProcessSet
+    prefix: str
+    predivide_factor: float = 1.0
+    device: str = ""
+    device_sparse: str = ""
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one worker, and will be."""
+        return not elastic() and self.process_set.size() == 1
+
+    def count(self, dtype: tf.DType) -> tf.Tensor:
+        """W. In an elastic job it can change from step to step."""
+        if elastic():
+            return tf.cast(mpi_ops.size_op(process_set_id=self.process_set.process_set_id), dtype)
+        return tf.cast(self.process_set.size(), dtype)
+
+    def mean(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        """The average of a tensor of a dtype that Horovod reduces."""
+        if self.alone:
+            return tensor
+        # Half precision overflows where the sum comes before the division.
+        predivide_factor = self.process_set.size() if tensor.dtype == tf.float16 else self.predivide_factor
+        return self._allreduce(tensor, name, Average, 1 / predivide_factor, predivide_factor)
+
+    def sparse_mean(self, slices: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
+        """The average of slices, as Horovod makes it: all workers' parts are gathered."""
+        if self.alone:
+            return slices
+        with tf.device(self.device_sparse):
+            values, indices = (
+                mpi_ops.allgather(part, f"{self.prefix}.{name}.{what}", True, self.process_set)
+                for part, what in ((slices.values, "values"), (slices.indices, "indices"))
+            )
+        return tf.IndexedSlices(values / self.count(values.dtype), indices, slices.dense_shape)
+
+    def from_worker(self, root: tf.Tensor, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        """The root's tensor, where the root, a global number, is known only when the graph runs."""
+        mine = tf.where(tf.equal(root, tf.cast(mpi_ops.rank_op(), root.dtype)), tensor, tf.zeros_like(tensor))
+        return self._allreduce(mine, name, Sum)
+
+    def agree(self, description: Description, steps: tf.Tensor, take_state: Callable[[tf.Tensor], tf.Operation]):
+        """Checks that all workers have the same description, and lets them take the state of the one that went
+        farthest. Costs one small allreduce.
+
+        Args:
+            description: this worker's.
+            steps: int64, that this worker has exchanged.
+            take_state: adds the ops that take the state of the worker whose global number it is given. It is not
+                called upon where no worker has exchanged anything.
+
+        Returns:
+            An op. It fails with an InvalidArgumentError on every worker, that says what differs between whom.
+        """
+        mine = tf.constant(ballot(description), tf.int64)
+        place = (steps + 1) * MOST_WORKERS - tf.cast(mpi_ops.rank_op(), tf.int64)
+        largest = self._allreduce(tf.concat([mine, [place]], 0), "agreement", Max)
+        same = tf.reduce_all(tf.equal(largest[:-1], mine))
+        checked = tf.cond(same, lambda: True, lambda: self._refuse(description))
+        with tf.control_dependencies([checked]):
+            place = tf.identity(largest[-1])
+
+        def take():
+            with tf.control_dependencies([take_state(tf.math.floormod(-place, MOST_WORKERS))]):
+                return tf.constant(True)
+
+        return tf.cond(place > MOST_WORKERS, take, lambda: True).op
+
+    def _refuse(self, description: Description) -> tf.Tensor:
+        def refuse(sizes, pickled):
+            parts = np.split(pickled, np.cumsum(sizes)[:-1])
+            # As a ValueError it becomes an InvalidArgumentError, which no elastic job takes for a lost worker.
+            raise ValueError(f"The workers do not agree:\n{differences([pickle.loads(p.tobytes()) for p in parts])}")
+
+        mine = np.frombuffer(pickle.dumps(description), np.uint8)
+        sizes, pickled = (
+            mpi_ops.allgather(tf.constant(part), f"{self.prefix}.disagreement.{what}", True, self.process_set)
+            for part, what in (([len(mine)], "sizes"), (mine, "descriptions"))
+        )
+        refused = tf.numpy_function(refuse, [sizes, pickled], tf.bool)
+        refused.set_shape(())
+        return refused
+
+    def _allreduce(self, tensor: tf.Tensor, name: str, op: int, prescale: float = 1.0, postscale: float = 1.0):
+        with tf.device(self.device):
+            return mpi_ops._allreduce(
+                tensor,
+                name=f"{self.prefix}.{name}",
+                op=op,
+                prescale_factor=prescale,
+                postscale_factor=postscale,
+                ignore_name_scope=True,
+                process_set=self.process_set,
+            )
+
+
+def elastic() -> bool:
+    """Whether the workers can change."""
+    return bool(int(os.environ.get("HOROVOD_ELASTIC", 0)))
+
+
+def transportable(dtype: tf.DType) -> tf.DType:
+    """The dtype that a gradient travels in; Horovod does not reduce bfloat16."""
+    return tf.float32 if dtype == tf.bfloat16 else dtype

@@ -25,7 +25,7 @@ def checks_in(module):
 
 
 @functools.cache
-def outcomes(module, launcher, workers, seconds=480):
+def outcomes(module, launcher, workers, legacy_keras=False, seconds=480):
     """Runs all checks of a module in the workers of one launch.
 
     Returns:
@@ -35,7 +35,7 @@ def outcomes(module, launcher, workers, seconds=480):
         program = [sys.executable, str(HERE / "worker.py"), module, folder, str(seconds)]
         command = launch_command(launcher, workers, program) if launcher else program
         assert command is not None, f"{launcher} is not installed"
-        output = run(command, seconds + 15)
+        output = run(command, seconds + 15, {"TF_USE_LEGACY_KERAS": str(int(legacy_keras))})
         found = {}
         for report in sorted(Path(folder).glob("*.jsonl")):
             for line in report.read_text().splitlines():
@@ -46,8 +46,14 @@ def outcomes(module, launcher, workers, seconds=480):
 
 def run(command, seconds, environment=None):
     """A job's output; it is ended with all its workers when it takes longer than it may."""
-    settings = {"OMP_NUM_THREADS": "1", "HOROVOD_DYNAMIC_PROCESS_SETS": "1", **(environment or {})}
-    environment = {**launch_environment(), **settings}
+    settings = {
+        "OMP_NUM_THREADS": "1",
+        "TF_NUM_INTRAOP_THREADS": "1",
+        "TF_NUM_INTEROP_THREADS": "2",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
+    }
+    environment = {**launch_environment(), **settings, **(environment or {})}
     job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         return job.communicate(timeout=seconds)[0]
@@ -57,9 +63,9 @@ def run(command, seconds, environment=None):
         return f"{job.communicate()[0]}\nended after {seconds} seconds: {' '.join(command)}"
 
 
-def assert_passed(module, launcher, workers, check):
+def assert_passed(module, launcher, workers, check, legacy_keras=False):
     """Fails with every worker's traceback, or with the whole output where a worker said nothing."""
-    found, output = outcomes(module, launcher, workers)
+    found, output = outcomes(module, launcher, workers, legacy_keras)
     reports = found.get(check, [])
     tracebacks = [f"worker {i}:\n{traceback}" for i, traceback in enumerate(reports) if traceback]
     assert not tracebacks, "\n".join(tracebacks)

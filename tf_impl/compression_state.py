@@ -1,14 +1,14 @@
 """What resuming needs beside model and optimizer: the variables' factors and memories."""
 
 import itertools
-from typing import Dict, Iterable, List, Mapping, Sequence, Union
+from typing import Dict, Iterable, Mapping, Sequence, Union
 
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from horovod_powersgd import PowerSGD, checkpoint
 from horovod_powersgd.statistics import CompressionStats
-from horovod_powersgd.tensorflow.state import VariableState, known_states, states_of
+from horovod_powersgd.tensorflow.state import known_states, states_of
 
 
 def compression_stats(variables: Sequence) -> CompressionStats:
@@ -61,21 +61,25 @@ def load_compression_state_dict(
     Raises:
         ValueError: another model, or states are missing. It names what differs.
     """
-    if not isinstance(states, Mapping):
-        states = iter(states)
-        first = next(states, None)
-        if first is None:
-            raise ValueError("the compression states of all workers are needed, and none is given")
-        states = itertools.chain([first], states)
-    config = PowerSGD(**(states if isinstance(states, Mapping) else first)["config"])
-    load_states(states, states_of(variables, config, process_set))
-
-
-def load_states(states: Union[Mapping, Iterable[Mapping]], mine: List[VariableState]) -> None:
-    """load_compression_state_dict, into these states, and for their configuration only."""
+    alone = isinstance(states, Mapping)
+    states = iter([states] if alone else states)
+    first = next(states, None)
+    if first is None:
+        raise ValueError("the compression states of all workers are needed, and none is given")
+    mine = states_of(variables, PowerSGD(**first["config"]), process_set)
+    saved = first["tensors"]
+    if [tuple(tensor["shape"]) for tensor in saved.values()] == [state.layout.shape for state in mine]:
+        # Keras can give a variable another path when it loads a model. With its old name it goes on as before.
+        for state, name in zip(mine, saved):
+            state.name = name
     shapes = {state.name: state.layout.shape for state in mine}
-    workers = mine[0].process_set
-    share = checkpoint.share_of(states, mine[0].config, shapes, workers.size(), workers.rank())
+    share = checkpoint.share_of(
+        first if alone else itertools.chain([first], states),
+        mine[0].config,
+        shapes,
+        process_set.size(),
+        process_set.rank(),
+    )
     mine[0].clock.steps.assign(share.steps)
     for state in mine:
         state.load_state_dict(share.tensors[state.name], share.memories.get(state.name, ()), share.weight)

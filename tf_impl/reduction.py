@@ -20,6 +20,7 @@ class Reduction:
         (the others): of Horovod's DistributedGradientTape.
 
     Attributes:
+        compresses: whether by PowerSGD.
         exchange: the last one, for PowerSGD.
 
     Raises:
@@ -39,11 +40,12 @@ class Reduction:
         groups,
         process_set: ProcessSet,
     ):
+        self.compresses = isinstance(compression, PowerSGD)
         self.exchange: Optional[Exchange] = None
         self._settings: Optional[Settings] = None
         self._process_set, self._sparse_as_dense = process_set, sparse_as_dense
         groups = native_groups(groups)
-        if isinstance(compression, PowerSGD):
+        if self.compresses:
             if op not in (Average, Sum):
                 raise ValueError(
                     "PowerSGD averages or sums gradients: op must be hvd.Average or hvd.Sum (Adasum is neither)"

@@ -61,6 +61,10 @@ class _DistributedOptimizer:
     def _compute_gradients(self, loss, var_list, grad_loss=None, tape=None):
         return self.compute_gradients(loss, var_list, tape)
 
+
+class _PowerSGDOptimizer:
+    """What comes before that in an optimizer that compresses."""
+
     def compression_stats(self) -> CompressionStats:
         """What compression did in the last step and in all steps so far, for this worker.
 
@@ -258,8 +262,10 @@ def load_model(
 
 def _expose(loss_scale_optimizer):
     """Gives it what users ask a distributed optimizer for."""
+    inner = loss_scale_optimizer.inner_optimizer
     for name in ("compression_stats", "compression_state_dict", "load_compression_state_dict", "register_local_var"):
-        object.__setattr__(loss_scale_optimizer, name, getattr(loss_scale_optimizer.inner_optimizer, name))
+        if hasattr(inner, name):
+            object.__setattr__(loss_scale_optimizer, name, getattr(inner, name))
     return loss_scale_optimizer
 
 
@@ -274,8 +280,10 @@ def _distribute(optimizer, aggregated_by):
         "__module__": "horovod._keras",
         "__doc__": wrapped.__doc__,
     }
-    world = _Keras3Optimizer if KERAS_3 else _Keras2Optimizer
-    distributed = type(wrapped.__name__, (world, wrapped), members).from_config(optimizer.get_config())
+    bases = (_Keras3Optimizer if KERAS_3 else _Keras2Optimizer, wrapped)
+    if aggregated_by[0].compresses:
+        bases = (_PowerSGDOptimizer, *bases)
+    distributed = type(wrapped.__name__, bases, members).from_config(optimizer.get_config())
     if KERAS_3 and optimizer.built:
         distributed.build(optimizer._trainable_variables)
         for mine, learned in zip(distributed.variables, optimizer.variables):

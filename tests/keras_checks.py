@@ -1,0 +1,328 @@
+"""What users do with Keras models, in every worker; for whichever Keras TF_USE_LEGACY_KERAS chooses."""
+
+import tempfile
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow import keras
+
+import cases
+import horovod_powersgd.tensorflow as hvd
+import horovod_powersgd.tensorflow.keras as hvd_keras
+from equivalence import Equivalence
+from horovod_powersgd import PowerSGD, reference
+from horovod_powersgd.layout import trailing_columns
+from tensorflow_trainee import KerasTrainee
+
+KERAS_3 = hasattr(keras.optimizers, "LossScaleOptimizer")
+LossScaleOptimizer = keras.optimizers.LossScaleOptimizer if KERAS_3 else keras.mixed_precision.LossScaleOptimizer
+ROWS, COLUMNS, BATCH = 20, 30, 8
+runs = [(config, "float32") for config in cases.CONFIGS]
+equivalence = Equivalence(hvd, KerasTrainee, trailing_columns, lambda: runs[hvd.size() % 2 :: 2])
+
+
+def data(worker=None, batches=6):
+    """A worker's inputs and targets."""
+    rng = np.random.default_rng(hvd.rank() if worker is None else worker)
+    x = rng.standard_normal((batches * BATCH, ROWS)).astype("float32")
+    return x, rng.standard_normal((batches * BATCH, COLUMNS)).astype("float32")
+
+
+def linear_model(optimizer, dtype=None, **options):
+    """y = x W, from W = 0."""
+    model = keras.Sequential(
+        [
+            keras.layers.Input((ROWS,)),
+            keras.layers.Dense(COLUMNS, use_bias=False, kernel_initializer="zeros", dtype=dtype),
+        ]
+    )
+    model.compile(optimizer=optimizer, loss="mse", **options)
+    return model
+
+
+def fit(model, epochs=1, x=None, y=None, **options):
+    own_x, own_y = data()
+    x, y = own_x if x is None else x, own_y if y is None else y
+    return model.fit(x, y, batch_size=BATCH, epochs=epochs, shuffle=False, verbose=0, **options)
+
+
+def mlp(optimizer, **options):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.layers.Input((ROWS,)),
+            keras.layers.Dense(40, activation="relu"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(COLUMNS),
+        ]
+    )
+    # Keras 3 cannot load "mse" from an .h5 file.
+    model.compile(optimizer=optimizer, loss=keras.losses.MeanSquaredError(), **options)
+    return model
+
+
+def numpy_weights(model, config, learning_rate=0.5, passes=1, clip=None, batches=6):
+    """The weights of linear_model after an epoch on all workers, by numpy."""
+    kernel = model.layers[-1].trainable_weights[0]
+    name = getattr(kernel, "path", None) or kernel.name.partition(":")[0]
+    weights = np.zeros((ROWS, COLUMNS), "float32")
+    states = [reference.State() for _ in range(hvd.size())]
+    everyone = [data(worker) for worker in range(hvd.size())]
+    sums = [np.zeros_like(weights) for _ in everyone]
+    for batch in range(batches):
+        part = slice(batch * BATCH, (batch + 1) * BATCH)
+        for total, (x, y) in zip(sums, everyone):
+            total += 2 / (BATCH * COLUMNS) * x[part].T @ (x[part] @ weights - y[part])
+        if (batch + 1) % passes == 0:
+            if config is None:
+                update = np.mean(sums, axis=0) / passes
+            else:
+                gradients = [{name: total.copy()} for total in sums]
+                update = reference.simulate(gradients, states, config, trailing_columns)[0][name] / passes
+            if clip:
+                update = update * min(1, clip / np.linalg.norm(update))
+            weights = weights - learning_rate * update
+            for total in sums:
+                total *= 0
+    return weights
+
+
+def check_a_run_of_20_steps_equals_the_reference():
+    equivalence.a_run_of_20_steps()
+
+
+def check_fit_equals_numpy():
+    for config in (PowerSGD(rank=2), PowerSGD(rank=1, num_iters_per_step=1), PowerSGD(warmup_steps=2), None):
+        compression = config or hvd.Compression.none
+        for options in ({}, {"run_eagerly": True}):
+            model = linear_model(hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.5), compression=compression), **options)
+            fit(model)
+            assert cases.error(model.get_weights()[0], numpy_weights(model, config)) < 1e-3, (config, options)
+    if KERAS_3:
+        model = linear_model(
+            hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.5), compression=PowerSGD(rank=2)), steps_per_execution=3
+        )
+        fit(model)
+        assert cases.error(model.get_weights()[0], numpy_weights(model, PowerSGD(rank=2))) < 1e-3
+
+
+def check_a_train_step_of_the_users_own():
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(COLUMNS, use_bias=False, kernel_initializer="zeros")
+
+        def call(self, x):
+            return self.dense(x)
+
+        def train_step(self, batch):
+            x, y = batch
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((self(x) - y) ** 2)
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
+            return {"loss": loss}
+
+    model = Model()
+    model.build((None, ROWS))
+    model.compile(optimizer=hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.5), compression=PowerSGD(rank=2)))
+    fit(model)
+    assert cases.error(model.get_weights()[0], numpy_weights(model, PowerSGD(rank=2))) < 1e-3
+
+
+def check_backward_passes_are_summed_or_averaged():
+    for average in (True, False):
+        for compression in (PowerSGD(rank=2), hvd.Compression.none):
+            optimizer = hvd_keras.DistributedOptimizer(
+                keras.optimizers.SGD(0.5 if average else 0.25),
+                compression=compression,
+                backward_passes_per_step=2,
+                average_aggregated_gradients=average,
+            )
+            model = linear_model(optimizer)
+            fit(model)
+            config = compression if isinstance(compression, PowerSGD) else None
+            assert cases.error(model.get_weights()[0], numpy_weights(model, config, passes=2)) < 1e-3
+            assert int(optimizer.iterations) == 6
+            if config:
+                assert optimizer.compression_stats().steps == 3
+
+
+def check_clipping_comes_after_the_exchange():
+    optimizer = keras.optimizers.SGD(0.5, global_clipnorm=0.1)
+    model = linear_model(hvd_keras.DistributedOptimizer(optimizer, compression=PowerSGD(rank=2)))
+    fit(model)
+    assert cases.error(model.get_weights()[0], numpy_weights(model, PowerSGD(rank=2), clip=0.1)) < 1e-3
+
+
+def check_replicas_stay_equal_with_whatever_optimizer():
+    optimizers = [
+        keras.optimizers.Adam(0.01, weight_decay=0.01, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=4),
+        keras.optimizers.RMSprop(keras.optimizers.schedules.ExponentialDecay(0.01, 3, 0.9)),
+    ]
+    if not KERAS_3:
+        optimizers.append(keras.optimizers.legacy.Adam(0.01))
+    for optimizer in optimizers:
+        for options in ({}, {"backward_passes_per_step": 2}):
+            wrapped = hvd_keras.DistributedOptimizer(optimizer, compression=PowerSGD(rank=2), **options)
+            assert isinstance(wrapped, type(optimizer)) and type(wrapped).__name__ == type(optimizer).__name__
+            model = mlp(wrapped)
+            history = fit(model, epochs=2)
+            assert history.history["loss"][1] < history.history["loss"][0]
+            trained = {w.name + str(i): w for i, w in enumerate(model.trainable_weights)}
+            hvd.assert_replicas_equal({name: np.asarray(w) for name, w in trained.items()})
+
+
+def check_loss_scaling_skips_a_step_on_all_workers():
+    def wrapped(order):
+        optimizer = keras.optimizers.SGD(0.5)
+        if order == "outside":
+            return LossScaleOptimizer(hvd_keras.DistributedOptimizer(optimizer, compression=PowerSGD(rank=2)))
+        if order == "inside":
+            return hvd_keras.DistributedOptimizer(LossScaleOptimizer(optimizer), compression=PowerSGD(rank=2))
+        # Keras adds it.
+        return hvd_keras.DistributedOptimizer(optimizer, compression=PowerSGD(rank=2))
+
+    x, y = data()
+    poisoned = x.copy()
+    if hvd.rank() == hvd.size() - 1:
+        poisoned[BATCH + 1] = np.inf
+    try:
+        for policy, order in (("float32", "outside"), ("float32", "inside"), ("mixed_float16", "by Keras")):
+            (keras.config.set_dtype_policy if KERAS_3 else keras.mixed_precision.set_global_policy)(policy)
+            model = linear_model(wrapped(order))
+            optimizer = model.optimizer
+            assert isinstance(optimizer, LossScaleOptimizer)
+            fit(model, x=x)
+            if policy == "float32":
+                assert cases.error(model.get_weights()[0], numpy_weights(model, PowerSGD(rank=2))) < 1e-3
+            scale = float(optimizer.dynamic_scale if KERAS_3 else optimizer.loss_scale)
+            fit(model, x=poisoned)
+            assert float(optimizer.dynamic_scale if KERAS_3 else optimizer.loss_scale) == scale / 2
+            assert np.isfinite(model.get_weights()[0]).all()
+            hvd.assert_replicas_equal({"kernel": model.get_weights()[0]})
+            stats = (optimizer if order == "inside" else optimizer.inner_optimizer).compression_stats()
+            assert stats.steps == 11 and stats.tensors[0].compressed
+    finally:
+        (keras.config.set_dtype_policy if KERAS_3 else keras.mixed_precision.set_global_policy)("float32")
+
+
+def check_models_are_saved_with_the_wrapped_optimizer():
+    for suffix in (".keras", ".h5"):
+        optimizer = hvd_keras.DistributedOptimizer(keras.optimizers.Adam(0.01), compression=PowerSGD(rank=2))
+        model = mlp(optimizer)
+        fit(model)
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/model{suffix}"
+            model.save(path)
+            plain, ours = keras.models.load_model(path), hvd_keras.load_model(path, compression=PowerSGD(rank=2))
+        assert type(plain.optimizer) is keras.optimizers.Adam
+        assert isinstance(ours.optimizer, keras.optimizers.Adam) and not type(ours.optimizer) is keras.optimizers.Adam
+
+        def kept(optimizer):
+            variables = optimizer.variables
+            return [np.asarray(v) for v in (variables() if callable(variables) else variables)]
+
+        # Keras 3 leaves the optimizer's variables out of .h5 files.
+        for loaded in (plain, ours) if suffix == ".keras" or not KERAS_3 else ():
+            assert len(kept(loaded.optimizer)) == len(kept(optimizer))
+            for mine, learned in zip(kept(loaded.optimizer), kept(optimizer)):
+                np.testing.assert_array_equal(mine, learned)
+        fit(ours)
+        assert ours.optimizer.compression_stats().steps == 6
+        hvd.assert_replicas_equal({str(i): np.asarray(w) for i, w in enumerate(ours.trainable_weights)})
+
+
+def check_an_optimizer_that_has_learned_can_be_wrapped():
+    if not KERAS_3:
+        return
+    model = mlp(keras.optimizers.Adam(0.01))
+    model.fit(*data(0), verbose=0)
+    wrapped = hvd_keras.DistributedOptimizer(model.optimizer, compression=PowerSGD(rank=2))
+    for mine, learned in zip(wrapped.variables, model.optimizer.variables):
+        np.testing.assert_array_equal(mine, learned)
+    again = hvd_keras.DistributedOptimizer(wrapped, compression=PowerSGD(rank=1))
+    assert type(again).__mro__.count(keras.optimizers.Adam) == 1 and wrapped.__class__ is keras.optimizers.Adam
+
+
+def check_a_resumed_job_goes_on_bit_for_bit():
+    def compiled():
+        return mlp(hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9), compression=PowerSGD(rank=2)))
+
+    whole = compiled()
+    fit(whole)
+    state = whole.optimizer.compression_state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        whole.save(f"{folder}/model.keras")
+        resumed = hvd_keras.load_model(f"{folder}/model.keras", compression=PowerSGD(rank=2))
+        resumed.optimizer.load_compression_state_dict(state)
+    fit(whole)
+    fit(resumed)
+    assert resumed.optimizer.compression_stats().steps == 12
+    for one, other in zip(whole.get_weights(), resumed.get_weights()):
+        np.testing.assert_array_equal(one, other)
+
+
+def check_local_variables_stay_the_workers_own():
+    optimizer = hvd_keras.DistributedOptimizer(keras.optimizers.SGD(1.0), compression=PowerSGD(rank=2))
+    shared, local = (tf.Variable(tf.zeros((ROWS, COLUMNS)), name=name) for name in ("shared", "local"))
+    optimizer.register_local_var(local)
+    gradient = tf.fill((ROWS, COLUMNS), float(hvd.rank() + 1))
+    optimizer.apply_gradients([(gradient, shared), (gradient, local)])
+    np.testing.assert_allclose(shared, -(hvd.size() + 1) / 2, rtol=1e-5)
+    np.testing.assert_allclose(local, -(hvd.rank() + 1) / hvd.size(), rtol=1e-5)
+
+
+def check_workers_that_disagree_are_told_in_fit():
+    if hvd.size() == 1:
+        return
+    rank = 3 if hvd.rank() == hvd.size() - 1 else 2
+    model = linear_model(hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.5), compression=PowerSGD(rank=rank)))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="The workers do not agree") as told:
+        fit(model)
+    assert "rank=3" in str(told.value) and f"worker {hvd.size() - 1}" in str(told.value)
+
+
+def check_the_callback_logs_compression():
+    optimizer = hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=PowerSGD(rank=2))
+    model = mlp(optimizer)
+    history = fit(model, epochs=2, callbacks=[hvd_keras.callbacks.CompressionCallback()]).history
+    stats = optimizer.compression_stats()
+    assert history["compression_bytes"] == [stats.bytes_sent] * 2
+    assert history["compression_ratio"] == [stats.ratio] * 2
+    assert history["compression_residual"][1] == max(t.residual for t in stats.tensors)
+
+
+def check_xla_is_left_out_or_told():
+    def compiled(jit_compile):
+        optimizer = hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.1), compression=PowerSGD(rank=2))
+        return linear_model(optimizer, jit_compile=jit_compile)
+
+    with pytest.raises(RuntimeError, match="jit_compile=False"):
+        fit(compiled(True))
+    if not KERAS_3:
+        return
+    devices = tf.config.list_physical_devices
+    try:
+        # As if there were a GPU.
+        tf.config.list_physical_devices = lambda kind=None: [tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")]
+        assert keras.Sequential([keras.layers.Dense(1)]).jit_compile
+        assert not compiled("auto").jit_compile
+    finally:
+        tf.config.list_physical_devices = devices
+
+
+def check_misuse_is_told():
+    for options, match in (
+        (dict(op=hvd.Adasum), "Average and Sum"),
+        (dict(op=hvd.Sum, gradient_predivide_factor=2.0), "gradient_predivide_factor"),
+        (dict(backward_passes_per_step=0), "backward_passes_per_step"),
+        (dict(groups=0), "groups"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            hvd_keras.DistributedOptimizer(keras.optimizers.SGD(), compression=PowerSGD(), **options)
+    with pytest.raises(TypeError, match="PowerSGD"):
+        hvd_keras.DistributedOptimizer(keras.optimizers.SGD(), compression="powersgd")
+    with pytest.raises(RuntimeError, match="compressed nothing"):
+        hvd_keras.DistributedOptimizer(keras.optimizers.SGD(), compression=PowerSGD()).compression_stats()

@@ -20,6 +20,7 @@ import horovod_powersgd.tensorflow as hvd
 import horovod_powersgd.tensorflow.elastic as elastic
 import horovod_powersgd.tensorflow.keras.elastic as keras_elastic
 from horovod_powersgd.tensorflow.replicas import assert_replicas_equal, optimizer_variables
+from horovod_powersgd.tensorflow.state import known_states
 
 FOLDER, KIND = Path(sys.argv[1]), sys.argv[2]
 BATCHES, EPOCHS, DIES_AT = 6, 4, 8
@@ -30,24 +31,15 @@ def report(**seen):
         file.write(json.dumps(seen) + "\n")
 
 
-class Network(keras.Sequential):
-    """Averages gradients among workers."""
-
-    def train_step(self, data):
-        x, y = data
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_mean((self(x, training=True) - y) ** 2)
-        gradients = tape.gradient(loss, self.trainable_variables)
-        gradients = [hvd.allreduce(gradient, name=f"gradient_{i}") for i, gradient in enumerate(gradients)]
-        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
-        return {"loss": loss}
-
-
 hvd.init()
 keras.utils.set_random_seed(hvd.rank())
-model = Network([keras.Input((10,)), keras.layers.Dense(12, activation="tanh"), keras.layers.Dense(4)])
-model.compile(keras.optimizers.Adam(0.01))
-numbers = np.random.default_rng(hvd.rank()).standard_normal((8 * BATCHES, 14)).astype("float32")
+model = keras.Sequential([keras.Input((10,)), keras.layers.Dense(12, activation="tanh"), keras.layers.Dense(8)])
+optimizer = keras.optimizers.Adam(0.01)
+if KIND == "fit":
+    # P and Q in turn: workers that come have to learn which it is.
+    optimizer = hvd.DistributedOptimizer(optimizer, compression=hvd.PowerSGD(rank=1, num_iters_per_step=1))
+model.compile(optimizer, "mse")
+numbers = np.random.default_rng(hvd.rank()).standard_normal((8 * BATCHES, 18)).astype("float32")
 x, y = numbers[:, :10], numbers[:, 10:]
 
 
@@ -57,7 +49,12 @@ def variables():
 
 def summary():
     content = b"".join(np.array(variable).tobytes() for variable in variables())
-    return {"size": hvd.size(), "variables": hashlib.sha256(content).hexdigest()}
+    memories = [state.memory for state in known_states(model.trainable_variables) if state.memory is not None]
+    return {
+        "size": hvd.size(),
+        "variables": hashlib.sha256(content).hexdigest(),
+        "memory": [float(tf.norm(memory)) for memory in memories],
+    }
 
 
 def after_batch(state):
@@ -83,7 +80,11 @@ class AfterBatch(keras.callbacks.Callback):
 
 @tf.function
 def train_step(x, y):
-    model.train_step((x, y))
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
+    tape = hvd.DistributedGradientTape(tape, compression=hvd.PowerSGD(rank=2))
+    gradients = tape.gradient(loss, model.trainable_variables)
+    optimizer.apply_gradients(zip(gradients, model.trainable_variables))
 
 
 @elastic.run
@@ -116,4 +117,5 @@ else:
     train_with_fit(state)
     assert (state.epoch, state.batch) == (EPOCHS, 0)
 assert_replicas_equal(variables())
-report(event="end", step=state.step, **summary())
+stats = hvd.compression_stats(model.trainable_variables)
+report(event="end", step=state.step, exchanged=stats.steps, **summary())

@@ -23,7 +23,7 @@ def test_survivors_go_on_and_newcomers_become_equal_replicas(kind, legacy, tmp_p
     command += ["--host-discovery-script", discover, "--disable-cache", "--elastic-timeout", "120"]
     command += [sys.executable, HERE / "tensorflow_elastic_training.py", tmp_path, kind]
     # The others wait that long for the new worker, which first imports TensorFlow.
-    settings = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "60", "TF_USE_LEGACY_KERAS": legacy}
+    settings = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "30", "TF_USE_LEGACY_KERAS": legacy}
     output = run([str(word) for word in command], 240, settings)
 
     workers = [[json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*.jsonl")]
@@ -35,16 +35,19 @@ def test_survivors_go_on_and_newcomers_become_equal_replicas(kind, legacy, tmp_p
     steps = {"tape": 24, "fit": 26}[kind]
     assert all(worker[-1]["step"] == steps and worker[-1]["size"] == 3 for worker in by_end["end"]), output
     assert len({worker[-1]["variables"] for worker in by_end["end"]}) == 1
+    # The newcomer has taken the number of steps with the factors.
+    assert {worker[-1]["exchanged"] for worker in by_end["end"]} == {steps}, output
     newcomers = 0
     for worker in by_end["end"]:
         starts = [event for event in worker if event["event"] == "start"]
         if len(starts) == 1:
             newcomers += 1
-            assert starts[0]["step"] == 12, output
+            assert starts[0]["step"] == 12 and starts[0]["memory"] == [], output
             continue
         # Three workers, two, three again; each time from where they were.
         assert [(start["size"], start["step"]) for start in starts] == [(3, 0), (2, 8), (3, 12)], output
         for before, start in zip(worker, worker[1:]):
             if start["event"] == "start":
                 assert start["variables"] == before["variables"], output
+                assert start["memory"] == before["memory"] and all(norm > 0 for norm in start["memory"]), output
     assert newcomers == 1

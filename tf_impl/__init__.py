@@ -22,6 +22,7 @@ from horovod_powersgd.tensorflow.compression_state import (  # noqa: E402, F401
     load_compression_state_dict,
 )
 from horovod_powersgd.tensorflow.exchange import new_world  # noqa: E402
+from horovod_powersgd.tensorflow.normalization import SyncBatchNormalization  # noqa: E402, F401
 from horovod_powersgd.tensorflow.optimizer import DistributedOptimizer  # noqa: E402, F401
 from horovod_powersgd.tensorflow.replicas import assert_replicas_equal, broadcast_variables  # noqa: E402, F401
 from horovod_powersgd.tensorflow.tape import (  # noqa: E402, F401

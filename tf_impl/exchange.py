@@ -174,10 +174,10 @@ class Exchange:
     def _take_factors(self, root: tf.Tensor) -> tf.Operation:
         """The factors of the worker that is farthest, in an elastic job: others may be new, or have missed a step."""
         ops = [self.clock.steps.assign(self._workers.from_worker(root, self.clock.steps, "steps"), read_value=False)]
-        for state in self.states:
+        for i, state in enumerate(self.states):
             if not state.layout.compressed:
                 continue
-            factor, name = tf.convert_to_tensor(state.factor), f"factor.{state.name}"
+            factor, name = tf.convert_to_tensor(state.factor), f"factor.{i}.{state.name}"
             if state.factor_is_q is True:
                 factor = self._workers.from_worker(root, factor, name)
             else:
@@ -201,7 +201,7 @@ class Exchange:
         dtype = slices.values.dtype
         sent = tf.IndexedSlices(tf.cast(slices.values, transportable(dtype)), slices.indices, slices.dense_shape)
         nbytes = sum(tf.size(part, tf.int64) * part.dtype.size for part in (sent.values, sent.indices))
-        mean = self._workers.sparse_mean(sent, f"sparse.{self.states[i].name}")
+        mean = self._workers.sparse_mean(sent, f"sparse.{i}.{self.states[i].name}")
         values = mean.values * self._factor(mean.values.dtype)
         return tf.IndexedSlices(tf.cast(values, dtype), mean.indices, mean.dense_shape), nbytes
 

@@ -4,7 +4,7 @@ import horovod.tensorflow as horovod
 import tensorflow as tf
 
 from horovod_powersgd.statistics import CompressionStats
-from horovod_powersgd.tensorflow.reduction import Reduction, native_groups, reduce_shared, scaled, unscaled
+from horovod_powersgd.tensorflow.reduction import Reduction, native_groups, reduce_shared, scaled, unscaled, variables_of
 from horovod_powersgd.tensorflow.state import native
 from horovod_powersgd.tensorflow.workers import Workers
 
@@ -152,9 +152,7 @@ def PartialDistributedGradientTape(
     Raises:
         ValueError: what is in local_layers is no layer; and as DistributedGradientTape.
     """
-    layers = [local_layers] if isinstance(local_layers, tf.keras.layers.Layer) else local_layers or []
-    if not all(isinstance(layer, tf.keras.layers.Layer) for layer in layers):
-        raise ValueError("All local layers must be of tf.keras.layers.Layer type.")
+    local = variables_of(local_layers)
     tape = DistributedGradientTape(
         gradtape,
         device_dense,
@@ -168,7 +166,6 @@ def PartialDistributedGradientTape(
         process_set,
         scale_local_gradients,
     )
-    for layer in layers:
-        for variable in layer.trainable_weights:
-            tape.register_local_source(variable)
+    for variable in local:
+        tape.register_local_source(variable)
     return tape

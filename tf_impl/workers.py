@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from dataclasses import dataclass
 from typing import Callable
 
@@ -56,7 +57,7 @@ class Workers:
             return slices
         with tf.device(self.device_sparse):
             values, indices = (
-                mpi_ops.allgather(part, f"{self.prefix}.{name}.{what}", True, self.process_set)
+                mpi_ops.allgather(part, self._full_name(f"{name}.{what}"), True, self.process_set)
                 for part, what in ((slices.values, "values"), (slices.indices, "indices"))
             )
         return tf.IndexedSlices(values / self.count(values.dtype), indices, slices.dense_shape)
@@ -101,7 +102,7 @@ class Workers:
 
         mine = np.frombuffer(pickle.dumps(description), np.uint8)
         sizes, pickled = (
-            mpi_ops.allgather(tf.constant(part), f"{self.prefix}.disagreement.{what}", True, self.process_set)
+            mpi_ops.allgather(tf.constant(part), self._full_name(f"disagreement.{what}"), True, self.process_set)
             for part, what in (([len(mine)], "sizes"), (mine, "descriptions"))
         )
         refused = tf.numpy_function(refuse, [sizes, pickled], tf.bool)
@@ -112,13 +113,17 @@ class Workers:
         with tf.device(self.device):
             return mpi_ops._allreduce(
                 tensor,
-                name=f"{self.prefix}.{name}",
+                name=self._full_name(name),
                 op=op,
                 prescale_factor=prescale,
                 postscale_factor=postscale,
                 ignore_name_scope=True,
                 process_set=self.process_set,
             )
+
+    def _full_name(self, name: str) -> str:
+        """As an operation can be called; Horovod, told to ignore the scope, would drop what is before a slash."""
+        return re.sub("[^A-Za-z0-9_.]", ".", f"{self.prefix}.{name}")
 
 
 def elastic() -> bool:

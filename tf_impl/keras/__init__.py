@@ -10,4 +10,8 @@ import horovod_powersgd.tensorflow.keras.callbacks
 import horovod_powersgd.tensorflow.keras.elastic  # noqa: F401
 from horovod_powersgd import PowerSGD  # noqa: F401
 from horovod_powersgd.tensorflow import init  # noqa: F401
-from horovod_powersgd.tensorflow.keras.optimizer import DistributedOptimizer, load_model  # noqa: F401
+from horovod_powersgd.tensorflow.keras.optimizer import (  # noqa: F401
+    DistributedOptimizer,
+    PartialDistributedOptimizer,
+    load_model,
+)

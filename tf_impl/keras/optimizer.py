@@ -8,9 +8,9 @@ import tensorflow as tf
 
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.compression_state import compression_state_dict, load_compression_state_dict
-from horovod_powersgd.tensorflow.keras.aggregation import Aggregation
 from horovod_powersgd.tensorflow.keras import compilation, loss_scaling
-from horovod_powersgd.tensorflow.reduction import Reduction
+from horovod_powersgd.tensorflow.keras.aggregation import Aggregation
+from horovod_powersgd.tensorflow.reduction import Reduction, variables_of
 
 KERAS_3 = hasattr(tf.keras.optimizers, "LossScaleOptimizer")
 LOSS_SCALE_OPTIMIZERS = loss_scaling.loss_scale_optimizers()
@@ -235,6 +235,48 @@ def DistributedOptimizer(
         config = {key: value for key, value in optimizer.get_config().items() if key != "inner_optimizer"}
         return _expose(type(optimizer)(distributed, **config))
     return _distribute(optimizer, aggregated_by)
+
+
+def PartialDistributedOptimizer(
+    optimizer,
+    name=None,
+    device_dense="",
+    device_sparse="",
+    compression=horovod.Compression.none,
+    sparse_as_dense=False,
+    gradient_predivide_factor=1.0,
+    op=horovod.Average,
+    groups=None,
+    process_set=horovod.global_process_set,
+    local_layers=None,
+    scale_local_gradients=True,
+):
+    """horovod.keras.PartialDistributedOptimizer: DistributedOptimizer that leaves some layers to each worker.
+
+    Args:
+        local_layers: a Keras layer or a list of them, built.
+        (the others): as DistributedOptimizer's.
+
+    Raises:
+        ValueError: what is in local_layers is no layer; and as DistributedOptimizer.
+    """
+    local = variables_of(local_layers)
+    distributed = DistributedOptimizer(
+        optimizer,
+        name,
+        device_dense,
+        device_sparse,
+        compression,
+        sparse_as_dense,
+        gradient_predivide_factor,
+        op,
+        groups=groups,
+        process_set=process_set,
+        scale_local_gradients=scale_local_gradients,
+    )
+    for variable in local:
+        distributed.register_local_var(variable)
+    return distributed
 
 
 def load_model(

@@ -56,10 +56,8 @@ class Workers:
         if self.alone:
             return slices
         with tf.device(self.device_sparse):
-            values, indices = (
-                mpi_ops.allgather(part, self._full_name(f"{name}.{what}"), True, self.process_set)
-                for part, what in ((slices.values, "values"), (slices.indices, "indices"))
-            )
+            values = self._allgather(slices.values, f"{name}.values")
+            indices = self._allgather(slices.indices, f"{name}.indices")
         return tf.IndexedSlices(values / self.count(values.dtype), indices, slices.dense_shape)
 
     def from_worker(self, root: tf.Tensor, tensor: tf.Tensor, name: str) -> tf.Tensor:
@@ -101,10 +99,8 @@ class Workers:
             raise ValueError(f"The workers do not agree:\n{differences([pickle.loads(p.tobytes()) for p in parts])}")
 
         mine = np.frombuffer(pickle.dumps(description), np.uint8)
-        sizes, pickled = (
-            mpi_ops.allgather(tf.constant(part), self._full_name(f"disagreement.{what}"), True, self.process_set)
-            for part, what in (([len(mine)], "sizes"), (mine, "descriptions"))
-        )
+        sizes = self._allgather(tf.constant([len(mine)]), "disagreement.sizes")
+        pickled = self._allgather(tf.constant(mine), "disagreement.descriptions")
         refused = tf.numpy_function(refuse, [sizes, pickled], tf.bool)
         refused.set_shape(())
         return refused
@@ -120,6 +116,11 @@ class Workers:
                 ignore_name_scope=True,
                 process_set=self.process_set,
             )
+
+    def _allgather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
+        # Constants, TensorFlow would gather at once, when it optimizes the graph, and whatever branch they are in.
+        tensor = tf.where(mpi_ops.rank_op() >= 0, tensor, tf.zeros_like(tensor))
+        return mpi_ops.allgather(tensor, self._full_name(name), True, self.process_set)
 
     def _full_name(self, name: str) -> str:
         """As an operation can be called; Horovod, told to ignore the scope, would drop what is before a slash."""

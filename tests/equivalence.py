@@ -1,7 +1,7 @@
 """Comparisons of real workers with the reference, the same for every framework.
 
-A run is (configuration, dtype); a trainee holds parameters whose gradients are given, and exchanges them: start(gradients),
-then finish() gives the updates; state() is this worker's reference.State.
+A run is (configuration, dtype). A trainee holds parameters whose gradients are given, and exchanges them: after
+start(gradients), finish() gives the updates; state() is this worker's reference.State.
 """
 
 import itertools

@@ -96,13 +96,13 @@ def check_fit_equals_numpy():
     for config in (PowerSGD(rank=2), PowerSGD(rank=1, num_iters_per_step=1), PowerSGD(warmup_steps=2), None):
         compression = config or hvd.Compression.none
         for options in ({}, {"run_eagerly": True}):
-            model = linear_model(hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.5), compression=compression), **options)
+            optimizer = hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.5), compression=compression)
+            model = linear_model(optimizer, **options)
             fit(model)
             assert cases.error(model.get_weights()[0], numpy_weights(model, config)) < 1e-3, (config, options)
     if KERAS_3:
-        model = linear_model(
-            hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.5), compression=PowerSGD(rank=2)), steps_per_execution=3
-        )
+        optimizer = hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.5), compression=PowerSGD(rank=2))
+        model = linear_model(optimizer, steps_per_execution=3)
         fit(model)
         assert cases.error(model.get_weights()[0], numpy_weights(model, PowerSGD(rank=2))) < 1e-3
 
@@ -248,7 +248,8 @@ def check_an_optimizer_that_has_learned_can_be_wrapped():
 
 def check_a_resumed_job_goes_on_bit_for_bit():
     def compiled():
-        return mlp(hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.1, momentum=0.9), compression=PowerSGD(rank=2)))
+        optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+        return mlp(hvd_keras.DistributedOptimizer(optimizer, compression=PowerSGD(rank=2)))
 
     whole = compiled()
     fit(whole)

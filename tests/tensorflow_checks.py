@@ -1,7 +1,6 @@
 """What holds in every worker of a TensorFlow job, whatever launched it."""
 
 import numpy as np
-import tensorflow as tf
 
 import cases
 import horovod_powersgd.tensorflow as hvd

@@ -207,7 +207,8 @@ def check_variables_of_all_precisions():
             computed = "float64" if dtype == tf.float64 else "float32"
             rounded = lambda s, w, d: tf.cast(tf.cast(matrix(s, w, d), dtype), d).numpy()  # noqa: E731
             for step, update in enumerate(expected(PowerSGD(rank=2), 3, computed, "v", rounded)):
-                found, mean = run(tf.cast(matrix(step, dtype=computed), dtype), tf.fill([7], tf.cast(hvd.rank(), dtype)))
+                gradient, of_bias = tf.cast(matrix(step, dtype=computed), dtype), tf.cast(hvd.rank(), dtype)
+                found, mean = run(gradient, tf.fill([7], of_bias))
                 assert found.dtype == mean.dtype == dtype
                 assert cases.error(tf.cast(found, update.dtype).numpy(), update) < 2 * rounding
                 np.testing.assert_allclose(tf.cast(mean, tf.float32), (hvd.size() - 1) / 2, rtol=rounding)
@@ -311,7 +312,9 @@ def check_a_checkpoint_serves_another_number_of_workers():
     states = hvd.allgather_object(hvd.compression_state_dict(trainee.variables.values()), name="states")
     resumed = EagerTrainee(PowerSGD(rank=2))
     # As if each of them had been two.
-    twice = [{**state, "workers": 2 * hvd.size(), "worker": 2 * i + j} for i, state in enumerate(states) for j in (0, 1)]
+    twice = [
+        {**state, "workers": 2 * hvd.size(), "worker": 2 * i + j} for i, state in enumerate(states) for j in (0, 1)
+    ]
     hvd.load_compression_state_dict(iter(twice), resumed.variables.values())
     memory = hvd.allgather_object(known_states([resumed.variables["linear"]])[0].memory.numpy(), name="memories")
     mean = np.mean([state["tensors"]["linear"]["memory"] for state in states], axis=0)

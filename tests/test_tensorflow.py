@@ -6,8 +6,13 @@ import pytest
 from job import assert_passed, checks_in
 
 LAUNCHES = [(None, 1), ("horovodrun --gloo", 2), ("mpirun", 3), ("horovodrun --gloo", 4)]
-# With two workers each Keras meets each launcher.
-KERAS_LAUNCHES = [("mpirun", 2, False), ("horovodrun --gloo", 3, False), (None, 1, True), ("horovodrun --gloo", 2, True)]
+# Launcher, workers, whether Keras is Keras 2.
+KERAS_LAUNCHES = [
+    ("mpirun", 2, False),
+    ("horovodrun --gloo", 3, False),
+    (None, 1, True),
+    ("horovodrun --gloo", 2, True),
+]
 
 
 @pytest.mark.parametrize("launcher, workers", LAUNCHES)

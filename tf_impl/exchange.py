@@ -22,6 +22,7 @@ Tensor = Union[tf.Tensor, tf.IndexedSlices]
 
 # Counts the exchanges of each process set, on every worker alike, so that their tensors' names differ.
 _numbers = defaultdict(itertools.count)
+# Those outside of TensorFlow 1's graphs.
 _all = weakref.WeakSet()
 
 
@@ -61,14 +62,19 @@ class Exchange:
         number = next(_numbers[settings.process_set.process_set_id])
         self._settings, self._config = settings, settings.config
         self._workers = Workers(
-            settings.process_set, f"powersgd.{number}", settings.predivide_factor, settings.device, settings.device_sparse
+            settings.process_set,
+            f"powersgd.{number}",
+            settings.predivide_factor,
+            settings.device,
+            settings.device_sparse,
         )
         self.states, self.clock = list(states), states[0].clock
         self._groups, self._sparse = groups, sparse
         # Whether these workers have compared what they are going to do. Not so in a new world.
         self.agreed = make_variable(self._workers.alone)
         self._eagerly = tf.function(self._build, autograph=False, reduce_retracing=True)
-        _all.add(self)
+        if tf.compat.v1.executing_eagerly_outside_functions():
+            _all.add(self)
 
     def __call__(self, gradients: Sequence[Tensor]) -> List[Tensor]:
         """Their averages (or sums), after compression. The states are kept for the next step where it is finite.
@@ -120,8 +126,8 @@ class Exchange:
         # Horovod's ops are known by their names: without a scope, TensorFlow makes them differ in one graph.
         with graph.name_scope(None), tf.control_dependencies([self._prepare()]):
             step = tf.identity(self.clock.steps)
-            sparse = {i: self._exchange_sparse(i, gradients[i]) for i, is_sparse in enumerate(self._sparse) if is_sparse}
-            dense = [i for i in range(len(gradients)) if i not in sparse]
+            dense = [i for i, is_sparse in enumerate(self._sparse) if not is_sparse]
+            sparse = {i: self._exchange_sparse(i, gradients[i]) for i, s in enumerate(self._sparse) if s}
             finite = [tf.reduce_all(tf.math.is_finite(update.values)) for update, _ in sparse.values()]
 
             def exchange(warming_up):
@@ -135,10 +141,11 @@ class Exchange:
             updates = {**dict(zip(dense, updates)), **{i: update for i, (update, _) in sparse.items()}}
             sparse_bytes = sum((nbytes for _, nbytes in sparse.values()), tf.constant(0, tf.int64))
             counted = self._count(finite, sent, sparse_bytes, [gradients[i] for i in dense])
+        updates = [updates[i] for i in range(len(gradients))]
         if tf.compat.v1.executing_eagerly_outside_functions():
-            return [updates[i] for i in range(len(gradients))]
+            return updates
         with tf.control_dependencies([counted]):
-            return [tf.nest.map_structure(tf.identity, updates[i], expand_composites=True) for i in range(len(gradients))]
+            return tf.nest.map_structure(tf.identity, updates, expand_composites=True)
 
     def _prepare(self) -> tf.Operation:
         """What comes before a step: in a graph of TensorFlow 1 it makes the variables' initial values, so that no job

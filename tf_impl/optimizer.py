@@ -1,4 +1,4 @@
-"""hvd.DistributedOptimizer that takes a PowerSGD, for the optimizers of TensorFlow 1 (tf.compat.v1.train) and of Keras."""
+"""hvd.DistributedOptimizer that takes a PowerSGD, for optimizers of TensorFlow 1 (tf.compat.v1.train) and of Keras."""
 
 import horovod.tensorflow as horovod
 import tensorflow as tf

@@ -4,7 +4,14 @@ import horovod.tensorflow as horovod
 import tensorflow as tf
 
 from horovod_powersgd.statistics import CompressionStats
-from horovod_powersgd.tensorflow.reduction import Reduction, native_groups, reduce_shared, scaled, unscaled, variables_of
+from horovod_powersgd.tensorflow.reduction import (
+    Reduction,
+    native_groups,
+    reduce_shared,
+    scaled,
+    unscaled,
+    variables_of,
+)
 from horovod_powersgd.tensorflow.state import native
 from horovod_powersgd.tensorflow.workers import Workers
 

@@ -9,7 +9,7 @@ from horovod.tensorflow.keras import *  # noqa: F401, F403
 import horovod_powersgd.tensorflow.keras.callbacks
 import horovod_powersgd.tensorflow.keras.elastic  # noqa: F401
 from horovod_powersgd import PowerSGD  # noqa: F401
-from horovod_powersgd.tensorflow import init  # noqa: F401
+from horovod_powersgd.tensorflow import CompressionState, assert_replicas_equal, init  # noqa: F401
 from horovod_powersgd.tensorflow.keras.optimizer import (  # noqa: F401
     DistributedOptimizer,
     PartialDistributedOptimizer,

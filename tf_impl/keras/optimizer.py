@@ -22,7 +22,7 @@ if KERAS_3:
 
 
 class _DistributedOptimizer:
-    """What comes before the wrapped optimizer's class in a distributed optimizer's. `_aggregated_by` is in its class."""
+    """What comes before the wrapped optimizer's class in a distributed optimizer's, which has `_aggregated_by`."""
 
     @property
     def _aggregation(self) -> Aggregation:

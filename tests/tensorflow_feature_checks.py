@@ -95,6 +95,18 @@ def check_names_are_made_unique():
     assert cases.error(two.numpy(), expected(config, 1, name="w_1")[0]) < 1e-5
 
 
+def check_workers_may_number_layers_differently():
+    for config in (PowerSGD(rank=2), PowerSGD(rank=2, num_iters_per_step=1), PowerSGD(rank=2, warm_start=False)):
+        # The first gradient has too small a rank, and the spare columns take part.
+        def gradient(step, worker, dtype):
+            return matrix(step, worker, dtype) if step else np.outer(np.arange(24), np.arange(32) + worker).astype(dtype)
+
+        v = variable(f"sequential_{hvd.rank()}/dense_{hvd.rank() + 3}/kernel")
+        for step, update in enumerate(expected(config, 4, name="sequential_0/dense_3/kernel", gradient=gradient)):
+            found = exchange([v], [tf.constant(gradient(step, hvd.rank(), "float32"))], config)[0]
+            assert cases.error(found.numpy(), update) < 1e-3, (config, step)
+
+
 def check_a_persistent_tape_gives_several_gradients():
     config = PowerSGD(rank=2, num_iters_per_step=1)
 

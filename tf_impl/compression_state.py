@@ -69,9 +69,8 @@ def load_compression_state_dict(
     mine = states_of(variables, PowerSGD(**first["config"]), process_set)
     saved = first["tensors"]
     if [tuple(tensor["shape"]) for tensor in saved.values()] == [state.layout.shape for state in mine]:
-        # Keras can give a variable another path when it loads a model. With its old name it goes on as before.
         for state, name in zip(mine, saved):
-            state.name = name
+            state.rename(name)
     shapes = {state.name: state.layout.shape for state in mine}
     share = checkpoint.share_of(
         first if alone else itertools.chain([first], states),

@@ -9,13 +9,14 @@ from typing import List, Sequence, Tuple, Union
 
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet
+from tensorflow.python.eager import context
 from tensorflow.python.ops import control_flow_util
 
 from horovod_powersgd import PowerSGD
 from horovod_powersgd.buckets import bucket_name, sort_into_buckets
 from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.tensorflow.gradient import MatrixGradient, PlainGradient
-from horovod_powersgd.tensorflow.state import VariableState, make_variable, native, states_of
+from horovod_powersgd.tensorflow.state import VariableState, make_variable, native, plain_name, states_of
 from horovod_powersgd.tensorflow.workers import Workers, transportable
 
 Tensor = Union[tf.Tensor, tf.IndexedSlices]
@@ -170,21 +171,26 @@ class Exchange:
             "groups": repr(self._groups),
             "sparse_as_dense": repr(self._settings.sparse_as_dense),
         }
-        for state, sparse in zip(self.states, self._sparse):
-            described = f"{state.layout.shape} {state.variable_dtype.name}{' sparse' if sparse else ''}"
-            agreement[f"variable {state.name}"] = described
-        done = self._workers.agree(agreement, tf.identity(self.clock.steps), self._take_factors)
+        for i, (state, sparse) in enumerate(zip(self.states, self._sparse)):
+            kind = f"{state.layout.shape} {state.variable_dtype.name}{' sparse' if sparse else ''}"
+            agreement[f"variable {i}"] = f"{plain_name(state.name)} {kind}"
+        names = [state.name for state in self.states]
+        done = self._workers.agree(agreement, names, tf.identity(self.clock.steps), self._take_factors)
         with tf.control_dependencies([done]):
             with tf.control_dependencies([self.agreed.assign(True, read_value=False)]):
                 return tf.constant(True)
 
     def _take_factors(self, root: tf.Tensor) -> tf.Operation:
-        """The factors of the worker that is farthest, in an elastic job: others may be new, or have missed a step."""
-        ops = [self.clock.steps.assign(self._workers.from_worker(root, self.clock.steps, "steps"), read_value=False)]
-        for i, state in enumerate(self.states):
-            if not state.layout.compressed:
-                continue
-            factor, name = tf.convert_to_tensor(state.factor), f"factor.{i}.{state.name}"
+        """The factors of the worker that is farthest, in an elastic job: others may be new, or have missed a step. And
+        of the first worker, where they call the variables differently."""
+        compressed = [state for state in self.states if state.layout.compressed]
+        ops = []
+        if compressed:
+            keys = self._workers.strings_from(root, [tf.identity(state.random_key) for state in compressed], "keys")
+            ops = [state.random_key.assign(keys[i], read_value=False) for i, state in enumerate(compressed)]
+        ops += [self.clock.steps.assign(self._workers.from_worker(root, self.clock.steps, "steps"), read_value=False)]
+        for i, state in enumerate(compressed):
+            factor, name = tf.convert_to_tensor(state.factor), f"factor.{i}"
             if state.factor_is_q is True:
                 factor = self._workers.from_worker(root, factor, name)
             else:
@@ -208,7 +214,7 @@ class Exchange:
         dtype = slices.values.dtype
         sent = tf.IndexedSlices(tf.cast(slices.values, transportable(dtype)), slices.indices, slices.dense_shape)
         nbytes = sum(tf.size(part, tf.int64) * part.dtype.size for part in (sent.values, sent.indices))
-        mean = self._workers.sparse_mean(sent, f"sparse.{i}.{self.states[i].name}")
+        mean = self._workers.sparse_mean(sent, f"sparse.{i}")
         values = mean.values * self._factor(mean.values.dtype)
         return tf.IndexedSlices(tf.cast(values, dtype), mean.indices, mean.dense_shape), nbytes
 
@@ -300,5 +306,7 @@ def exchange_of(settings: Settings, variables: Sequence, gradients: Sequence[Ten
 
 def new_world() -> None:
     """Lets the workers agree again before their next exchange."""
-    for exchange in list(_all):
-        exchange.agreed.assign(exchange._workers.alone)
+    # Horovod can be initialised inside a graph of TensorFlow 1, too.
+    with context.eager_mode():
+        for exchange in list(_all):
+            exchange.agreed.assign(exchange._workers.alone)

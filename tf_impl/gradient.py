@@ -5,7 +5,7 @@ from typing import Callable, List, Optional, Tuple, Union
 import tensorflow as tf
 
 from horovod_powersgd.tensorflow.orthogonalization import orthogonalize
-from horovod_powersgd.tensorflow.state import VariableState
+from horovod_powersgd.tensorflow.state import VariableState, plain_name, random_factor
 from horovod_powersgd.tensorflow.workers import transportable
 
 # Whether a factor is Q; not known before the graph runs where P and Q alternate.
@@ -18,8 +18,13 @@ class PlainGradient:
     compressed = False
 
     def __init__(self, state: VariableState, tensor: tf.Tensor):
-        self.state, self.name = state, state.name
+        self.state = state
         self._tensor = tf.reshape(tensor, state.layout.shape)
+
+    @property
+    def name(self) -> str:
+        """The same on every worker, as variables' names need not be."""
+        return f"{plain_name(self.state.name)} {self.state.layout.shape}"
 
     @property
     def sent_dtype(self) -> tf.DType:
@@ -75,14 +80,16 @@ class MatrixGradient(PlainGradient):
         if isinstance(self._mean_is_q, tf.Variable):
             self._mean_is_q = tf.convert_to_tensor(self._mean_is_q)
         if not state.config.warm_start:
-            drawn = tf.numpy_function(lambda step: state.random_q(int(step)), [step], state.dtype)
-            self._mean, self._mean_is_q = tf.ensure_shape(drawn, state.random_q().shape), True
+            rank, columns = state.layout.rank, state.layout.matrix_shape[1]
+            drawn = tf.numpy_function(random_factor, [state.random_key, columns, rank, step], tf.float64)
+            self._mean = tf.cast(tf.transpose(tf.ensure_shape(drawn, (columns, rank))), state.dtype)
+            self._mean_is_q = True
         self.finite = tf.constant(True)
 
     def send(self) -> tf.Tensor:
         """A half-step: delta Q^ or delta^T P^."""
         is_q = self._mean_is_q
-        basis = self._basis = orthogonalize(self._mean, self.name, self.state.config.seed)
+        basis = self._basis = orthogonalize(self._mean, tf.convert_to_tensor(self.state.random_key))
         factor = _choose(
             is_q,
             lambda: tf.matmul(basis, self._delta, transpose_b=True),

@@ -5,10 +5,11 @@ import functools
 import numpy as np
 import tensorflow as tf
 
-from horovod_powersgd.reference import DEPENDENT, initial_factor
+from horovod_powersgd.reference import DEPENDENT
+from horovod_powersgd.tensorflow.state import random_factor
 
 
-def orthogonalize(factor: tf.Tensor, name: str, seed: int) -> tf.Tensor:
+def orthogonalize(factor: tf.Tensor, random_key: tf.Tensor) -> tf.Tensor:
     """reference.orthogonalize, by Householder QR in double precision, which is exact whatever the factor's condition.
 
     Where a row depends on those before it, QR goes on with an arbitrary direction, and what follows is judged against
@@ -16,15 +17,12 @@ def orthogonalize(factor: tf.Tensor, name: str, seed: int) -> tf.Tensor:
 
     Args:
         factor: (r, n), r <= n, float32 or float64: a factor, transposed; finite.
-        name: of the tensor.
-        seed: PowerSGD.seed; with the name it chooses the spare columns.
+        random_key: of the tensor's state; it chooses the spare columns.
 
     Returns:
         (r, n) with orthonormal rows, of the factor's dtype.
     """
-    with tf.init_scope():
-        name, seed = tf.constant(name), tf.constant(seed, tf.int64)
-    basis = _function(factor.dtype)(factor, name, seed)
+    basis = _function(factor.dtype)(factor, random_key)
     basis.set_shape(factor.shape)
     return basis
 
@@ -32,30 +30,26 @@ def orthogonalize(factor: tf.Tensor, name: str, seed: int) -> tf.Tensor:
 @functools.cache
 def _function(dtype: tf.DType):
     """Traced once and not inlined: a model's graph holds only the calls."""
-    arguments = tf.TensorSpec((None, None), dtype), tf.TensorSpec((), tf.string), tf.TensorSpec((), tf.int64)
+    arguments = tf.TensorSpec((None, None), dtype), tf.TensorSpec((), tf.string)
     return tf.function(
         _orthogonalize, input_signature=arguments, autograph=False, experimental_attributes={"_noinline": True}
     )
 
 
-def _orthogonalize(factor, name, seed):
+def _orthogonalize(factor, random_key):
     columns = tf.cast(tf.transpose(factor), tf.float64)
     columns /= tf.maximum(tf.reduce_max(tf.abs(columns)), np.finfo(np.float64).tiny)
     q, r = tf.linalg.qr(columns)
     smallest = DEPENDENT * np.finfo(factor.dtype.as_numpy_dtype).eps * tf.reduce_max(tf.norm(columns, axis=0))
     dependent = tf.reduce_any(tf.abs(tf.linalg.diag_part(r)) <= smallest)
-    basis = tf.cond(dependent, lambda: _gram_schmidt(columns, name, seed, smallest), lambda: q)
+    basis = tf.cond(dependent, lambda: _gram_schmidt(columns, random_key, smallest), lambda: q)
     return tf.cast(tf.transpose(basis), factor.dtype)
 
 
-def _gram_schmidt(columns: tf.Tensor, name: tf.Tensor, seed: tf.Tensor, smallest: tf.Tensor) -> tf.Tensor:
+def _gram_schmidt(columns: tf.Tensor, random_key: tf.Tensor, smallest: tf.Tensor) -> tf.Tensor:
     """Column by column; one with a part of its own no larger than `smallest` gives its place to a random column."""
     rows, count = tf.unstack(tf.shape(columns))
-    spare = tf.numpy_function(
-        lambda *arguments: initial_factor(arguments[0].decode(), *map(int, arguments[1:])),
-        [name, rows, count, seed],
-        tf.float64,
-    )
+    spare = tf.numpy_function(random_factor, [random_key, rows, count], tf.float64)
     spare.set_shape((None, None))
 
     def add_column(i, basis):

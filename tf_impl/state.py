@@ -1,5 +1,6 @@
 """What is kept of a variable from step to step."""
 
+import re
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -45,7 +46,9 @@ class VariableState:
     float64 variables, else float32. Memory and factors are None where the variable is not compressed.
 
     Attributes:
-        name: chooses the starting Q.
+        name: of the variable.
+        random_key: a string variable that chooses the starting Q: the seed and the name, or what the variable is called
+            on another worker, if that has gone farther.
         config: with which it is exchanged.
         process_set: with which it is exchanged.
         layout: of the variable.
@@ -69,8 +72,10 @@ class VariableState:
         self.layout = layout_of(shape, config, trailing_columns)
         self.variable_dtype = dtype
         self.dtype = tf.float64 if dtype == tf.float64 else tf.float32
-        self.memory = self.factor = self.factor_is_q = self.own = None
+        self.random_key = self.memory = self.factor = self.factor_is_q = self.own = None
         if self.layout.compressed:
+            with tf.device("cpu"):
+                self.random_key = make_variable(np.array(random_key(name, config.seed), object))
             rows, columns = self.layout.matrix_shape
             alternates = config.num_iters_per_step % 2 == 1
             shape = (self.layout.rank, None if alternates else columns)
@@ -88,8 +93,14 @@ class VariableState:
     def random_q(self, step: int = 0) -> np.ndarray:
         """(r, m): reference.initial_factor, transposed."""
         columns = self.layout.matrix_shape[1]
-        factor = initial_factor(self.name, columns, self.layout.rank, self.config.seed, step)
+        factor = random_factor(random_key(self.name, self.config.seed), columns, self.layout.rank, step)
         return np.ascontiguousarray(factor.T, self.dtype.as_numpy_dtype)
+
+    def rename(self, name: str) -> None:
+        """Gives it the name that it was saved with: Keras can give a variable another path when it loads a model."""
+        self.name = name
+        if self.random_key is not None:
+            self.random_key.assign(random_key(name, self.config.seed))
 
     def residual(self) -> Optional[float]:
         """|e| / |delta| of the last step; None where there was none or no memory is kept."""
@@ -118,6 +129,17 @@ class VariableState:
             if self.memory is not None:
                 memory = sum(saved["memory"] for saved in memories) if memories else 0
                 self.memory.assign(np.broadcast_to(memory * weight, self.memory.shape))
+
+
+def random_key(name: str, seed: int) -> bytes:
+    """What reference.initial_factor draws from, in one string."""
+    return f"{seed} {name}".encode()
+
+
+def random_factor(key: bytes, columns: int, rank: int, step: int = 0) -> np.ndarray:
+    """reference.initial_factor: (columns, rank) float64."""
+    seed, _, name = key.decode().partition(" ")
+    return initial_factor(name, int(columns), int(rank), int(seed), int(step))
 
 
 def make_variable(value, shape: Optional[Tuple] = None) -> tf.Variable:
@@ -156,6 +178,12 @@ def states_of(variables: Sequence, config: PowerSGD, process_set: ProcessSet) ->
 def known_states(variables: Sequence) -> List[VariableState]:
     """The states that variables have already."""
     return [state for v in variables for state in getattr(native(v), ATTRIBUTE, {}).values()]
+
+
+def plain_name(name: str) -> str:
+    """What is the same on all workers of a Keras variable's name: not the layers that it belongs to, which Keras counts
+    from the first that a process makes, and names anew when it loads a model."""
+    return re.sub(r"_\d+$", "", name.rpartition("/")[2])
 
 
 def _name(variable) -> str:

@@ -4,7 +4,7 @@ import os
 import pickle
 import re
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -65,23 +65,31 @@ class Workers:
         mine = tf.where(tf.equal(root, tf.cast(mpi_ops.rank_op(), root.dtype)), tensor, tf.zeros_like(tensor))
         return self._allreduce(mine, name, Sum)
 
-    def agree(self, description: Description, steps: tf.Tensor, take_state: Callable[[tf.Tensor], tf.Operation]):
+    def agree(
+        self,
+        description: Description,
+        names: Sequence[str],
+        steps: tf.Tensor,
+        take_state: Callable[[tf.Tensor], tf.Operation],
+    ) -> tf.Operation:
         """Checks that all workers have the same description, and lets them take the state of the one that went
-        farthest. Costs one small allreduce.
+        farthest, where one has exchanged anything or the names differ. Costs one small allreduce.
 
         Args:
             description: this worker's.
+            names: this worker's, which may differ.
             steps: int64, that this worker has exchanged.
-            take_state: adds the ops that take the state of the worker whose global number it is given. It is not
-                called upon where no worker has exchanged anything.
+            take_state: adds the ops that take the state of the worker whose global number it is given.
 
         Returns:
             An op. It fails with an InvalidArgumentError on every worker, that says what differs between whom.
         """
-        mine = tf.constant(ballot(description), tf.int64)
+        described, named = ballot(description), ballot({"names": "\n".join(names)})
         place = (steps + 1) * MOST_WORKERS - tf.cast(mpi_ops.rank_op(), tf.int64)
-        largest = self._allreduce(tf.concat([mine, [place]], 0), "agreement", Max)
-        same = tf.reduce_all(tf.equal(largest[:-1], mine))
+        mine = tf.concat([tf.constant(described + named, tf.int64), [place]], 0)
+        largest = self._allreduce(mine, "agreement", Max)
+        equal = tf.equal(largest, mine)
+        same, alike = tf.reduce_all(equal[: len(described)]), tf.reduce_all(equal[len(described) : -1])
         checked = tf.cond(same, lambda: True, lambda: self._refuse(description))
         with tf.control_dependencies([checked]):
             place = tf.identity(largest[-1])
@@ -90,7 +98,23 @@ class Workers:
             with tf.control_dependencies([take_state(tf.math.floormod(-place, MOST_WORKERS))]):
                 return tf.constant(True)
 
-        return tf.cond(place > MOST_WORKERS, take, lambda: True).op
+        return tf.cond((place > MOST_WORKERS) | ~alike, take, lambda: True).op
+
+    def strings_from(self, root: tf.Tensor, strings: Sequence[tf.Tensor], name: str) -> tf.Tensor:
+        """The root's strings, where the root, a global number, is known only when the graph runs."""
+
+        def pack(worker, strings):
+            return np.frombuffer(pickle.dumps((int(worker), list(strings))), np.uint8)
+
+        def pick(root, sizes, packed):
+            parts = np.split(packed, np.cumsum(sizes)[:-1])
+            return np.array(dict(pickle.loads(part.tobytes()) for part in parts)[int(root)], object)
+
+        packed = tf.numpy_function(pack, [mpi_ops.rank_op(), tf.stack(strings)], tf.uint8)
+        packed.set_shape((None,))
+        sizes = self._allgather(tf.shape(packed), f"{name}.sizes")
+        picked = tf.numpy_function(pick, [root, sizes, self._allgather(packed, name)], tf.string)
+        return tf.ensure_shape(picked, (len(strings),))
 
     def _refuse(self, description: Description) -> tf.Tensor:
         def refuse(sizes, pickled):

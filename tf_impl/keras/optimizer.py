@@ -296,7 +296,8 @@ def load_model(
     optimizer = model.optimizer
     if isinstance(optimizer, LOSS_SCALE_OPTIMIZERS):
         optimizer = optimizer.inner_optimizer
-    if optimizer is not None:
+    # Custom objects may have made it one already.
+    if optimizer is not None and not isinstance(optimizer, _DistributedOptimizer):
         like = DistributedOptimizer(optimizer, compression=compression)
         object.__setattr__(optimizer, "__class__", type(like))
     return model

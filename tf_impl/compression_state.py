@@ -67,15 +67,23 @@ def load_compression_state_dict(
     if first is None:
         raise ValueError("the compression states of all workers are needed, and none is given")
     mine = states_of(variables, PowerSGD(**first["config"]), process_set)
-    saved = first["tensors"]
-    if [tuple(tensor["shape"]) for tensor in saved.values()] == [state.layout.shape for state in mine]:
-        for state, name in zip(mine, saved):
+    shapes = [state.layout.shape for state in mine]
+
+    def fits(saved: Mapping) -> bool:
+        return [tuple(tensor["shape"]) for tensor in saved["tensors"].values()] == shapes
+
+    def named_as_here(saved: Mapping) -> Mapping:
+        # Workers can call a variable differently.
+        tensors = zip((state.name for state in mine), saved["tensors"].values())
+        return {**saved, "tensors": dict(tensors)} if fits(saved) else saved
+
+    if fits(first):
+        for state, name in zip(mine, first["tensors"]):
             state.rename(name)
-    shapes = {state.name: state.layout.shape for state in mine}
     share = checkpoint.share_of(
-        first if alone else itertools.chain([first], states),
+        first if alone else map(named_as_here, itertools.chain([first], states)),
         mine[0].config,
-        shapes,
+        dict(zip((state.name for state in mine), shapes)),
         process_set.size(),
         process_set.rank(),
     )

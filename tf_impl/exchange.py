@@ -92,7 +92,8 @@ class Exchange:
             _, disagreement, details = error.message.partition("The workers do not agree:")
             if not disagreement:
                 raise
-            raise RuntimeError(disagreement + details.partition("\n\n")[0]) from None
+            # What follows is where in Python and in the graph that was found out.
+            raise RuntimeError(disagreement + details.partition("\nTraceback")[0]) from None
 
     def stats(self) -> CompressionStats:
         """What compression did in the last step and so far."""

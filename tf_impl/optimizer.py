@@ -71,7 +71,7 @@ def DistributedOptimizer(
         scale_local_gradients=scale_local_gradients,
     )
     if not isinstance(optimizer, tf.compat.v1.train.Optimizer):
-        # Importing Keras takes seconds, and most users of tapes do not need it.
+        # That package imports this one.
         from horovod_powersgd.tensorflow.keras.optimizer import DistributedOptimizer as DistributedKerasOptimizer
 
         return DistributedKerasOptimizer(optimizer, **options)

@@ -73,6 +73,27 @@ def check_the_state_is_the_variables_whatever_the_tape_and_the_function():
     assert hvd.compression_stats([v]).steps == 6
 
 
+def check_a_function_may_exchange_only_when_traced_again():
+    v, config = variable(), PowerSGD(rank=2)
+
+    @tf.function
+    def step(gradient, exchanges):
+        return exchange([v], [gradient], config)[0] if exchanges else gradient
+
+    step(tf.constant(matrix()), False)
+    for i, update in enumerate(expected(config, 2)):
+        assert cases.error(step(tf.constant(matrix(i)), True).numpy(), update) < 1e-3
+
+    @tf.function(input_signature=[tf.TensorSpec(None)])
+    def of_no_static_shape(gradient):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(w * gradient)
+        return hvd.DistributedGradientTape(tape, compression=config).gradient(loss, w)
+
+    w = variable()
+    assert cases.error(of_no_static_shape(tf.constant(matrix())).numpy(), expected(config, 1)[0]) < 1e-3
+
+
 def check_two_models_and_two_configurations_keep_apart():
     one, other = variable(), variable()
     both = EagerTrainee(PowerSGD(rank=2), shapes={"matrix": SHAPE})

@@ -45,3 +45,8 @@ def join(*args, **kwargs):
     last = horovod.tensorflow.join(*args, **kwargs)
     new_world()
     return last
+
+
+def __getattr__(name):
+    # Horovod's private names, which its users' tests use.
+    return getattr(horovod.tensorflow, name)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import weakref
 from collections import defaultdict
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ class Exchange:
                 updates, finite, sent = exchange(False)
             updates = {**dict(zip(dense, updates)), **{i: update for i, (update, _) in sparse.items()}}
             sparse_bytes = sum((nbytes for _, nbytes in sparse.values()), tf.constant(0, tf.int64))
-            counted = self._count(finite, sent, sparse_bytes, [gradients[i] for i in dense])
+            counted = self._count(finite, sent, sparse_bytes, [self.states[i] for i in dense])
         updates = [updates[i] for i in range(len(gradients))]
         if tf.compat.v1.executing_eagerly_outside_functions():
             return updates
@@ -267,9 +268,9 @@ class Exchange:
         """What means are multiplied by in the end."""
         return self._workers.count(dtype) if self._settings.sum_gradients else tf.ones((), dtype)
 
-    def _count(self, finite: tf.Tensor, sent: tf.Tensor, sparse_bytes: tf.Tensor, dense: Sequence[tf.Tensor]):
+    def _count(self, finite: tf.Tensor, sent: tf.Tensor, sparse_bytes: tf.Tensor, dense: Sequence[VariableState]):
         clock = self.clock
-        uncompressed = sum(tensor.shape.num_elements() * tensor.dtype.size for tensor in dense) + sparse_bytes
+        uncompressed = sum(math.prod(s.layout.shape) * s.variable_dtype.size for s in dense) + sparse_bytes
         sent = tf.zeros((), tf.int64) if self._workers.alone else sent + sparse_bytes
         return tf.group(
             clock.steps.assign_add(tf.cast(finite, tf.int64), read_value=False),

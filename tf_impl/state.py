@@ -6,6 +6,7 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from horovod_powersgd import PowerSGD
 from horovod_powersgd.layout import layout_of, trailing_columns
@@ -147,7 +148,8 @@ def make_variable(value, shape: Optional[Tuple] = None) -> tf.Variable:
     shape = np.shape(value) if shape is None else shape
     with tf.init_scope():
         if tf.executing_eagerly():
-            return tf.Variable(value, trainable=False, shape=tf.TensorShape(shape))
+            # Not tf.Variable: a tf.function that is traced again lets none be made, for fear that each trace makes one.
+            return ResourceVariable(value, trainable=False, shape=tf.TensorShape(shape))
         return tf.compat.v1.Variable(
             value, trainable=False, collections=[], use_resource=True, shape=tf.TensorShape(shape)
         )

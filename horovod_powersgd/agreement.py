@@ -24,6 +24,29 @@ def ballot(description: Description) -> List[int]:
     return [*numbers, *(2 ** (DIGEST_BITS + 1) - number for number in numbers)]
 
 
+def check_replicas(everyone: Sequence[Mapping], names: Mapping, what: str) -> None:
+    """Checks that all workers' replicas are the same.
+
+    Args:
+        everyone: each worker's hash of each tensor, by key.
+        names: of the tensors, by key, where that is not the name itself.
+        what: the framework calls tensors.
+
+    Raises:
+        AssertionError: naming the tensors that differ, and from which worker on.
+    """
+    wrong: Dict[object, int] = {}
+    for worker, theirs in enumerate(everyone):
+        for key in {**everyone[0], **theirs}:
+            if theirs.get(key) != everyone[0].get(key):
+                wrong.setdefault(key, worker)
+    if wrong:
+        shown = list(wrong.items())[:10]
+        listed = "; ".join(f"{names.get(key, key)} (worker {worker} and worker 0)" for key, worker in shown)
+        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise AssertionError(f"The workers' replicas differ in {len(wrong)} {what}: {listed}{more}")
+
+
 def differences(descriptions: Sequence[Description]) -> str:
     """What differs between whom, a line for each difference.
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 from horovod_powersgd.layout import Layout
 
@@ -31,8 +31,15 @@ class TensorStats:
     residual: Optional[float]
 
     @classmethod
-    def of(cls, name: str, layout: Layout, reason: Optional[str], residual: Optional[float]) -> "TensorStats":
-        """A tensor that was not compressed for this reason, or was."""
+    def of(
+        cls, name: str, layout: Layout, is_sparse: bool, warming_up: bool, residual: Callable[[], Optional[float]]
+    ) -> "TensorStats":
+        """A tensor whose gradient was sparse or not, in warm-up or not; the residual is asked for where it counts."""
+        reason = layout.reason
+        if reason is None and is_sparse:
+            reason = "sparse"
+        elif reason is None and warming_up:
+            reason = "warm-up"
         return cls(
             name=name,
             shape=layout.shape,
@@ -40,7 +47,7 @@ class TensorStats:
             rank=layout.rank if reason is None else 0,
             compressed=reason is None,
             reason=reason,
-            residual=residual if reason is None else 0.0,
+            residual=residual() if reason is None else 0.0,
         )
 
 

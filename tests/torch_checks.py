@@ -134,11 +134,11 @@ def check_a_layer_recovers_from_gradients_of_zero():
     for config in (PowerSGD(rank=2), PowerSGD(rank=2, num_iters_per_step=1)):
         trainee = Trainee(config, "float64")
         states = [reference.State() for _ in range(hvd.size())]
-        for step in range(8):
-            zero = 2 <= step < 5
+        # Not more: from the noise that fills the memory then, each step takes rounding 100 times farther.
+        for step in range(6):
             gradients = [cases.gradients(step, w, "float64") for w in range(hvd.size())]
             for g in gradients:
-                g["linear"] *= not zero
+                g["linear"] *= not 2 <= step < 4
             expected = reference.simulate(gradients, states, config)[0]
             # While the memory empties, what is sent gets small; it counts beside the gradients.
             usual = cases.gradients(0, 0, "float64")

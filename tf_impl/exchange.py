@@ -99,7 +99,8 @@ class Exchange:
     def stats(self) -> CompressionStats:
         """What compression did in the last step and so far."""
         clock, steps = self.clock, int(self.clock.steps)
-        warming_up = int(self.clock.total_bytes_uncompressed) > 0 and steps <= self._config.warmup_steps
+        # The last step was one of those, if there was one.
+        warming_up = int(clock.total_bytes_uncompressed) > 0 and steps <= self._config.warmup_steps > 0
         return CompressionStats(
             steps=steps,
             bytes_sent=int(clock.bytes_sent),
@@ -107,17 +108,10 @@ class Exchange:
             total_bytes_sent=int(clock.total_bytes_sent),
             total_bytes_uncompressed=int(clock.total_bytes_uncompressed),
             tensors=tuple(
-                self._tensor_stats(state, sparse, warming_up) for state, sparse in zip(self.states, self._sparse)
+                TensorStats.of(state.name, state.layout, sparse, warming_up, state.residual)
+                for state, sparse in zip(self.states, self._sparse)
             ),
         )
-
-    def _tensor_stats(self, state: VariableState, sparse: bool, warming_up: bool) -> TensorStats:
-        reason = state.layout.reason
-        if reason is None and sparse:
-            reason = "sparse"
-        elif reason is None and self._config.warmup_steps and warming_up:
-            reason = "warm-up"
-        return TensorStats.of(state.name, state.layout, reason, state.residual() if reason is None else None)
 
     def _build(self, gradients: List[Tensor]) -> List[Tensor]:
         """Adds the ops of one step to the graph."""
@@ -156,8 +150,8 @@ class Exchange:
         workers' agreement."""
         initialised = []
         if not tf.compat.v1.executing_eagerly_outside_functions():
-            kept = [v for holder in (self.clock, *self.states) for v in holder.variables]
-            for variable in [self.agreed, *kept]:
+            kept = [kept for holder in (self, self.clock, *self.states) for kept in vars(holder).values()]
+            for variable in (v for v in kept if isinstance(v, tf.Variable)):
                 there = tf.compat.v1.is_variable_initialized(variable)
                 initialised.append(tf.cond(there, tf.no_op, functools.partial(_initialise, variable)))
         with tf.control_dependencies(initialised):

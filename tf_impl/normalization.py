@@ -4,6 +4,8 @@ import horovod.tensorflow as horovod
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import Average, _allreduce
 
+from horovod_powersgd.tensorflow.which_keras import KERAS_3
+
 
 class SyncBatchNormalization(tf.keras.layers.BatchNormalization):
     """BatchNormalization whose mean and variance in training are those of all workers' batches, of one size each.
@@ -31,5 +33,5 @@ class SyncBatchNormalization(tf.keras.layers.BatchNormalization):
         return mean, mean_of_squares - tf.square(mean)
 
 
-if not hasattr(tf.keras.optimizers, "LossScaleOptimizer"):  # Keras 2
+if not KERAS_3:
     SyncBatchNormalization = horovod.SyncBatchNormalization

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from horovod_powersgd import PowerSGD
 from horovod_powersgd.statistics import CompressionStats
-from horovod_powersgd.tensorflow.reduction import Reduction, native_groups
+from horovod_powersgd.tensorflow.reduction import Reduction
 
 
 class _DistributedOptimizer(horovod._DistributedOptimizer):
@@ -87,7 +87,7 @@ def DistributedOptimizer(
         sparse_as_dense,
         op,
         gradient_predivide_factor,
-        native_groups(groups),
+        groups,
         process_set,
     )
     for used in ("compression", "num_groups"):

@@ -1,6 +1,6 @@
 """Gradients in, averages out: what a tape and an optimizer do with all the workers' gradients."""
 
-from typing import Callable, Iterable, List, Optional, Sequence
+from typing import Callable, Iterable, List, Optional, Sequence, Set
 
 import horovod.tensorflow as horovod
 import tensorflow as tf
@@ -9,6 +9,7 @@ from horovod.tensorflow.mpi_ops import Average, ProcessSet, Sum
 from horovod_powersgd import PowerSGD
 from horovod_powersgd.tensorflow.exchange import Exchange, Settings, exchange_of
 from horovod_powersgd.tensorflow.state import native
+from horovod_powersgd.tensorflow.workers import Workers, transportable
 
 
 class Reduction:
@@ -100,6 +101,26 @@ class Reduction:
         found = dict(zip(compressed + plain, [*updates, *means]))
         return [found.get(i) for i in range(len(gradients))]
 
+    def of_shared(
+        self, gradients: Sequence, variables: Sequence, local: Set, scale_local: bool, use_generic_names: bool = False
+    ) -> List:
+        """The averages for the variables that the workers share; a worker's own keep their gradients.
+
+        Args:
+            gradients, variables, use_generic_names: as for a call.
+            local: references (ref()) of the variables that are this worker's own.
+            scale_local: divide their gradients by the number of workers.
+        """
+        found = list(gradients)
+        shared = [i for i, variable in enumerate(variables) if native(variable).ref() not in local]
+        for i, mean in zip(shared, self(*_at(shared, gradients, variables), use_generic_names)):
+            found[i] = mean
+        if scale_local and len(shared) < len(found):
+            count = Workers(self._process_set, "").count(tf.float32)
+            for i in {*range(len(found))}.difference(shared):
+                found[i] = _map(lambda values: values / tf.cast(count, values.dtype), found[i])
+        return found
+
     def _compressed(self, gradients: Sequence, variables: Sequence) -> Sequence:
         if not gradients:
             return []
@@ -115,34 +136,10 @@ class Reduction:
     def _plain(self, gradients: Sequence, variables: Sequence, use_generic_names: bool) -> Sequence:
         if not gradients:
             return []
-        # Horovod does not reduce bfloat16.
         dtypes = [gradient.dtype for gradient in gradients]
-        sent = [_cast(gradient, tf.float32 if d == tf.bfloat16 else d) for gradient, d in zip(gradients, dtypes)]
+        sent = [_cast(gradient, transportable(dtype)) for gradient, dtype in zip(gradients, dtypes)]
         means = self._horovods(sent, [native(variable) for variable in variables], use_generic_names)
         return [_cast(mean, dtype) for mean, dtype in zip(means, dtypes)]
-
-
-def reduce_shared(
-    reduce: Callable, gradients: Sequence, variables: Sequence, is_local: Callable, divisor=None, **options
-) -> List:
-    """Averages the gradients of the variables that the workers share; those of a worker's own are only divided.
-
-    Args:
-        reduce: a Reduction.
-        gradients: of the variables.
-        variables: all.
-        is_local: whether a variable is the worker's own.
-        divisor: of the gradients of a worker's own variables; None leaves them.
-        options: for the reduction.
-    """
-    found = list(gradients)
-    shared = [i for i, variable in enumerate(variables) if not is_local(variable)]
-    for i, mean in zip(shared, reduce(*_at(shared, gradients, variables), **options)):
-        found[i] = mean
-    if divisor is not None:
-        for i in {*range(len(found))}.difference(shared):
-            found[i] = _map(lambda values: values / tf.cast(divisor, values.dtype), found[i])
-    return found
 
 
 def variables_of(layers) -> List:

@@ -7,6 +7,9 @@ import tensorflow as tf
 from horovod.tensorflow.functions import allgather_object
 from horovod.tensorflow.mpi_ops import broadcast, broadcast_, global_process_set
 
+from horovod_powersgd.agreement import check_replicas
+from horovod_powersgd.tensorflow.state import native
+
 # What both of Horovod's broadcasts take. Other numbers travel as bytes.
 _SENT_AS_THEY_ARE = (tf.bool, tf.uint8, tf.int8, tf.int32, tf.int64, tf.float16, tf.float32, tf.float64)
 
@@ -28,7 +31,7 @@ def broadcast_variables(variables, root_rank, process_set=global_process_set, in
     Raises:
         TypeError: a variable holds strings.
     """
-    variables = [variable if isinstance(variable, tf.Variable) else variable.value for variable in variables]
+    variables = [native(variable) for variable in variables]
     for variable in variables:
         if variable.dtype.base_dtype == tf.string:
             raise TypeError(f"{variable.name} holds strings, which Horovod cannot send")
@@ -69,23 +72,12 @@ def assert_replicas_equal(model):
     Raises:
         AssertionError: on every worker, naming the variables that differ, and from which worker on.
     """
-    if isinstance(model, dict):
-        names, arrays = {name: name for name in model}, model
-    else:
-        variables = list(getattr(model, "weights", model))
-        names = {i: getattr(v, "path", getattr(v, "name", f"number {i}")) for i, v in enumerate(variables)}
-        arrays = dict(enumerate(variables))
-    everyone = allgather_object({key: _hash(array) for key, array in arrays.items()}, name="replicas")
-    wrong = {}
-    for worker, theirs in enumerate(everyone):
-        for key in {**everyone[0], **theirs}:
-            if theirs.get(key) != everyone[0].get(key):
-                wrong.setdefault(key, worker)
-    if wrong:
-        shown = list(wrong.items())[:10]
-        listed = "; ".join(f"{names.get(key, key)} (worker {worker} and worker 0)" for key, worker in shown)
-        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise AssertionError(f"The workers' replicas differ in {len(wrong)} variables: {listed}{more}")
+    names, arrays = {}, model
+    if not isinstance(model, dict):
+        arrays = dict(enumerate(getattr(model, "weights", model)))
+        names = {i: getattr(v, "path", getattr(v, "name", f"number {i}")) for i, v in arrays.items()}
+    mine = {key: _hash(array) for key, array in arrays.items()}
+    check_replicas(allgather_object(mine, name="replicas"), names, "variables")
 
 
 def _hash(array):

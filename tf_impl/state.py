@@ -35,10 +35,6 @@ class Clock:
         self.total_bytes_sent, self.total_bytes_uncompressed = make_variable(np.int64(0)), make_variable(np.int64(0))
         self.exchanges: Dict = {}
 
-    @property
-    def variables(self) -> List[tf.Variable]:
-        return [v for v in vars(self).values() if isinstance(v, tf.Variable)]
-
 
 class VariableState:
     """One variable's memory and last factor. It lives as long as the variable.
@@ -75,27 +71,19 @@ class VariableState:
         self.dtype = tf.float64 if dtype == tf.float64 else tf.float32
         self.random_key = self.memory = self.factor = self.factor_is_q = self.own = None
         if self.layout.compressed:
+            key = random_key(name, config.seed)
             with tf.device("cpu"):
-                self.random_key = make_variable(np.array(random_key(name, config.seed), object))
+                self.random_key = make_variable(np.array(key, object))
             rows, columns = self.layout.matrix_shape
             alternates = config.num_iters_per_step % 2 == 1
             shape = (self.layout.rank, None if alternates else columns)
-            self.factor = make_variable(self.random_q(), shape)
+            random_q = np.ascontiguousarray(random_factor(key, columns, self.layout.rank).T, self.dtype.as_numpy_dtype)
+            self.factor = make_variable(random_q, shape)
             self.factor_is_q = make_variable(np.bool_(True)) if alternates else True
             empty = np.zeros((self.layout.rank, 0), self.dtype.as_numpy_dtype)
             self.own = make_variable(empty, (self.layout.rank, None))
             if config.error_feedback:
                 self.memory = make_variable(np.zeros((rows, columns), self.dtype.as_numpy_dtype))
-
-    @property
-    def variables(self) -> List[tf.Variable]:
-        return [v for v in vars(self).values() if isinstance(v, tf.Variable)]
-
-    def random_q(self, step: int = 0) -> np.ndarray:
-        """(r, m): reference.initial_factor, transposed."""
-        columns = self.layout.matrix_shape[1]
-        factor = random_factor(random_key(self.name, self.config.seed), columns, self.layout.rank, step)
-        return np.ascontiguousarray(factor.T, self.dtype.as_numpy_dtype)
 
     def rename(self, name: str) -> None:
         """Gives it the name that it was saved with: Keras can give a variable another path when it loads a model."""

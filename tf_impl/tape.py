@@ -4,16 +4,8 @@ import horovod.tensorflow as horovod
 import tensorflow as tf
 
 from horovod_powersgd.statistics import CompressionStats
-from horovod_powersgd.tensorflow.reduction import (
-    Reduction,
-    native_groups,
-    reduce_shared,
-    scaled,
-    unscaled,
-    variables_of,
-)
+from horovod_powersgd.tensorflow.reduction import Reduction, native_groups, scaled, unscaled, variables_of
 from horovod_powersgd.tensorflow.state import native
-from horovod_powersgd.tensorflow.workers import Workers
 
 
 class _DistributedGradientTape(horovod._DistributedGradientTape):
@@ -50,17 +42,12 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
         flat = tf.nest.flatten(sources)
         variables = [native(source) for source in flat]
         gradients = super(self.__class__, self).gradient(target, variables, output_gradients, unconnected_gradients)
-        divisor = None
-        if self.scale_local_gradients and self._local_sources:
-            divisor = Workers(self.process_set, "").count(tf.float32)
-        gradients = unscaled(gradients, self.loss_scale)
-        gradients = reduce_shared(
-            self._allreduce_grads,
-            gradients,
+        gradients = self._allreduce_grads.of_shared(
+            unscaled(gradients, self.loss_scale),
             flat,
-            lambda source: native(source).ref() in self._local_sources,
-            divisor,
-            use_generic_names=use_generic_names,
+            self._local_sources,
+            self.scale_local_gradients,
+            use_generic_names,
         )
         return tf.nest.pack_sequence_as(sources, scaled(gradients, self.loss_scale))
 

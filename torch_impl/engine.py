@@ -152,12 +152,9 @@ class Engine:
             gradient.load_state_dict(share.tensors[gradient.name], memories, share.weight)
 
     def _tensor_stats(self, gradient: PlainGradient) -> TensorStats:
-        layout, reason = gradient.layout, gradient.layout.reason
-        if reason is None and gradient.is_sparse:
-            reason = "sparse"
-        elif reason is None and self._warming_up:
-            reason = "warm-up"
-        return TensorStats.of(gradient.name, layout, reason, gradient.residual())
+        return TensorStats.of(
+            gradient.name, gradient.layout, gradient.is_sparse, self._warming_up, gradient.residual
+        )
 
     def _count(self) -> None:
         self._steps += self._verdict.result()

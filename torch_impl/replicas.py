@@ -8,6 +8,8 @@ import torch
 from horovod.torch.functions import allgather_object, broadcast_object
 from horovod.torch.mpi_ops import broadcast_async_, rank, synchronize
 
+from horovod_powersgd.agreement import check_replicas
+
 
 def broadcast_parameters(params, root_rank: int) -> None:
     """Gives all workers the root's tensors, in place; as Horovod's, and also of any dtype and memory format.
@@ -114,16 +116,7 @@ def assert_replicas_equal(model: Union[torch.nn.Module, Dict[str, torch.Tensor]]
     """
     tensors = model.state_dict() if isinstance(model, torch.nn.Module) else model
     mine = {name: _hash(tensor) for name, tensor in tensors.items() if torch.is_tensor(tensor)}
-    everyone = allgather_object(mine, name="replicas")
-    wrong = {}
-    for worker, theirs in enumerate(everyone):
-        for name in {**everyone[0], **theirs}:
-            if theirs.get(name) != everyone[0].get(name):
-                wrong.setdefault(name, worker)
-    if wrong:
-        listed = "; ".join(f"{name} (worker {worker} and worker 0)" for name, worker in list(wrong.items())[:10])
-        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise AssertionError(f"The workers' replicas differ in {len(wrong)} tensors: {listed}{more}")
+    check_replicas(allgather_object(mine, name="replicas"), {}, "tensors")
 
 
 def _hash(tensor: torch.Tensor) -> str:

@@ -7,9 +7,8 @@ import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet
 
 from horovod_powersgd.tensorflow.compression_state import load_compression_state_dict
-from horovod_powersgd.tensorflow.reduction import Reduction, reduce_shared
+from horovod_powersgd.tensorflow.reduction import Reduction
 from horovod_powersgd.tensorflow.state import make_variable, native
-from horovod_powersgd.tensorflow.workers import Workers
 
 
 class Aggregation:
@@ -91,11 +90,7 @@ class Aggregation:
         return iterations if tf.executing_eagerly() else applied.op
 
     def _reduce(self, gradients: Sequence, variables: Sequence) -> List:
-        divisor = None
-        if self._scale_local and self._local:
-            divisor = Workers(self.process_set, "").count(tf.float32)
-        is_local = lambda variable: native(variable).ref() in self._local  # noqa: E731
-        return reduce_shared(self.reduction, gradients, variables, is_local, divisor)
+        return self.reduction.of_shared(gradients, variables, self._local, self._scale_local)
 
     def _sum(self, gradient: tf.Tensor, variable) -> tf.Variable:
         key = native(variable).ref()

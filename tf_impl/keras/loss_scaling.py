@@ -12,6 +12,7 @@ import sys
 import tensorflow as tf
 
 from horovod_powersgd.tensorflow.reduction import scaled, unscaled
+from horovod_powersgd.tensorflow.which_keras import KERAS_3
 
 
 def aggregation_inside(optimizer):
@@ -67,7 +68,7 @@ def _without_averaging(original):
 
 def loss_scale_optimizers() -> tuple:
     """Keras's classes: one in Keras 3, two in Keras 2."""
-    if hasattr(tf.keras.optimizers, "LossScaleOptimizer"):
+    if KERAS_3:
         return (tf.keras.optimizers.LossScaleOptimizer,)
     module = sys.modules[tf.keras.mixed_precision.LossScaleOptimizer.__module__]
     return module.LossScaleOptimizer, module.LossScaleOptimizerV3

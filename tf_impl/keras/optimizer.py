@@ -11,8 +11,8 @@ from horovod_powersgd.tensorflow.compression_state import compression_state_dict
 from horovod_powersgd.tensorflow.keras import compilation, loss_scaling
 from horovod_powersgd.tensorflow.keras.aggregation import Aggregation
 from horovod_powersgd.tensorflow.reduction import Reduction, variables_of
+from horovod_powersgd.tensorflow.which_keras import KERAS_3
 
-KERAS_3 = hasattr(tf.keras.optimizers, "LossScaleOptimizer")
 LOSS_SCALE_OPTIMIZERS = loss_scaling.loss_scale_optimizers()
 
 for _cls in LOSS_SCALE_OPTIMIZERS:

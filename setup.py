@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "horovod_powersgd/__init__.py").read_text()).group(1)
@@ -51,6 +51,17 @@ setup(
         "horovod_powersgd.tensorflow.keras": "tf_impl/keras",
     },
     package_data={"horovod_powersgd": ["py.typed"]},
+    # Without a compiler everything works, by the frameworks' own operations.
+    ext_modules=[
+        Extension(
+            "horovod_powersgd._kernels",
+            ["horovod_powersgd/kernels.cpp"],
+            depends=["horovod_powersgd/kernels.h"],
+            # Vectors are written out; what a compiler makes of the columns that are left over would round otherwise.
+            extra_compile_args=["-std=c++17", "-O3", "-fno-tree-vectorize"],
+            optional=True,
+        )
+    ],
     install_requires=["numpy>=1.24"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["horovod-powersgd = horovod_powersgd.__main__:main"]},

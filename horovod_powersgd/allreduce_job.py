@@ -7,7 +7,7 @@ import importlib
 import sys
 
 from horovod_powersgd.installation import require_horovod
-from horovod_powersgd.launcher import check_world, prepare_single_worker
+from horovod_powersgd.launcher import check_world, prepare_worker
 
 
 def main(framework: str) -> None:
@@ -19,7 +19,7 @@ def main(framework: str) -> None:
     """
     require_horovod(framework)
     hvd = importlib.import_module(f"horovod.{framework}")
-    prepare_single_worker()
+    prepare_worker()
     hvd.init()
     check_world(hvd.size())
     if framework == "torch":

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes.util
+import importlib.util
 import json
 import os
 import platform
@@ -100,6 +101,7 @@ def find_facts() -> dict:
             "mpicxx": str(mpi.compiler) if mpi.compiler else None,
         },
         "nccl": _nccl(),
+        "kernels": importlib.util.find_spec("horovod_powersgd._kernels") is not None,
         "horovod": horovod,
         "jobs": [],
         "problems": [],
@@ -152,6 +154,11 @@ def find_problems(report: dict) -> list[dict]:
         add("Horovod was built with MPI, but there is no mpirun", _MPI_COMMAND, optional=True)
     if usable and (mpi["version"] or "").startswith("Open MPI 5"):
         add(f"horovodrun --mpi does not know {mpi['version']}", _MPI_COMMAND, optional=True)
+
+    if usable and not report["kernels"]:
+        what = "The kernels were not compiled when horovod-powersgd was installed (g++ was missing?): PyTorch's own "
+        what += "operations take two or three times longer"
+        add(what, "python -m pip install --force-reinstall --no-deps .", optional=True)
 
     forced = [name for name in GLOO_CHOICES if os.environ.get(name, "").lower() == "gloo"]
     for name in forced:
@@ -253,6 +260,7 @@ def _facts_text(report: dict) -> str:
     there = mpi["mpirun"] or mpi["mpicxx"]
     rows["MPI"] = "   ".join([mpi["version"] or "version unknown", *programs]) if there else absent
     rows["NCCL"] = report["nccl"] or absent
+    rows["Kernels"] = "compiled" if report["kernels"] else "not compiled"
     rows["Horovod"] = horovod["version"] or absent
     if horovod["version"]:
         targets = [

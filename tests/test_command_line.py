@@ -16,7 +16,7 @@ from horovod_powersgd import __main__ as command_line
 from horovod_powersgd import doctor, horovod_build
 
 COMMAND = "python -m horovod_powersgd install-horovod"
-REPORT_KEYS = {"works", "python", "frameworks", "keras", "mpi", "nccl", "horovod", "jobs", "problems"}
+REPORT_KEYS = {"works", "python", "frameworks", "keras", "mpi", "nccl", "kernels", "horovod", "jobs", "problems"}
 
 
 @pytest.fixture

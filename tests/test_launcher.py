@@ -13,9 +13,9 @@ PLACES = ("OMPI_", "PMI_", "PMIX_", "SLURM_", "HOROVOD_", "OPAL_")
 WORKER = """
 import sys
 import horovod.torch as hvd
-from horovod_powersgd.launcher import check_world, prepare_single_worker
+from horovod_powersgd.launcher import check_world, prepare_worker
 if "unprepared" not in sys.argv:
-    prepare_single_worker()
+    prepare_worker()
 hvd.init()
 check_world(hvd.size())
 print("worker", hvd.rank(), "of", hvd.size())
@@ -64,13 +64,13 @@ def test_workers_that_came_up_as_separate_jobs_say_so():
 
 def test_a_worker_of_a_launcher_is_not_isolated(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    launcher.prepare_single_worker()
+    launcher.prepare_worker()
     assert "OMPI_MCA_ess_singleton_isolated" not in os.environ
 
 
 def test_the_users_own_choice_for_a_single_worker_stands(monkeypatch):
     monkeypatch.setenv("OMPI_MCA_ess_singleton_isolated", "0")
-    launcher.prepare_single_worker()
+    launcher.prepare_worker()
     assert os.environ["OMPI_MCA_ess_singleton_isolated"] == "0"
 
 
@@ -95,14 +95,14 @@ def test_a_job_of_several_that_has_size_one_is_an_error(monkeypatch, name):
 def test_a_job_that_is_meant_to_have_one_worker_is_left_alone(monkeypatch, variables):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    launcher.prepare_single_worker()
+    launcher.prepare_worker()
     launcher.check_world(1)
 
 
 def test_horovodrun_may_choose_gloo(monkeypatch):
     for name, value in {"HOROVOD_SIZE": "2", "HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}.items():
         monkeypatch.setenv(name, value)
-    launcher.prepare_single_worker()
+    launcher.prepare_worker()
     launcher.check_world(2)
 
 

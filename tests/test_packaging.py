@@ -17,7 +17,8 @@ SAYS_WHERE = "import horovod_powersgd, horovod_powersgd.torch as hvd; print(hvd.
 def site(tmp_path_factory):
     """A folder with the package installed in it, not editable."""
     folder = tmp_path_factory.mktemp("packaging")
-    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(".*", "build", "results", "*.egg-info"))
+    ignored = shutil.ignore_patterns(".*", "*.so", "build", "results", "*.egg-info")
+    shutil.copytree(ROOT, folder / "source", ignore=ignored)
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", str(folder / "site"), str(folder / "source")]
     subprocess.run([sys.executable, "-m", "pip", "install", *options], check=True)
     return folder / "site"
@@ -44,6 +45,10 @@ def test_an_editable_install_works_in_the_root_and_elsewhere(tmp_path):
     for folder in (ROOT, tmp_path):
         found = subprocess.run([sys.executable, "-c", SAYS_WHERE], cwd=folder, capture_output=True, text=True)
         assert Path(found.stdout.strip()) == ROOT / "torch_impl/__init__.py", found.stderr
+
+
+def test_the_kernels_are_compiled(site):
+    assert list((site / "horovod_powersgd").glob("_kernels*.so"))
 
 
 def test_typing_information_and_the_command_are_installed(site):

@@ -29,7 +29,9 @@ echo "$*" >>"CALLS"
 def checkout(tmp_path):
     folder = tmp_path / "checkout"
     (folder / ".ci").mkdir(parents=True)
-    for name in (".ci/setup", ".ci/run", "setup.py", "pyproject.toml", "Makefile"):
+    (folder / "horovod_powersgd").mkdir()
+    kernels = "horovod_powersgd/kernels.cpp", "horovod_powersgd/kernels.h"
+    for name in (".ci/setup", ".ci/run", "setup.py", "pyproject.toml", "Makefile", *kernels):
         shutil.copy(REPOSITORY / name, folder / name)
     link_programs(tmp_path / "programs", [*PROGRAMS, "env"])
     make_interpreter(tmp_path / "programs/python3", INTERPRETER)
@@ -70,9 +72,10 @@ def test_everything_is_installed_once(checkout):
     assert len(calls(checkout)) == 3
 
 
-def test_changed_requirements_are_installed_into_the_same_environment(checkout):
+@pytest.mark.parametrize("name", ["setup.py", "horovod_powersgd/kernels.cpp"])
+def test_what_changed_is_installed_into_the_same_environment(checkout, name):
     set_up(checkout)
-    with open(checkout / "setup.py", "a") as file:
+    with open(checkout / name, "a") as file:
         file.write("# changed\n")
     assert set_up(checkout).returncode == 0
     assert [call.split()[1] for call in calls(checkout)[3:]] == ["pip", "horovod_powersgd"]

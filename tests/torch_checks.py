@@ -182,7 +182,8 @@ def check_a_direction_behind_a_dependent_column_is_not_lost():
     for columns in ([0 * first, first], [1e-20 * second, second], [second, 2 * second, first], [first, first, second]):
         matrix = np.stack(columns, axis=1).astype("float32")
         spare = reference.initial_factor("spare", *matrix.shape, 0)
-        basis = orthogonalize(torch.from_numpy(matrix.T.copy()), lambda: torch.from_numpy(spare.T.copy())).numpy().T
+        factor, spares = torch.from_numpy(matrix.T.copy()), [lambda spare=spare: torch.from_numpy(spare.T.copy())]
+        basis = orthogonalize([factor], spares)[0].numpy().T
         np.testing.assert_allclose(basis, reference.orthogonalize(matrix, spare), atol=1e-6)
         assert np.linalg.norm(matrix - basis @ (basis.T @ matrix)) < 1e-5
 

@@ -33,7 +33,7 @@ from horovod_powersgd.tensorflow.tape import (  # noqa: E402, F401
 
 @functools.wraps(horovod.tensorflow.init)
 def init(*args, **kwargs):
-    launcher.prepare_single_worker()
+    launcher.prepare_worker()
     horovod.tensorflow.init(*args, **kwargs)
     if not (args or kwargs.get("comm")):  # a communicator of one worker is no mistake
         launcher.check_world(horovod.tensorflow.size())

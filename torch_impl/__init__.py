@@ -26,7 +26,7 @@ from horovod_powersgd.torch.workers import join  # noqa: E402, F401
 
 @functools.wraps(horovod.torch.init)
 def init(*args, **kwargs):
-    launcher.prepare_single_worker()
+    launcher.prepare_worker()
     horovod.torch.init(*args, **kwargs)
     if not (args or kwargs.get("comm")):  # a communicator of one worker is no mistake
         launcher.check_world(horovod.torch.size())

@@ -6,7 +6,9 @@ import torch
 
 from horovod_powersgd.buckets import bucket_name, sort_into_buckets
 from horovod_powersgd.torch.gradient import MatrixGradient, PlainGradient
+from horovod_powersgd.torch.orthogonalization import orthogonalize
 from horovod_powersgd.torch.workers import Mean, Workers
+
 
 class Verdict:
     """Whether a step's averages are finite, on all workers alike; known when every bucket has said so."""
@@ -36,6 +38,7 @@ class Bucket:
         self.gradients = list(gradients)
         self._name, self._workers = name, workers
         self._matrices: List[MatrixGradient] = [g for g in gradients if isinstance(g, MatrixGradient)]
+        self._spares = [gradient.spare for gradient in self._matrices]
 
     def exchange(
         self, verdict: Verdict, step: int, scale: float, half_steps: int, factor: float
@@ -53,32 +56,33 @@ class Bucket:
             Bytes handed to Horovod.
         """
         bytes_sent, finite, sparse = 0, True, []
+        bases = dict(zip(self._matrices, orthogonalize([g.start(step) for g in self._matrices], self._spares)))
         for half_step in range(half_steps if self._matrices else 1):
             senders, sent = [], []
             for gradient in self._matrices if half_step else self.gradients:
                 if half_step == 0:
                     yield gradient
-                    gradient.begin(step, scale)
+                    gradient.begin(scale)
                     if gradient.is_sparse:
                         gathered, size = gradient.send_sparse(self._workers)
                         sparse.append((gradient, gathered))
                         bytes_sent += size if self._workers.count > 1 else 0
                 if not gradient.is_sparse:
                     senders.append(gradient)
-                    sent.append(gradient.send())
+                    sent.append(gradient.multiply(bases[gradient]) if gradient in bases else gradient.send())
             if not sent:
                 break
             flat = torch.cat(sent) if len(sent) > 1 else sent[0]
-            # This worker's last factor is still needed where the mean is going.
-            mean = self._workers.mean(flat, f"{self._name}.{half_step}", in_place=not self._matrices)
+            # This worker's last factors are still needed when the mean is there.
+            in_place = not self._matrices or half_step < half_steps - 1
+            mean = self._workers.mean(flat, f"{self._name}.{half_step}", in_place)
             bytes_sent += flat.nbytes if self._workers.count > 1 else 0
-            if half_step == half_steps - 1:
-                for gradient in senders:
-                    gradient.memorize()
             flat = yield mean
             finite = torch.isfinite(flat).all() & finite
             for gradient, part in zip(senders, flat.split([part.numel() for part in sent])):
                 gradient.receive(part)
+            if half_step < half_steps - 1:
+                bases = dict(zip(self._matrices, orthogonalize([g.mean for g in self._matrices], self._spares)))
         for gradient, gathered in sparse:
             average = yield gathered
             finite = torch.isfinite(average.values()).all() & finite

@@ -8,14 +8,15 @@ from horovod_powersgd import PowerSGD
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.reference import initial_factor
 from horovod_powersgd.statistics import residual
-from horovod_powersgd.torch.orthogonalization import orthogonalize
+from horovod_powersgd.torch.kernels import Memory, half_step, product
 from horovod_powersgd.torch.workers import SparseMean, Workers
 
 
 class PlainGradient:
     """A gradient that is averaged as it is.
 
-    A step calls begin, send, receive and end, in this order; for a sparse gradient only begin, send_sparse and end.
+    A step calls begin, send, receive and end, in this order; for a sparse gradient begin, send_sparse, receive_sparse
+    and end.
     An exchange can wait for a gradient: it is done when backward has computed it.
 
     Attributes:
@@ -60,13 +61,8 @@ class PlainGradient:
         zeros = torch.zeros_like(self.parameter)
         self.parameter.grad = zeros.to_sparse(self.sparse_dim) if self.sparse_dim else zeros
 
-    def begin(self, step: int, scale: float) -> None:
-        """Starts a step.
-
-        Args:
-            step: how many steps were exchanged before.
-            scale: that the loss, and so the gradient, is multiplied by.
-        """
+    def begin(self, scale: float) -> None:
+        """Takes the gradient, which is here; `scale` is what the loss, and so the gradient, is multiplied by."""
         gradient = self.parameter.grad
         self.is_sparse = gradient.is_sparse and not self._sparse_as_dense
         self.sparse_dim = gradient.sparse_dim() if self.is_sparse else 0
@@ -102,9 +98,6 @@ class PlainGradient:
     def receive(self, mean: torch.Tensor) -> None:
         """Takes the average of what was sent."""
         self._mean = mean.view(self._dense.shape)
-
-    def memorize(self) -> None:
-        """Called while the last round travels: nothing is left out, and nothing to be remembered."""
 
     def end(self, finite: bool, factor: float) -> None:
         """Ends a step: puts the average, times `factor`, into the gradient."""
@@ -145,9 +138,9 @@ class MatrixGradient(PlainGradient):
 
     An n x m matrix; factors are kept transposed, P as (r, n) and Q as (r, m), which lets every product with the
     gradient run near the speed of memory. The dtype of all of them is float64 for float64 parameters, else float32.
+    A step calls start, begin, for each half-step multiply (with the basis of `mean`) and receive, and end.
 
     Attributes:
-        memory: (n, m); None before the first step and without error feedback.
         memory_scale: the loss scale of the step that the memory is from.
         factor: (r, m) or (r, n): the last averaged factor.
         factor_is_q: which of the two it is.
@@ -166,11 +159,16 @@ class MatrixGradient(PlainGradient):
         super().__init__(name, parameter, layout, sparse_as_dense)
         self._config = config
         self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        self.memory: Optional[torch.Tensor] = None
+        self._memory: Optional[Memory] = None
         self.memory_scale = 1.0
         self.factor, self.factor_is_q = self._random_q(step=0).to(self.dtype), True
         self._spares: Dict[bool, torch.Tensor] = {}
         self._own: Optional[torch.Tensor] = None
+
+    @property
+    def memory(self) -> Optional[torch.Tensor]:
+        """(n, m); None before the first step and without error feedback."""
+        return None if self._memory is None else self._memory.tensor()
 
     @property
     def sent_dtype(self) -> torch.dtype:
@@ -184,14 +182,22 @@ class MatrixGradient(PlainGradient):
         factor = initial_factor(self.name, columns, self.layout.rank, self._config.seed, step)
         return torch.from_numpy(factor.T.copy()).to(self.parameter.device)
 
-    def _spare(self) -> torch.Tensor:
+    def spare(self) -> torch.Tensor:
+        """Random rows (r, n or m) float64, for those of the mean that are not independent."""
         if self._mean_is_q not in self._spares:
             self._spares[self._mean_is_q] = self._random(self._mean.shape[1])
         return self._spares[self._mean_is_q]
 
-    def begin(self, step: int, scale: float) -> None:
-        """delta = gradient + memory, in the gradient's own storage where that can become the memory."""
-        super().begin(step, scale)
+    def start(self, step: int) -> torch.Tensor:
+        """The factor that the first half-step starts from."""
+        self._mean, self._mean_is_q = self.factor, self.factor_is_q
+        if not self._config.warm_start:
+            self._mean, self._mean_is_q = self._random_q(step).to(self.dtype), True
+        return self._mean
+
+    def begin(self, scale: float) -> None:
+        """The gradient becomes delta, in its own storage where that can become the memory."""
+        super().begin(scale)
         if self.is_sparse:
             return
         gradient, self._dense = self._dense, None
@@ -203,39 +209,29 @@ class MatrixGradient(PlainGradient):
         )
         if not self._in_place:
             gradient = gradient.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
-        self._delta = gradient.view(self.layout.matrix_shape)
-        if self.memory is not None:
-            self._delta.add_(self.memory, alpha=scale / self.memory_scale)
-        self._scale = scale
-        self._mean, self._mean_is_q = self.factor, self.factor_is_q
-        if not self._config.warm_start:
-            self._mean, self._mean_is_q = self._random_q(step).to(self.dtype), True
+        self._delta, self._scale = gradient.view(self.layout.matrix_shape), scale
+        self._added = self._memory
 
-    def send(self) -> torch.Tensor:
-        """A half-step: delta Q^ or delta^T P^."""
-        self._basis = orthogonalize(self._mean, self._spare)
-        side = self._delta.t() if self._mean_is_q else self._delta
-        self._own = (self._basis @ side).to(self.sent_dtype)
+    def multiply(self, basis: torch.Tensor) -> torch.Tensor:
+        """A half-step: delta Q^ or delta^T P^, flat; in the first one the memory is added to delta on the way."""
+        self._basis = basis
+        own = half_step(self._delta, basis, not self._mean_is_q, self._added, self._scale / self.memory_scale)
+        self._own, self._added = own.to(self.sent_dtype), None
         return self._own.view(-1)
 
     def receive(self, mean: torch.Tensor) -> None:
         self._mean = mean.view(self.layout.rank, -1).to(self.dtype)
         self._mean_is_q = not self._mean_is_q
 
-    def memorize(self) -> None:
-        """delta_w - P^ Q_w^T: error feedback from this worker's own last factor, while that still travels.
-
-        The memory of the last step is not touched: this one can still fail.
-        """
-        if self._config.error_feedback:
-            own = self._own.to(self.dtype)
-            p, q = (own, self._basis) if self._mean_is_q else (self._basis, own)
-            self._delta.addmm_(p.t(), q, alpha=-1)
+    @property
+    def mean(self) -> torch.Tensor:
+        """(r, n) or (r, m): the factor that was last averaged."""
+        return self._mean
 
     def fits(self, factor: float) -> torch.Tensor:
         if self.is_sparse:
             return super().fits(factor)
-        p, q = (self._basis, self._mean) if self._mean_is_q else (self._mean, self._basis)
+        p, q = self._p_and_q(self._mean)
         return torch.isfinite((p.t() @ (q * factor)).half()).all()
 
     def end(self, finite: bool, factor: float) -> None:
@@ -243,14 +239,16 @@ class MatrixGradient(PlainGradient):
         if self.is_sparse:
             return super().end(finite, factor)
         update = self._delta
-        p, q = (self._basis, self._mean) if self._mean_is_q else (self._mean, self._basis)
         if finite:
             self.factor, self.factor_is_q = self._mean, self._mean_is_q
             if self._config.error_feedback:
-                update = torch.empty_like(self._delta) if self.memory is None else self.memory
-                self.memory, self.memory_scale = self._delta, self._scale
+                update = torch.empty_like(self._delta) if self._memory is None else self._memory.storage()
+                # Error feedback from this worker's own last factor.
+                self._memory = Memory(self._delta, *self._p_and_q(self._own.to(self.dtype)))
+                self.memory_scale = self._scale
         if finite or torch.isfinite(self._mean).all():
-            torch.mm(p.t(), q if factor == 1 else q * factor, out=update)
+            p, q = self._p_and_q(self._mean)
+            product(p, q if factor == 1 else q * factor, out=update)
         else:
             update.fill_(torch.nan)
         update = update.view(self.parameter.shape)
@@ -260,9 +258,13 @@ class MatrixGradient(PlainGradient):
             self._put(update)
         self._delta = self._basis = self._mean = None
 
+    def _p_and_q(self, last: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The last half-step's factors, of which the basis is one."""
+        return (self._basis, last) if self._mean_is_q else (last, self._basis)
+
     def residual(self) -> Optional[float]:
         """|e| / |delta| of the last step; None where there was none or no memory is kept."""
-        if self.memory is None or self._own is None:
+        if self._memory is None or self._own is None:
             return None
         return residual(*(torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in (self.memory, self._own)))
 
@@ -271,13 +273,16 @@ class MatrixGradient(PlainGradient):
             **super().state_dict(),
             "factor": self.factor.cpu().clone(),
             "factor_is_q": self.factor_is_q,
-            "memory": None if self.memory is None else self.memory.cpu().clone(),
+            "memory": None if self._memory is None else self.memory.cpu().clone(),
             "memory_scale": self.memory_scale,
         }
 
     def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
         self.factor, self.factor_is_q = state["factor"].to(self.factor, copy=True), state["factor_is_q"]
-        self.memory, self.memory_scale, self._own = None, state["memory_scale"], None
+        self._memory, self.memory_scale, self._own = None, state["memory_scale"], None
+        total = None
         for memory, scale in memories:
             part = memory.to(self.factor, copy=True).mul_(share * self.memory_scale / scale)
-            self.memory = part if self.memory is None else self.memory.add_(part)
+            total = part if total is None else total.add_(part)
+        if total is not None:
+            self._memory = Memory(total)

@@ -1,0 +1,151 @@
+// The three passes over a gradient on processors: plus memory and times a factor's basis; times the other one's; the
+// product of both. They run at about the speed of memory, where a library's matrix product of so low a rank does not.
+//
+// Python passes addresses, so this needs no framework; torch_impl/kernels.py calls it, and says what it computes.
+
+#include <Python.h>
+
+#include <cstdint>
+
+namespace {
+
+template <int N>
+struct Number {
+    static constexpr int value = N;
+};
+
+// delta (n, m) becomes delta + scale (previous - P Q^T) where there is a previous; P (s, n), Q (s, m).
+// out (r, n) += basis (r, m) delta^T, or out (r, m) += basis (r, n) delta.
+template <typename T>
+struct HalfStep {
+    T* delta;
+    const T* previous;
+    T scale;
+    const T *p, *q;
+    int64_t previous_rank;
+    const T* basis;
+    T* out;
+    bool makes_q;
+    int64_t rank, n, m;
+};
+
+// out (n, m) = from + sign P Q^T; P (r, n), Q (r, m).
+template <typename T>
+struct Product {
+    T* out;
+    const T* from;
+    const T *p, *q;
+    T sign;
+    int64_t rank, n, m;
+};
+
+struct Part {
+    int64_t row, row_end, column, column_end;
+};
+
+namespace any {
+#define VECTOR_BYTES 16
+#include "kernels.h"
+#undef VECTOR_BYTES
+}  // namespace any
+
+// Clang knows neither the pragma nor how to put a lambda under an attribute; there any processor's kernels serve.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HAS_AVX 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#define VECTOR_BYTES 32
+#include "kernels.h"
+#undef VECTOR_BYTES
+}  // namespace avx2
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512dq,avx2,fma")
+namespace avx512 {  // twice the registers, but not twice the width, at which many processors slow down
+#define VECTOR_BYTES 32
+#include "kernels.h"
+#undef VECTOR_BYTES
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+template <typename T>
+struct Kernels {
+    void (*half_step)(const HalfStep<T>&, const Part&) = any::half_step<T>;
+    void (*product)(const Product<T>&, const Part&) = any::product<T>;
+
+    Kernels() {
+#ifdef HAS_AVX
+        if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+            half_step = avx512::half_step<T>;
+            product = avx512::product<T>;
+        } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+            half_step = avx2::half_step<T>;
+            product = avx2::product<T>;
+        }
+#endif
+    }
+};
+
+template <typename T>
+const Kernels<T> kernels;
+
+template <typename T>
+T* at(unsigned long long address) {
+    return reinterpret_cast<T*>(address);
+}
+
+template <typename T>
+void run_half_step(unsigned long long delta, unsigned long long previous, double scale, unsigned long long p,
+                   unsigned long long q, long long previous_rank, unsigned long long basis, unsigned long long out,
+                   int makes_q, long long rank, long long n, long long m, const Part& part) {
+    kernels<T>.half_step({at<T>(delta), at<T>(previous), T(scale), at<T>(p), at<T>(q), previous_rank, at<T>(basis),
+                          at<T>(out), makes_q != 0, rank, n, m}, part);
+}
+
+PyObject* half_step(PyObject*, PyObject* arguments) {
+    int is_double, makes_q;
+    unsigned long long delta, previous, p, q, basis, out;
+    double scale;
+    long long previous_rank, rank, n, m, row, row_end, column, column_end;
+    if (!PyArg_ParseTuple(arguments, "pKKdKKLKKpLLLLLLL", &is_double, &delta, &previous, &scale, &p, &q, &previous_rank,
+                          &basis, &out, &makes_q, &rank, &n, &m, &row, &row_end, &column, &column_end))
+        return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    const auto run = is_double ? run_half_step<double> : run_half_step<float>;
+    run(delta, previous, scale, p, q, previous_rank, basis, out, makes_q, rank, n, m, {row, row_end, column, column_end});
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+template <typename T>
+void run_product(unsigned long long out, unsigned long long from, unsigned long long p, unsigned long long q,
+                 double sign, long long rank, long long n, long long m, const Part& part) {
+    kernels<T>.product({at<T>(out), at<T>(from), at<T>(p), at<T>(q), T(sign), rank, n, m}, part);
+}
+
+PyObject* product(PyObject*, PyObject* arguments) {
+    int is_double;
+    unsigned long long out, from, p, q;
+    double sign;
+    long long rank, n, m, row, row_end, column, column_end;
+    if (!PyArg_ParseTuple(arguments, "pKKKKdLLLLLLL", &is_double, &out, &from, &p, &q, &sign, &rank, &n, &m, &row,
+                          &row_end, &column, &column_end))
+        return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    const auto run = is_double ? run_product<double> : run_product<float>;
+    run(out, from, p, q, sign, rank, n, m, {row, row_end, column, column_end});
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {{"half_step", half_step, METH_VARARGS, nullptr},
+                         {"product", product, METH_VARARGS, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__kernels() { return PyModule_Create(&module); }

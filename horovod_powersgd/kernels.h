@@ -1,0 +1,183 @@
+// The kernels for one instruction set. Included once for each of them, in a namespace of its own, with VECTOR_BYTES
+// set.
+//
+// Rows of factors are as long as the matrix has rows (P) or columns (Q): factors are kept transposed.
+
+template <typename T>
+struct Simd {
+    typedef T Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+    static constexpr int64_t lanes = VECTOR_BYTES / sizeof(T);
+};
+
+template <typename T>
+static inline typename Simd<T>::Vector load(const T* from) {
+    return *reinterpret_cast<const typename Simd<T>::Vector*>(from);
+}
+
+template <typename T>
+static inline void store(T* to, typename Simd<T>::Vector vector) {
+    *reinterpret_cast<typename Simd<T>::Vector*>(to) = vector;
+}
+
+// Columns that are worked on together: four rows of them and of each factor stay in the first level of the cache.
+static constexpr int64_t TILE = 1024;
+
+// Some rows of a matrix, by the address of the first one's first element; distance: from row to row, in elements.
+template <typename T>
+struct Rows {
+    T* first;
+    int64_t distance;
+};
+
+// to = from + sign P Q^T, or gradient + scale (from + sign P Q^T). Without FROM, from is zero.
+//
+// What there is, is a matter of the template: with branches inside, products and sums could be rounded together in one
+// place and apart in the other, and looking at a memory would change the last bits of what follows.
+template <typename T, int ROWS, int RANK, bool FROM, bool GRADIENT>
+static void add_product(Rows<T> to, Rows<const T> from, const T* gradient, T scale, Rows<const T> p, Rows<const T> q,
+                        T sign, int64_t columns) {
+    T coefficients[RANK][ROWS];
+    for (int k = 0; k < RANK; k++)
+        for (int i = 0; i < ROWS; i++) coefficients[k][i] = sign * p.first[k * p.distance + i];
+    int64_t j = 0;
+    for (; j + Simd<T>::lanes <= columns; j += Simd<T>::lanes) {
+        typename Simd<T>::Vector sums[ROWS];
+        for (int i = 0; i < ROWS; i++) {
+            if constexpr (FROM) sums[i] = load(from.first + i * from.distance + j);
+            else sums[i] = typename Simd<T>::Vector{};
+        }
+        for (int k = 0; k < RANK; k++) {
+            const auto factor = load(q.first + k * q.distance + j);
+            for (int i = 0; i < ROWS; i++) sums[i] += coefficients[k][i] * factor;
+        }
+        for (int i = 0; i < ROWS; i++) {
+            const int64_t place = i * to.distance + j;
+            if constexpr (GRADIENT) sums[i] = load(gradient + place) + scale * sums[i];
+            store(to.first + place, sums[i]);
+        }
+    }
+    for (; j < columns; j++)
+        for (int i = 0; i < ROWS; i++) {
+            T sum = 0;
+            if constexpr (FROM) sum = from.first[i * from.distance + j];
+            for (int k = 0; k < RANK; k++) sum += coefficients[k][i] * q.first[k * q.distance + j];
+            const int64_t place = i * to.distance + j;
+            if constexpr (GRADIENT) sum = gradient[place] + scale * sum;
+            to.first[place] = sum;
+        }
+}
+
+// out[k][i] += sum over j of basis[k][j] delta[i][j]
+template <typename T, int ROWS, int RANK>
+static void add_to_p(Rows<const T> delta, Rows<const T> basis, Rows<T> out, int64_t columns) {
+    typename Simd<T>::Vector sums[RANK][ROWS] = {};
+    int64_t j = 0;
+    for (; j + Simd<T>::lanes <= columns; j += Simd<T>::lanes) {
+        typename Simd<T>::Vector rows[ROWS];
+        for (int i = 0; i < ROWS; i++) rows[i] = load(delta.first + i * delta.distance + j);
+        for (int k = 0; k < RANK; k++) {
+            const auto factor = load(basis.first + k * basis.distance + j);
+            for (int i = 0; i < ROWS; i++) sums[k][i] += factor * rows[i];
+        }
+    }
+    for (int k = 0; k < RANK; k++)
+        for (int i = 0; i < ROWS; i++) {
+            T sum = 0;
+            for (int lane = 0; lane < Simd<T>::lanes; lane++) sum += sums[k][i][lane];
+            for (int64_t rest = j; rest < columns; rest++)
+                sum += basis.first[k * basis.distance + rest] * delta.first[i * delta.distance + rest];
+            out.first[k * out.distance + i] += sum;
+        }
+}
+
+// out[k][j] += sum over i of basis[k][i] delta[i][j]
+template <typename T, int ROWS, int RANK>
+static void add_to_q(Rows<const T> delta, Rows<const T> basis, Rows<T> out, int64_t columns) {
+    T coefficients[RANK][ROWS];
+    for (int k = 0; k < RANK; k++)
+        for (int i = 0; i < ROWS; i++) coefficients[k][i] = basis.first[k * basis.distance + i];
+    int64_t j = 0;
+    for (; j + Simd<T>::lanes <= columns; j += Simd<T>::lanes) {
+        typename Simd<T>::Vector rows[ROWS];
+        for (int i = 0; i < ROWS; i++) rows[i] = load(delta.first + i * delta.distance + j);
+        for (int k = 0; k < RANK; k++) {
+            auto sum = load(out.first + k * out.distance + j);
+            for (int i = 0; i < ROWS; i++) sum += coefficients[k][i] * rows[i];
+            store(out.first + k * out.distance + j, sum);
+        }
+    }
+    for (; j < columns; j++)
+        for (int k = 0; k < RANK; k++)
+            for (int i = 0; i < ROWS; i++)
+                out.first[k * out.distance + j] += coefficients[k][i] * delta.first[i * delta.distance + j];
+}
+
+// Calls f(first of up to four ranks, how many they are, whether they are the last ones).
+template <typename F>
+static inline void for_ranks(int64_t rank, F f) {
+    int64_t k = 0;
+    for (; k + 4 < rank; k += 4) f(k, Number<4>{}, false);
+    switch (rank - k) {
+        case 1: return f(k, Number<1>{}, true);
+        case 2: return f(k, Number<2>{}, true);
+        case 3: return f(k, Number<3>{}, true);
+        default: return f(k, Number<4>{}, true);
+    }
+}
+
+template <typename T, int ROWS>
+static void half_step_rows(const HalfStep<T>& a, int64_t i, int64_t j, int64_t columns) {
+    const int64_t n = a.n, m = a.m;
+    const Rows<T> delta{a.delta + i * m + j, m};
+    if (a.previous) {
+        T memory[ROWS * TILE];
+        Rows<const T> from{a.previous + i * m + j, m};
+        for_ranks(a.previous_rank, [&](int64_t k, auto ranks, bool last) {
+            const Rows<const T> p{a.p + k * n + i, n}, q{a.q + k * m + j, m};
+            if (last)
+                return add_product<T, ROWS, ranks.value, true, true>(delta, from, delta.first, a.scale, p, q, T(-1),
+                                                                     columns);
+            add_product<T, ROWS, ranks.value, true, false>({memory, TILE}, from, nullptr, 0, p, q, T(-1), columns);
+            from = {memory, TILE};
+        });
+    }
+    for_ranks(a.rank, [&](int64_t k, auto ranks, bool) {
+        if (a.makes_q)
+            add_to_q<T, ROWS, ranks.value>({delta.first, m}, {a.basis + k * n + i, n}, {a.out + k * m + j, m}, columns);
+        else
+            add_to_p<T, ROWS, ranks.value>({delta.first, m}, {a.basis + k * m + j, m}, {a.out + k * n + i, n}, columns);
+    });
+}
+
+template <typename T, int ROWS>
+static void product_rows(const Product<T>& a, int64_t i, int64_t j, int64_t columns) {
+    const Rows<T> out{a.out + i * a.m + j, a.m};
+    Rows<const T> from{a.from ? a.from + i * a.m + j : nullptr, a.m};
+    for_ranks(a.rank, [&](int64_t k, auto ranks, bool) {
+        const auto add = from.first ? add_product<T, ROWS, ranks.value, true, false>
+                                    : add_product<T, ROWS, ranks.value, false, false>;
+        add(out, from, nullptr, 0, {a.p + k * a.n + i, a.n}, {a.q + k * a.m + j, a.m}, a.sign, columns);
+        from = {out.first, a.m};
+    });
+}
+
+// Goes over a part of a matrix, four rows at a time.
+template <typename Arguments, typename Four, typename One>
+static void over(const Arguments& arguments, const Part& part, Four four, One one) {
+    int64_t i = part.row;
+    for (; i < part.row_end; i += i + 4 <= part.row_end ? 4 : 1)
+        for (int64_t j = part.column; j < part.column_end; j += TILE) {
+            const int64_t columns = part.column_end - j < TILE ? part.column_end - j : TILE;
+            (i + 4 <= part.row_end ? four : one)(arguments, i, j, columns);
+        }
+}
+
+template <typename T>
+static void half_step(const HalfStep<T>& arguments, const Part& part) {
+    over(arguments, part, half_step_rows<T, 4>, half_step_rows<T, 1>);
+}
+
+template <typename T>
+static void product(const Product<T>& arguments, const Part& part) {
+    over(arguments, part, product_rows<T, 4>, product_rows<T, 1>);
+}

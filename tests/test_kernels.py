@@ -1,0 +1,92 @@
+"""The compiled passes over a gradient, and PyTorch's own where there are none, against plain products."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from horovod_powersgd.torch import kernels
+from horovod_powersgd.torch.kernels import Memory, half_step, product
+
+SIDES = st.integers(1, 70) | st.sampled_from([1023, 1024, 1025, 2100])
+DTYPES = st.sampled_from([torch.float32, torch.float64])
+
+
+@pytest.fixture(params=["compiled", "compiled, in threads", "PyTorch's"])
+def implementation(request, monkeypatch):
+    assert kernels._kernels is not None, "horovod_powersgd._kernels was not compiled: see .venv/setup.log"
+    if request.param == "PyTorch's":
+        monkeypatch.setattr(kernels, "_kernels", None)
+    if request.param == "compiled, in threads":
+        monkeypatch.setattr(kernels, "BYTES_PER_THREAD", 1)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+
+def assert_close(found, expected):
+    # Sums of up to 2100 products.
+    tolerance = 1e3 * np.finfo(found.numpy().dtype).eps
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=tolerance, atol=tolerance * 10)
+
+
+# The fixture changes nothing between two examples.
+each_implementation = settings(deadline=None, max_examples=40, suppress_health_check=["function_scoped_fixture"])
+
+
+@each_implementation
+@given(n=SIDES, m=SIDES, rank=st.integers(1, 9), sent=st.integers(1, 9), makes_q=st.booleans(), dtype=DTYPES)
+def test_a_half_step_adds_the_memory_and_multiplies(implementation, n, m, rank, sent, makes_q, dtype):
+    draw = torch.Generator().manual_seed(n * m)
+    gradient, delta, p, q, basis = (
+        torch.randn(shape, generator=draw, dtype=dtype)
+        for shape in ((n, m), (n, m), (sent, n), (sent, m), (rank, n if makes_q else m))
+    )
+    left = delta - p.t() @ q
+    for memory, expected in (
+        (None, gradient),
+        (Memory(delta.clone(), p, q), gradient + 0.5 * left),
+        (Memory(left.clone()), gradient + 0.5 * left),
+    ):
+        found = gradient.clone()
+        factor = half_step(found, basis, makes_q, memory, scale=0.5)
+        assert_close(found, expected)
+        assert factor.is_contiguous()
+        assert_close(factor, basis @ (expected if makes_q else expected.t()))
+
+
+@each_implementation
+@given(n=SIDES, m=SIDES, rank=st.integers(1, 9), dtype=DTYPES)
+def test_a_product_is_written_over_what_was_there(implementation, n, m, rank, dtype):
+    draw = torch.Generator().manual_seed(n * m)
+    p, q = (torch.randn(rank, side, generator=draw, dtype=dtype) for side in (n, m))
+    out = torch.full((n, m), torch.nan, dtype=dtype)
+    product(p, q, out)
+    assert_close(out, p.t() @ q)
+
+
+@each_implementation
+@given(n=SIDES, m=SIDES, rank=st.integers(1, 9), dtype=DTYPES)
+def test_looking_at_the_memory_changes_no_bit_of_the_next_step(implementation, n, m, rank, dtype):
+    draw = torch.Generator().manual_seed(n * m)
+    gradient, delta, p, q, basis = (
+        torch.randn(shape, generator=draw, dtype=dtype) for shape in ((n, m), (n, m), (rank, n), (rank, m), (1, m))
+    )
+    seen, unseen = Memory(delta.clone(), p, q), Memory(delta.clone(), p, q)
+    assert_close(seen.tensor(), delta - p.t() @ q)
+    results = []
+    for memory in (seen, unseen):
+        found = gradient.clone()
+        results += [(half_step(found, basis, False, memory), found)]
+    for first, second in zip(*results):
+        assert torch.equal(first, second)
+
+
+def test_what_is_not_finite_stays_so(implementation):
+    for value in (np.nan, np.inf):
+        delta = torch.ones(9, 50)
+        delta[3, 7] = value
+        assert not torch.isfinite(half_step(delta.clone(), torch.ones(2, 50), False)[:, 3]).any()
+        assert not torch.isfinite(half_step(delta.clone(), torch.ones(2, 9), True)[:, 7]).any()
+        out = torch.zeros(9, 50)
+        product(delta[:, 7][None].contiguous(), torch.ones(1, 50), out)
+        assert not torch.isfinite(out[3]).any() and torch.isfinite(out[4]).all()

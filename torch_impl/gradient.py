@@ -9,6 +9,7 @@ from horovod_powersgd.layout import Layout
 from horovod_powersgd.reference import initial_factor
 from horovod_powersgd.statistics import residual
 from horovod_powersgd.torch.kernels import Memory, half_step, product
+from horovod_powersgd.torch.phase import phase
 from horovod_powersgd.torch.workers import SparseMean, Workers
 
 
@@ -215,7 +216,8 @@ class MatrixGradient(PlainGradient):
     def multiply(self, basis: torch.Tensor) -> torch.Tensor:
         """A half-step: delta Q^ or delta^T P^, flat; in the first one the memory is added to delta on the way."""
         self._basis = basis
-        own = half_step(self._delta, basis, not self._mean_is_q, self._added, self._scale / self.memory_scale)
+        with phase("p" if self._mean_is_q else "q"):
+            own = half_step(self._delta, basis, not self._mean_is_q, self._added, self._scale / self.memory_scale)
         self._own, self._added = own.to(self.sent_dtype), None
         return self._own.view(-1)
 
@@ -248,7 +250,8 @@ class MatrixGradient(PlainGradient):
                 self.memory_scale = self._scale
         if finite or torch.isfinite(self._mean).all():
             p, q = self._p_and_q(self._mean)
-            product(p, q if factor == 1 else q * factor, out=update)
+            with phase("update"):
+                product(p, q if factor == 1 else q * factor, out=update)
         else:
             update.fill_(torch.nan)
         update = update.view(self.parameter.shape)

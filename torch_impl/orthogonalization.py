@@ -1,16 +1,19 @@
 """Orthonormal bases of factors' columns."""
 
-from typing import Callable, Dict, List, Sequence
+from typing import Callable, Dict, List, Sequence, Tuple
 
 import torch
 
 from horovod_powersgd.reference import orthogonalize as orthogonalize_by_columns
+from horovod_powersgd.torch.phase import phase
 
 # The part of a column of its own, next to the longest one, that a Cholesky factor in double precision can be trusted
 # with: rounding grows with its square. It is above what the reference takes for dependent in single precision.
 TRUSTED = 1e-5
 # From this part on, one pass makes a basis that is orthonormal in single precision.
 ONE_PASS = 1e-3
+# Added to a rounding, for a factor of zeros.
+TINY = 1e-100
 
 
 def orthogonalize(
@@ -19,7 +22,9 @@ def orthogonalize(
     """reference.orthogonalize of several factors, by the Cholesky factors of their Gram matrices, in double precision.
 
     The bases are others than the reference's, of the same spaces, which is all that an update depends on. Where a row
-    depends on those before it, the reference itself does the work, on the host. It is rare.
+    depends on those before it, the reference itself does the work, on the host. It is rare; but whether it is so cannot
+    be known without waiting for the device. So elsewhere than on a processor, random rows as long as a rounding are
+    added to factors in single precision, which makes all rows independent.
 
     Args:
         factors: each (r, n), r <= n, float32 or float64: a factor, transposed. Of a non-finite one the basis is
@@ -34,25 +39,45 @@ def orthogonalize(
     for i, factor in enumerate(factors):
         by_rank.setdefault(len(factor), []).append(i)
     for places in by_rank.values():
-        rows = [factors[i].double() for i in places]
-        # The host waits here for the device: once for all factors of a bucket.
-        inverses, parts = _triangles(rows)
-        for i, row, inverse, part in zip(places, rows, inverses, parts.tolist()):
-            factor = factors[i]
-            if part > TRUSTED:
-                basis = inverse @ row
-                if part < ONE_PASS or factor.dtype == torch.float64:
-                    basis = _triangles([basis])[0][0] @ basis
-                bases[i] = basis.to(factor.dtype)
-            elif torch.isfinite(factor).all():
-                basis = orthogonalize_by_columns(factor.t().cpu().numpy(), spares[i]().t().cpu().numpy())
-                bases[i] = torch.from_numpy(basis).t().contiguous().to(factor.device)
-            else:
-                bases[i] = torch.full_like(factor, torch.nan)
+        some, their_spares = [factors[i] for i in places], [spares[i] for i in places]
+        ask = some[0].device.type == "cpu" or some[0].dtype == torch.float64
+        with phase("orthogonalize"):
+            found = (_checked if ask else _unchecked)(some, their_spares)
+        for i, basis in zip(places, found):
+            bases[i] = basis
     return bases
 
 
-def _triangles(factors: Sequence[torch.Tensor]):
+def _checked(factors: Sequence[torch.Tensor], spares: Sequence[Callable[[], torch.Tensor]]) -> List[torch.Tensor]:
+    rows = [factor.double() for factor in factors]
+    inverses, parts = _triangles(rows)
+    bases = []
+    for factor, spare, row, inverse, part in zip(factors, spares, rows, inverses, parts.tolist()):
+        if part > TRUSTED:
+            basis = inverse @ row
+            if part < ONE_PASS or factor.dtype == torch.float64:
+                basis = _triangles([basis])[0][0] @ basis
+            bases.append(basis.to(factor.dtype))
+        elif torch.isfinite(factor).all():
+            basis = orthogonalize_by_columns(factor.t().cpu().numpy(), spare().t().cpu().numpy())
+            bases.append(torch.from_numpy(basis).t().contiguous().to(factor.device))
+        else:
+            bases.append(torch.full_like(factor, torch.nan))
+    return bases
+
+
+def _unchecked(factors: Sequence[torch.Tensor], spares: Sequence[Callable[[], torch.Tensor]]) -> List[torch.Tensor]:
+    rows = []
+    for factor, spare in zip(factors, spares):
+        row, spare = factor.double(), spare()
+        rounding = torch.finfo(factor.dtype).eps * torch.linalg.vector_norm(row, dim=1).amax()
+        rows.append(row + spare * ((rounding + TINY) / torch.linalg.vector_norm(spare, dim=1, keepdim=True)))
+    for _ in range(2):
+        rows = [inverse @ row for inverse, row in zip(_triangles(rows)[0], rows)]
+    return [row.to(factor.dtype) for row, factor in zip(rows, factors)]
+
+
+def _triangles(factors: Sequence[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
     """What makes the rows of each factor orthonormal, (r, r), and the least part of a row that is its own."""
     grams = torch.stack([factor @ factor.t() for factor in factors])
     triangles = torch.linalg.cholesky_ex(grams)[0]

@@ -20,6 +20,7 @@ from horovod.torch.mpi_ops import (
 )
 
 from horovod_powersgd.agreement import MOST_WORKERS, Description, ballot, differences
+from horovod_powersgd.torch.phase import phase
 
 # Known by its identity.
 _world = [None]
@@ -136,7 +137,8 @@ class Mean:
             HorovodInternalError: a worker was lost.
         """
         if self._handle is not None:
-            self._tensor, self._handle = mpi_ops.synchronize(self._handle), None
+            with phase("wait"):
+                self._tensor, self._handle = mpi_ops.synchronize(self._handle), None
         return self._tensor
 
 

@@ -1,0 +1,97 @@
+"""A worker of exchange.py: exchanges a model's gradients by several methods, with a tape in a tf.function."""
+
+import argparse
+import json
+from pathlib import Path
+
+import horovod.tensorflow as horovod
+import tensorflow as tf
+
+import horovod_powersgd.tensorflow as hvd
+from methods import METHODS
+from models import MODELS
+from rounds import measure_rounds
+
+
+def layout(shape):
+    """TensorFlow's layout of a shape in PyTorch's: convolutions have their channels last."""
+    if len(shape) != 4:
+        return shape
+    outputs, inputs, height, width = shape
+    return height, width, inputs, outputs
+
+
+@tf.custom_gradient
+def arrival(loss, parameter, gradient):
+    """Its gradient with respect to a parameter is a copy of a given one: as a real one, it is new in every step."""
+
+    def backward(following):
+        # The gradients come one after the other.
+        with tf.control_dependencies([following]):
+            copy = tf.raw_ops.DeepCopy(x=gradient)
+        with tf.control_dependencies([copy]):
+            return tf.identity(following), copy, None
+
+    return tf.identity(loss), backward
+
+
+class Exchange:
+    """One method's step: the gradients of a tape."""
+
+    def __init__(self, key, gradients):
+        self._method = METHODS[key]
+        self._gradients = gradients
+        # Nobody looks at the values.
+        self._parameters = [tf.Variable(gradient) for gradient in gradients]
+        self._averages = tf.function(self._exchange)
+
+    def step(self):
+        self._averages()
+
+    def pause(self):
+        """There is nothing to give back: the gradients are gone with the step."""
+
+    def bytes_sent(self):
+        """What this worker hands to allreduce in a step, on average."""
+        if self._method.library is None:
+            return 0
+        if self._method.library == "ours":
+            stats = hvd.compression_stats(self._parameters)
+            return round(stats.total_bytes_sent / stats.steps)
+        return sum(4 * gradient.shape.num_elements() for gradient in self._gradients) // self._method.numbers_ratio
+
+    def _exchange(self):
+        with tf.GradientTape() as tape:
+            loss = tf.zeros(())
+            for parameter, gradient in zip(self._parameters, self._gradients):
+                loss = arrival(loss, parameter, gradient)
+        if self._method.library == "horovod":
+            compression = getattr(horovod.Compression, self._method.compression)
+            tape = horovod.DistributedGradientTape(tape, compression=compression)
+        elif self._method.library == "ours":
+            config = hvd.PowerSGD(rank=self._method.rank, num_iters_per_step=self._method.half_steps)
+            tape = hvd.DistributedGradientTape(tape, compression=config)
+        return tape.gradient(loss, self._parameters)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--methods", choices=METHODS, nargs="+", required=True)
+    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--results", type=Path, required=True)
+    args = parser.parse_args()
+
+    hvd.init()
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.random.set_seed(hvd.rank())
+    gradients = [tf.random.normal(layout(shape)) for _, shape in MODELS[args.model]()]
+    exchanges = {key: Exchange(key, gradients) for key in args.methods}
+    rows = measure_rounds(exchanges, args.rounds, hvd)
+    if hvd.rank() == 0:
+        args.results.write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Times several methods in turn, in rounds, so that what disturbs the machine for a while disturbs all of them."""
+
+import os
+import statistics
+import time
+from pathlib import Path
+
+from horovod_powersgd.launcher import prepare_worker
+from methods import METHODS
+
+if "OMPI_COMM_WORLD_SIZE" in os.environ:
+    # Horovod is shut down and started again between methods. It leaves MPI alone if it has not started it; what our
+    # hvd.init() does before it starts MPI is then to be done here.
+    prepare_worker()
+    from mpi4py import MPI  # noqa: F401
+
+SECONDS = 2.0  # that a method gets in a round
+MOST_STEPS = 10  # of a method in a round
+
+
+def measure_rounds(exchanges, rounds, hvd):
+    """What each method's step takes.
+
+    Args:
+        exchanges: {method: an object with step(), pause() and bytes_sent()}.
+        rounds: how many.
+        hvd: Horovod for the framework, which is running.
+
+    Returns:
+        A dictionary for each method: `median_ms` and `quartiles_ms` of the slowest worker's time, `steps` that were
+        timed, `wire_bytes` that a worker sent in a step, on average, and `bytes_sent` of them that this worker handed
+        to allreduce.
+    """
+    warm = {key: _warm_up(key, exchange, hvd) for key, exchange in exchanges.items()}
+    _switch(hvd, on=True)
+    warm = hvd.allgather_object(warm)
+    seconds, wire = {key: [] for key in exchanges}, dict.fromkeys(exchanges, 0)
+    for _ in range(rounds):
+        for key, exchange in exchanges.items():
+            _switch(hvd, on=METHODS[key].uses_horovod)
+            exchange.step()  # after a pause, it is slower
+            before = wire_bytes()
+            slowest = max(worker[key] for worker in warm)
+            seconds[key] += [_seconds(exchange) for _ in range(min(MOST_STEPS, max(1, round(SECONDS / slowest))))]
+            wire[key] += wire_bytes() - before
+            exchange.pause()
+    _switch(hvd, on=True)
+    seconds, wire = hvd.allgather_object(seconds), hvd.allgather_object(wire)
+    return [
+        _row(key, [worker[key] for worker in seconds], [worker[key] for worker in wire], exchange.bytes_sent())
+        for key, exchange in exchanges.items()
+    ]
+
+
+def _switch(hvd, on):
+    """Runs Horovod for the methods that use it only: its thread would take a third more time from the others."""
+    if on and not hvd.is_initialized():
+        hvd.init()
+    if not on:
+        hvd.shutdown()
+
+
+def _warm_up(key, exchange, hvd):
+    """The seconds of a step after the first ones."""
+    _switch(hvd, on=METHODS[key].uses_horovod)
+    # Compressors allocate their memory in the first steps, and DDP's begins to compress in the third.
+    for _ in range(4 if METHODS[key].compression == "powersgd" else 1):
+        last = _seconds(exchange)
+    exchange.pause()
+    return last
+
+
+def _seconds(exchange):
+    begin = time.perf_counter()
+    exchange.step()
+    return time.perf_counter() - begin
+
+
+def wire_bytes():
+    """What has left this worker's network interface."""
+    return int(Path("/sys/class/net", os.environ["GLOO_SOCKET_IFNAME"], "statistics/tx_bytes").read_text())
+
+
+def _row(key, seconds, wire, bytes_sent):
+    slowest = [1000 * max(step) for step in zip(*seconds)]
+    quartiles = statistics.quantiles(slowest, n=4, method="inclusive") if len(slowest) > 1 else slowest * 3
+    # On the loopback interface, each worker sees what all of them send.
+    senders = len(wire) if os.environ["GLOO_SOCKET_IFNAME"] == "lo" else 1
+    return {
+        "method": key,
+        "median_ms": round(quartiles[1], 2),
+        "quartiles_ms": [round(quartiles[0], 2), round(quartiles[2], 2)],
+        "steps": len(slowest),
+        "wire_bytes": round(statistics.mean(wire) / senders / len(slowest)),
+        "bytes_sent": bytes_sent,
+    }

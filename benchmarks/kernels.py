@@ -78,7 +78,7 @@ def main():
             size, copy = " x ".join(map(str, shape)), f"{row['copy_ms']:.2f}"
             print(ROW.format(name, size, rank, copy, parts, f"{row['step_in_copies']:.1f}", spread), flush=True)
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(rows, indent=1))
+    RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md and its figures from what exchange.py and train.py left in results/.
+"""Writes docs/benchmarks.md and its figures from what exchange.py, kernels.py and train.py left in results/.
 
     python benchmarks/report.py
 """
@@ -38,9 +38,12 @@ COLORS = {
     "rank-4": "#0072B2",
 }
 
+GAINS_OVER = "hvd", "hvd-fp16", "ddp", "ddp-rank-4"
+
 INTRODUCTION = """{place} The machine has {cores} cores, and each worker computes with one thread{crowd}. Methods take
 turns in rounds; times are medians over the steps, of the slowest worker in each, with the quartiles in brackets where
-more than one step was timed. What a worker sends is counted by its network interface, headers and all.
+more than one step was timed. What a worker sends is counted by its network interface, headers and all;
+beside it, in brackets, is what compression_stats() says was handed to allreduce: of that, W workers send 2 (W - 1) / W.
 
 "Horovod" is Horovod's own DistributedOptimizer, and "PowerSGD" is this package, under {launchers}. "DDP" is PyTorch's
 DistributedDataParallel with Gloo, and its PowerSGD its own communication hook."""
@@ -51,9 +54,16 @@ under mpirun its memory. So these times show what the methods cost, and nothing 
 CROWD = "; where there are more workers than cores, they also wait for each other's computing"
 EXCHANGE = """The gradients of well-known models, with a backward that only copies them, which takes the time of "no
 exchange". Parameters: {sizes}."""
+GAINS = """How many times faster rank 4 is than others, after "no exchange" is taken from all of them ({framework},
+2 hosts, {rate}):"""
+KERNELS = """What compression and decompression take by themselves, with one thread, in plain copies of the same
+gradient: each of the three passes over it, and all of them together."""
 TRAINING = """Forward and backward are real: {tasks}. All methods see the same batches and the same learning rates.
 Times of a step's parts are in milliseconds. Backward includes what is exchanged meanwhile, for DDP all of it; "wait" is
 for what is still on its way then."""
+PARTS = """Of these, the parts of this package's exchange in a step, in milliseconds, by its marks in PyTorch's
+profiler: "p" adds the memory and makes P, "q" makes Q, and "wait" is where the training stands still for the
+network."""
 
 
 def prose(text, **found):
@@ -69,7 +79,11 @@ def time_cell(row):
 
 
 def bytes_cell(row):
-    return f"{row['wire_bytes'] / 1e6:,.1f}" if "wire_bytes" in row else ""
+    if "wire_bytes" not in row:
+        return ""
+    sent = f"{row['wire_bytes'] / 1e6:,.2f}"
+    told = "bytes_sent" in row and METHODS[row["method"]].library == "ours"
+    return f"{sent} ({row['bytes_sent'] / 1e6:,.2f})" if told else sent
 
 
 def markdown(head, body):
@@ -96,6 +110,30 @@ def both(rows, columns, column_of):
     """Times, and what was sent."""
     times, sent = pivot(rows, columns, column_of, time_cell), pivot(rows, columns, column_of, bytes_cell)
     return f"\nMilliseconds:\n\n{times}\nMB that a worker sends:\n\n{sent}"
+
+
+def gains_table(rows):
+    """How many times less than others the exchange takes at rank 4, without the time of "no exchange"."""
+    times = {(row["model"], row["method"]): row["median_ms"] for row in rows if "median_ms" in row}
+    others = [method for method in GAINS_OVER if any(key == method for _, key in times)]
+    body = []
+    for model in models_in(rows):
+        nothing, ours = times.get((model, "no-exchange")), times.get((model, "rank-4"))
+        if nothing is not None and ours is not None:
+            net = [times[model, key] - nothing if (model, key) in times else None for key in others]
+            gains = ["" if other is None else f"{other / (ours - nothing):.1f}x" for other in net]
+            body.append([TITLES[model], f"{ours - nothing:,.0f}", *gains])
+    return markdown(["", "rank 4, ms", *(METHODS[key].title for key in others)], body)
+
+
+def kernels_table(rows):
+    body = []
+    for row in rows:
+        passes = [f"{copies:.1f}" for copies in row["passes_in_copies"].values()]
+        step = f"{row['step_in_copies']:.1f} ({row['quartiles'][0]:.1f}-{row['quartiles'][1]:.1f})"
+        matrix = f"{row['matrix']}, {' x '.join(map(str, row['shape']))}"
+        body.append([matrix, row["rank"], f"{row['copy_ms']:.2f}", *passes, step])
+    return markdown(["", "rank", "copy, ms", *rows[0]["passes_in_copies"], "step"], body)
 
 
 def exchange_tables(rows):
@@ -133,6 +171,17 @@ def training_table(rows):
         body.append([*line, seconds, ratio, row["steps"], f"{row['step_ms']:.0f}", *phases, bytes_cell(row)])
     head = ["", "", "", "to target", "faster", "steps", "step, ms", "forward", "backward", "wait", "update", "MB sent"]
     return markdown(head, body)
+
+
+def parts_table(rows):
+    """The parts of this package's exchange, which lie in backward and in wait."""
+    rows = [row for row in rows if row.get("exchange_ms")]
+    names = list(dict.fromkeys(name for row in rows for name in row["exchange_ms"]))
+    body = []
+    for row in rows:
+        place = f"{TASKS[row['task']].title}, {METHODS[row['method']].title}"
+        body.append([place, *(f"{row['exchange_ms'].get(name, 0):.1f}" for name in names)])
+    return markdown(["", *names], body)
 
 
 def panels_for(things, width, height, **options):
@@ -218,7 +267,7 @@ def read(name):
 
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    exchange, training = read("exchange"), read("train")
+    exchange, training, kernels = read("exchange"), read("train"), read("kernels")["rows"]
     measured = next((part for part in (exchange, training) if part["rows"]), None)
     if measured is None:
         raise SystemExit("There are no results: run benchmarks/exchange.py or benchmarks/train.py first")
@@ -241,14 +290,21 @@ def main():
         shown = [row for row in two if row["rate"] == rate]
         if shown:
             page.append(exchange_figure(shown, rate))
+        for framework, name in FRAMEWORKS.items():
+            there = [r for r in exchange["rows"] if (r["framework"], r["hosts"], r["rate"]) == (framework, 2, rate)]
+            if {"no-exchange", "rank-4"} <= {row["method"] for row in there}:
+                page += [prose(GAINS, framework=name, rate=RATES[rate]), "\n", gains_table(there)]
         if len({row["rate"] for row in two}) > 1:
             page.append(links_figure(two))
         page += exchange_tables(exchange["rows"])
+    if kernels:
+        page += ["\n## Kernels\n", prose(KERNELS), "\n", kernels_table(kernels)]
     if training["rows"]:
         tasks = {row["task"] for row in training["rows"]}
         told = "; ".join(TASKS[task].description for task in TASKS if task in tasks)
         page += ["\n## Training\n", prose(TRAINING, tasks=told), training_figure(training["rows"])]
         page.append("\n" + training_table(training["rows"]))
+        page += [prose(PARTS), "\n", parts_table(training["rows"])]
     (DOCS / "benchmarks.md").write_text("".join(page))
     print(f"{DOCS / 'benchmarks.md'} and its figures are written")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from horovod_powersgd.launcher import prepare_worker
 from methods import METHODS
 
-if "OMPI_COMM_WORLD_SIZE" in os.environ:
+UNDER_MPIRUN = "OMPI_COMM_WORLD_SIZE" in os.environ
+if UNDER_MPIRUN:
     # Horovod is shut down and started again between methods. It leaves MPI alone if it has not started it; what our
     # hvd.init() does before it starts MPI is then to be done here.
     prepare_worker()
@@ -53,7 +54,12 @@ def measure_rounds(exchanges, rounds, hvd):
 
 
 def _switch(hvd, on):
-    """Runs Horovod for the methods that use it only: its thread would take a third more time from the others."""
+    """Runs Horovod for the methods that use it only: its thread would take a third more time from the others.
+
+    Under horovodrun it always runs: a worker that starts it again can find the addresses of the last time, and hang.
+    """
+    if not UNDER_MPIRUN:
+        return
     if on and not hvd.is_initialized():
         hvd.init()
     if not on:

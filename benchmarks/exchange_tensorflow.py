@@ -1,16 +1,12 @@
 """A worker of exchange.py: exchanges a model's gradients by several methods, with a tape in a tf.function."""
 
-import argparse
-import json
-from pathlib import Path
-
 import horovod.tensorflow as horovod
 import tensorflow as tf
 
 import horovod_powersgd.tensorflow as hvd
 from methods import METHODS
 from models import MODELS
-from rounds import measure_rounds
+from rounds import run_worker
 
 
 def layout(shape):
@@ -52,13 +48,8 @@ class Exchange:
         """There is nothing to give back: the gradients are gone with the step."""
 
     def bytes_sent(self):
-        """What this worker hands to allreduce in a step, on average."""
-        if self._method.library is None:
-            return 0
-        if self._method.library == "ours":
-            stats = hvd.compression_stats(self._parameters)
-            return round(stats.total_bytes_sent / stats.steps)
-        return sum(4 * gradient.shape.num_elements() for gradient in self._gradients) // self._method.numbers_ratio
+        nbytes = sum(4 * gradient.shape.num_elements() for gradient in self._gradients)
+        return self._method.bytes_sent(nbytes, lambda: hvd.compression_stats(self._parameters))
 
     def _exchange(self):
         with tf.GradientTape() as tape:
@@ -74,24 +65,13 @@ class Exchange:
         return tape.gradient(loss, self._parameters)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=MODELS, required=True)
-    parser.add_argument("--methods", choices=METHODS, nargs="+", required=True)
-    parser.add_argument("--rounds", type=int, required=True)
-    parser.add_argument("--results", type=Path, required=True)
-    args = parser.parse_args()
-
-    hvd.init()
+def exchanges(model, methods):
     tf.config.threading.set_inter_op_parallelism_threads(1)
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.random.set_seed(hvd.rank())
-    gradients = [tf.random.normal(layout(shape)) for _, shape in MODELS[args.model]()]
-    exchanges = {key: Exchange(key, gradients) for key in args.methods}
-    rows = measure_rounds(exchanges, args.rounds, hvd)
-    if hvd.rank() == 0:
-        args.results.write_text(json.dumps(rows))
+    gradients = [tf.random.normal(layout(shape)) for _, shape in MODELS[model]()]
+    return {key: Exchange(key, gradients) for key in methods}
 
 
 if __name__ == "__main__":
-    main()
+    run_worker(__doc__, exchanges, hvd)

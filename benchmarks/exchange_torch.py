@@ -1,9 +1,5 @@
 """A worker of exchange.py: exchanges a model's gradients by several methods, with PyTorch."""
 
-import argparse
-import json
-from pathlib import Path
-
 import torch
 import torch.distributed
 
@@ -11,7 +7,7 @@ import horovod_powersgd.torch as hvd
 from distribution import distribute
 from methods import METHODS
 from models import MODELS
-from rounds import measure_rounds
+from rounds import run_worker
 
 
 class Arrival(torch.autograd.Function):
@@ -64,36 +60,19 @@ class Exchange:
         self._optimizer.zero_grad()
 
     def bytes_sent(self):
-        """What this worker hands to allreduce in a step, on average; None where the method does not say."""
-        if self._method.library is None:
-            return 0
-        if self._method.library == "ours":
-            stats = self._optimizer.compression_stats()
-            return round(stats.total_bytes_sent / stats.steps)
-        ratio = self._method.numbers_ratio
-        return None if ratio is None else sum(p.nbytes for p in self._parameters.parameters()) // ratio
+        nbytes = sum(p.nbytes for p in self._parameters.parameters())
+        return self._method.bytes_sent(nbytes, lambda: self._optimizer.compression_stats())
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=MODELS, required=True)
-    parser.add_argument("--methods", choices=METHODS, nargs="+", required=True)
-    parser.add_argument("--rounds", type=int, required=True)
-    parser.add_argument("--results", type=Path, required=True)
-    args = parser.parse_args()
-
-    hvd.init()
-    if any(METHODS[key].library == "ddp" for key in args.methods):
+def exchanges(model, methods):
+    if any(METHODS[key].library == "ddp" for key in methods):
         torch.distributed.init_process_group("gloo", rank=hvd.rank(), world_size=hvd.size())
     torch.set_num_threads(1)
     torch.manual_seed(hvd.rank())
-    tensors = MODELS[args.model]()
+    tensors = MODELS[model]()
     gradients = [torch.randn(shape) for _, shape in tensors]
-    exchanges = {key: Exchange(key, tensors, gradients) for key in args.methods}
-    rows = measure_rounds(exchanges, args.rounds, hvd)
-    if hvd.rank() == 0:
-        args.results.write_text(json.dumps(rows))
+    return {key: Exchange(key, tensors, gradients) for key in methods}
 
 
 if __name__ == "__main__":
-    main()
+    run_worker(__doc__, exchanges, hvd)

@@ -29,6 +29,19 @@ class Method:
         """How many times fewer bytes are sent, where that does not depend on the tensors; None where it does."""
         return {"none": 1, "fp16": 2, "powersgd": None}[self.compression]
 
+    def bytes_sent(self, nbytes, stats):
+        """What a worker hands to allreduce in a step, on average; None where the method does not say.
+
+        Args:
+            nbytes: of the gradients.
+            stats: a function that gives this package's statistics.
+        """
+        if self.library is None:
+            return 0
+        if self.library == "ours":
+            return round(stats().total_bytes_sent / stats().steps)
+        return None if self.numbers_ratio is None else nbytes // self.numbers_ratio
+
 
 METHODS = {
     "no-exchange": Method("no exchange", None),

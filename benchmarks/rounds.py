@@ -1,5 +1,7 @@
 """Times several methods in turn, in rounds, so that what disturbs the machine for a while disturbs all of them."""
 
+import argparse
+import json
 import os
 import statistics
 import time
@@ -7,6 +9,7 @@ from pathlib import Path
 
 from horovod_powersgd.launcher import prepare_worker
 from methods import METHODS
+from models import MODELS
 
 UNDER_MPIRUN = "OMPI_COMM_WORLD_SIZE" in os.environ
 if UNDER_MPIRUN:
@@ -17,6 +20,26 @@ if UNDER_MPIRUN:
 
 SECONDS = 2.0  # that a method gets in a round
 MOST_STEPS = 10  # of a method in a round
+
+
+def run_worker(description, exchanges_of, hvd):
+    """A worker of exchange.py.
+
+    Args:
+        description: of the program.
+        exchanges_of: (model, methods) to what measure_rounds takes.
+        hvd: Horovod for the framework.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--methods", choices=METHODS, nargs="+", required=True)
+    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--results", type=Path, required=True)
+    args = parser.parse_args()
+    hvd.init()
+    rows = measure_rounds(exchanges_of(args.model, args.methods), args.rounds, hvd)
+    if hvd.rank() == 0:
+        args.results.write_text(json.dumps(rows))
 
 
 def measure_rounds(exchanges, rounds, hvd):

@@ -114,7 +114,8 @@ PyObject* half_step(PyObject*, PyObject* arguments) {
         return nullptr;
     Py_BEGIN_ALLOW_THREADS
     const auto run = is_double ? run_half_step<double> : run_half_step<float>;
-    run(delta, previous, scale, p, q, previous_rank, basis, out, makes_q, rank, n, m, {row, row_end, column, column_end});
+    run(delta, previous, scale, p, q, previous_rank, basis, out, makes_q, rank, n, m,
+        {row, row_end, column, column_end});
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

@@ -25,15 +25,15 @@ _PLACES = ("OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE", "PMIX_RANK", "HOROVOD
 
 
 def prepare_worker() -> None:
-    """Call before Horovod's init(): let MPI leave the processor to the training, make one worker without a launcher work,
-    and refuse what would abort.
+    """Call before Horovod's init(): let MPI leave the processor to the training, make one worker without a launcher
+    work, and refuse what would abort.
 
     Raises:
         RuntimeError: mpirun started several workers and HOROVOD_CONTROLLER or HOROVOD_CPU_OPERATIONS says gloo. Horovod
             would come up as separate jobs, or be killed by MPI or by a segmentation fault without a Python error.
     """
-    # Horovod's thread waits in MPI most of the time. By default MPI waits by asking again and again, and takes half a core
-    # from the training; so it asks only when nobody else wants the core.
+    # Horovod's thread waits in MPI most of the time. By default MPI waits by asking again and again, and takes half a
+    # core from the training; so it asks only when nobody else wants the core.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     if not any(name in os.environ for name in _PLACES):
         # Open MPI starts a daemon for a process without a launcher, from the folder in which it was compiled: with a

@@ -120,7 +120,8 @@ def check_workers_may_number_layers_differently():
     for config in (PowerSGD(rank=2), PowerSGD(rank=2, num_iters_per_step=1), PowerSGD(rank=2, warm_start=False)):
         # The first gradient has too small a rank, and the spare columns take part.
         def gradient(step, worker, dtype):
-            return matrix(step, worker, dtype) if step else np.outer(np.arange(24), np.arange(32) + worker).astype(dtype)
+            first = np.outer(np.arange(24), np.arange(32) + worker).astype(dtype)
+            return matrix(step, worker, dtype) if step else first
 
         v = variable(f"sequential_{hvd.rank()}/dense_{hvd.rank() + 3}/kernel")
         for step, update in enumerate(expected(config, 4, name="sequential_0/dense_3/kernel", gradient=gradient)):

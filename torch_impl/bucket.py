@@ -1,6 +1,6 @@
 """Gradients that are exchanged together."""
 
-from typing import Generator, List, Sequence, Union
+from typing import Dict, Generator, List, Sequence, Union
 
 import torch
 
@@ -38,7 +38,6 @@ class Bucket:
         self.gradients = list(gradients)
         self._name, self._workers = name, workers
         self._matrices: List[MatrixGradient] = [g for g in gradients if isinstance(g, MatrixGradient)]
-        self._spares = [gradient.spare for gradient in self._matrices]
 
     def exchange(
         self, verdict: Verdict, step: int, scale: float, half_steps: int, factor: float
@@ -56,7 +55,9 @@ class Bucket:
             Bytes handed to Horovod.
         """
         bytes_sent, finite, sparse = 0, True, []
-        bases = dict(zip(self._matrices, orthogonalize([g.start(step) for g in self._matrices], self._spares)))
+        for gradient in self._matrices:
+            gradient.start(step)
+        bases = _bases(self._matrices)
         for half_step in range(half_steps if self._matrices else 1):
             senders, sent = [], []
             for gradient in self._matrices if half_step else self.gradients:
@@ -82,7 +83,7 @@ class Bucket:
             for gradient, part in zip(senders, flat.split([part.numel() for part in sent])):
                 gradient.receive(part)
             if half_step < half_steps - 1:
-                bases = dict(zip(self._matrices, orthogonalize([g.mean for g in self._matrices], self._spares)))
+                bases = _bases([gradient for gradient in senders if gradient in bases])
         for gradient, gathered in sparse:
             average = yield gathered
             finite = torch.isfinite(average.values()).all() & finite
@@ -94,6 +95,11 @@ class Bucket:
         for gradient in self.gradients:
             gradient.end(finite, factor)
         return bytes_sent
+
+
+def _bases(matrices: Sequence[MatrixGradient]) -> Dict[MatrixGradient, torch.Tensor]:
+    """Of the factor that each was last averaged to, or starts from."""
+    return dict(zip(matrices, orthogonalize([g.mean for g in matrices], [g.spare for g in matrices])))
 
 
 def make_buckets(

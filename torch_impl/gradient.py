@@ -189,12 +189,11 @@ class MatrixGradient(PlainGradient):
             self._spares[self._mean_is_q] = self._random(self._mean.shape[1])
         return self._spares[self._mean_is_q]
 
-    def start(self, step: int) -> torch.Tensor:
-        """The factor that the first half-step starts from."""
+    def start(self, step: int) -> None:
+        """Takes as mean the factor that the first half-step starts from."""
         self._mean, self._mean_is_q = self.factor, self.factor_is_q
         if not self._config.warm_start:
             self._mean, self._mean_is_q = self._random_q(step).to(self.dtype), True
-        return self._mean
 
     def begin(self, scale: float) -> None:
         """The gradient becomes delta, in its own storage where that can become the memory."""
@@ -227,7 +226,7 @@ class MatrixGradient(PlainGradient):
 
     @property
     def mean(self) -> torch.Tensor:
-        """(r, n) or (r, m): the factor that was last averaged."""
+        """(r, n) or (r, m): the factor that was last averaged, in this step or before it."""
         return self._mean
 
     def fits(self, factor: float) -> torch.Tensor:

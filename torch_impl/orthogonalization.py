@@ -40,7 +40,7 @@ def orthogonalize(
         by_rank.setdefault(len(factor), []).append(i)
     for places in by_rank.values():
         some, their_spares = [factors[i] for i in places], [spares[i] for i in places]
-        ask = some[0].device.type == "cpu" or some[0].dtype == torch.float64
+        ask = some[0].device.type == "cpu" or any(factor.dtype == torch.float64 for factor in some)
         with phase("orthogonalize"):
             found = (_checked if ask else _unchecked)(some, their_spares)
         for i, basis in zip(places, found):

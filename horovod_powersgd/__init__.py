@@ -11,6 +11,32 @@ __path__ = extend_path(__path__, __name__)
 
 __version__ = "0.1.0"
 
-from horovod_powersgd.powersgd import PowerSGD  # noqa: E402  (after the path is set)
+from horovod_powersgd.accordion import Accordion  # noqa: E402  (after the path is set)
+from horovod_powersgd.compressor import Allgather, AllreduceMean, Compressor, Custom, Traffic  # noqa: E402
+from horovod_powersgd.gradiveq import GradiVeq  # noqa: E402
+from horovod_powersgd.low_rank import Atomo, BestRank, UnbiasedRank  # noqa: E402
+from horovod_powersgd.powersgd import PowerSGD  # noqa: E402
+from horovod_powersgd.precision import Float16, NoCompression  # noqa: E402
+from horovod_powersgd.signs import SignNorm, Signum  # noqa: E402
+from horovod_powersgd.sparsification import RandomBlock, RandomK, TopK  # noqa: E402
 
-__all__ = ["PowerSGD"]
+__all__ = [
+    "Accordion",
+    "Allgather",
+    "AllreduceMean",
+    "Atomo",
+    "BestRank",
+    "Compressor",
+    "Custom",
+    "Float16",
+    "GradiVeq",
+    "NoCompression",
+    "PowerSGD",
+    "RandomBlock",
+    "RandomK",
+    "SignNorm",
+    "Signum",
+    "TopK",
+    "Traffic",
+    "UnbiasedRank",
+]

@@ -1,21 +1,21 @@
 """What a worker saves of its exchange, and who loads what when the workers have changed."""
 
-from dataclasses import asdict
 from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Tuple, Union
 
-from horovod_powersgd.powersgd import PowerSGD
+import horovod_powersgd
+from horovod_powersgd.compressor import Compressor
 
 STATE_VERSION = 1
 
-# One tensor's saved shape, factor and memory.
+# One tensor's saved shape, memory, and what else is kept of it.
 TensorState = Mapping[str, Any]
 
 
-def state_dict(config: PowerSGD, workers: int, worker: int, steps: int, tensors: Dict[str, TensorState]) -> Dict:
+def state_dict(config: Compressor, workers: int, worker: int, steps: int, tensors: Dict[str, TensorState]) -> Dict:
     """One worker's state: numbers, strings and the framework's arrays."""
     return {
         "version": STATE_VERSION,
-        "config": asdict(config),
+        "config": config.description(),
         "workers": workers,
         "worker": worker,
         "steps": steps,
@@ -41,7 +41,7 @@ class Share(NamedTuple):
 
 def share_of(
     states: Union[Mapping, Iterable[Mapping]],
-    config: PowerSGD,
+    config: Compressor,
     shapes: Mapping[str, Tuple[int, ...]],
     workers: int,
     worker: int,
@@ -82,12 +82,12 @@ def share_of(
     return Share(steps, tensors, memories, workers / saved)
 
 
-def _check(state: Mapping, config: PowerSGD, shapes: Mapping[str, Tuple[int, ...]]) -> None:
+def _check(state: Mapping, config: Compressor, shapes: Mapping[str, Tuple[int, ...]]) -> None:
     if state.get("version") != STATE_VERSION:
         raise ValueError(f"not a compression state of version {STATE_VERSION}: {state.get('version')!r}")
-    mine = {f"PowerSGD.{field}": repr(value) for field, value in asdict(config).items()}
+    mine = _words(config.description())
     mine.update((name, f"shape {tuple(shape)}") for name, shape in shapes.items())
-    theirs = {f"PowerSGD.{field}": repr(value) for field, value in state["config"].items()}
+    theirs = _words(state["config"])
     theirs.update((name, f"shape {tuple(tensor['shape'])}") for name, tensor in state["tensors"].items())
     wrong = [what for what in {**mine, **theirs} if mine.get(what) != theirs.get(what)]
     if wrong:
@@ -95,3 +95,28 @@ def _check(state: Mapping, config: PowerSGD, shapes: Mapping[str, Tuple[int, ...
             f"{what}: {theirs.get(what, 'missing')} in the state, {mine.get(what, 'missing')} here" for what in wrong
         )
         raise ValueError(f"the compression state is of another model or configuration: {listed}")
+
+
+def _words(description: Mapping) -> Dict[str, str]:
+    """Each field of a compressor, in words."""
+    words: Dict[str, str] = {}
+    for field, value in description.items():
+        inner = _words(value) if isinstance(value, Mapping) else {"": repr(value)}
+        words.update((f"{description['compressor']}.{field}{what and '.'}{what}", v) for what, v in inner.items())
+    return words
+
+
+def compressor_from(description: Mapping) -> Compressor:
+    """The compressor of a Compressor.description().
+
+    Raises:
+        ValueError: it is a function, which no description holds.
+    """
+    fields = {k: compressor_from(v) if isinstance(v, Mapping) else v for k, v in description.items()}
+    name = fields.pop("compressor")
+    if name == "Custom":
+        raise ValueError(
+            f"the compression state was made with the function {fields['function']}: let gradients be exchanged with it "
+            "once before the state is loaded"
+        )
+    return getattr(horovod_powersgd, name)(**fields)

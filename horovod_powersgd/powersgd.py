@@ -1,13 +1,17 @@
 """The configuration of PowerSGD, one for every framework."""
 
-import math
-import numbers
 from dataclasses import dataclass
-from typing import Optional
+from typing import ClassVar, Optional
+
+from horovod_powersgd.compressor import Compressor
+
+# Half-steps of a step that renews the subspace: from a random Q, with these two more, the approximation is as good as one
+# from a warm start. benchmarks/evidence/ablations.py measures it.
+RENEWAL = 4
 
 
 @dataclass(frozen=True)
-class PowerSGD:
+class PowerSGD(Compressor):
     """PowerSGD gradient compression (Vogels, Karimireddy, Jaggi, NeurIPS 2019, Algorithms 1 and 2).
 
     Pass it as ``compression`` to DistributedOptimizer. All workers must use the same values.
@@ -28,6 +32,9 @@ class PowerSGD:
         wire_dtype: None: factors travel in the precision that they are computed in. "float16": they travel in half
             precision; what their rounding loses stays in the error-feedback memory.
         seed: of the random starting Q, a non-negative integer.
+        refresh_every: every that many steps the subspace is sought anew, from a fresh random Q and with at least four
+            half-steps. A warm start can miss, for as long as training lasts, what is orthogonal to it (PowerSGD+, Xie,
+            Chen, Yuan, arXiv 2509.11254). None: never.
 
     Raises:
         TypeError: a field has a value of the wrong type.
@@ -46,6 +53,9 @@ class PowerSGD:
     error_feedback: bool = True
     wire_dtype: Optional[str] = None
     seed: int = 0
+    refresh_every: Optional[int] = None
+    linear: ClassVar[bool] = True
+    low_rank: ClassVar[bool] = True
 
     def __post_init__(self):
         self._check_integer("rank", at_least=1)
@@ -54,27 +64,41 @@ class PowerSGD:
         self._check_integer("seed", at_least=0)
         self._check_bool("warm_start")
         self._check_bool("error_feedback")
-        rate = self.min_compression_rate
-        if not isinstance(rate, numbers.Real) or isinstance(rate, bool):
-            raise TypeError(f"PowerSGD: min_compression_rate must be a number, 0 or more, not {rate!r}")
-        if not (math.isfinite(rate) and rate >= 0):
-            raise ValueError(f"PowerSGD: min_compression_rate must be a finite number, 0 or more, not {rate!r}")
-        object.__setattr__(self, "min_compression_rate", float(rate))
+        self._check_number("min_compression_rate", "0 or more", lambda rate: rate >= 0)
         if self.wire_dtype is not None and not isinstance(self.wire_dtype, str):
             raise TypeError(f"PowerSGD: wire_dtype must be None or 'float16', not {self.wire_dtype!r}")
         if self.wire_dtype not in (None, "float16"):
             raise ValueError(f"PowerSGD: wire_dtype must be None or 'float16', not {self.wire_dtype!r}")
+        if self.refresh_every is not None:
+            self._check_integer("refresh_every", at_least=1)
 
-    def _check_integer(self, field: str, at_least: int) -> None:
-        value = getattr(self, field)
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-            raise TypeError(f"PowerSGD: {field} must be an integer, {at_least} or more, not {value!r}")
-        if value < at_least:
-            raise ValueError(f"PowerSGD: {field} must be {at_least} or more, not {value!r}")
-        # The workers compare their configurations' texts, and a checkpoint holds them: plain numbers only.
-        object.__setattr__(self, field, int(value))
+    def obstacle(self, rows, columns):
+        rate = rows * columns / (self.amount(rows, columns) * (rows + columns))
+        if rate >= self.min_compression_rate:
+            return None
+        return f"would shrink {rate:.2f} times, below min_compression_rate={self.min_compression_rate}"
 
-    def _check_bool(self, field: str) -> None:
-        value = getattr(self, field)
-        if not isinstance(value, bool):
-            raise TypeError(f"PowerSGD: {field} must be True or False, not {value!r}")
+    def amount(self, rows, columns):
+        return min(self.rank, rows, columns)
+
+    def renews(self, step: int) -> bool:
+        """Whether the step that comes after so many steps renews the subspace; in TensorFlow both are tensors."""
+        if self.refresh_every is None:
+            return False
+        return (step > 0) & (step % self.refresh_every == 0)
+
+    def half_steps(self, renews: bool) -> int:
+        """Of a step that renews the subspace, or does not."""
+        more = max(0, RENEWAL - self.num_iters_per_step)
+        return self.num_iters_per_step + (more + more % 2 if renews else 0)
+
+    def message_bytes(self, rows, columns, itemsize, step=0):
+        # The first factor after the warm-up and after a renewal is P; from then on they take turns.
+        start = self.warmup_steps
+        if self.refresh_every is not None and self.num_iters_per_step % 2:
+            start = max(start, step // self.refresh_every * self.refresh_every)
+        half_steps = self.half_steps(self.renews(step))
+        makes_p = not self.warm_start or (step - start) * self.num_iters_per_step % 2 == 0
+        ps = (half_steps + makes_p) // 2
+        numbers = self.amount(rows, columns) * (ps * rows + (half_steps - ps) * columns)
+        return numbers * (2 if self.wire_dtype == "float16" else itemsize)

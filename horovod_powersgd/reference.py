@@ -1,32 +1,31 @@
-"""PowerSGD in plain numpy: the executable specification that every framework is held to.
+"""All compressors in plain numpy: the executable specification that every framework is held to.
 
 `exchange` is one worker's side of one step. It is a generator: it yields each collective it needs and is resumed with
 the result. `simulate` runs the generators of W workers in one process, `communicate` runs one worker's generator
-over an mpi4py communicator; the algorithm is the same code in both.
+over an mpi4py communicator; the algorithm is the same code in both. PowerSGD is here; the other compressors are written
+once for all frameworks, in files of their own.
 
 Words: an n x m matrix has the factors P (n x r) and Q (m x r); `delta` is gradient plus memory; a half-step multiplies
 delta with one factor's orthonormal basis to get the other factor.
 """
 
 from dataclasses import dataclass, field
-from typing import Dict, Generator, List, Mapping, Sequence
+from typing import Any, Dict, Generator, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 
-from horovod_powersgd.layout import layout_of, leading_rows
+from horovod_powersgd import arrays
+from horovod_powersgd.accordion import Accordion, Regime
+from horovod_powersgd.compressor import Allgather, AllreduceMean, Compressor, compressor_of
+from horovod_powersgd.layout import Layout, layout_of, leading_rows
 from horovod_powersgd.powersgd import PowerSGD
+from horovod_powersgd.randomness import key_of
+from horovod_powersgd.state import TensorState
 
 # A factor's column counts as dependent on those before it when less than this many roundings of it are its own.
 DEPENDENT = 128
 
 Tensors = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class AllreduceMean:
-    """The request to average these tensors over all workers. It is answered with a dict of the same keys."""
-
-    tensors: Tensors
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,16 @@ class State:
     Attributes:
         steps: that were exchanged with finite results.
         memory: error-feedback memory, by tensor name, (rows, columns). This worker's own.
-        factors: the last averaged factor, by tensor name. The same on every worker.
+        factors: PowerSGD's last averaged factor, by tensor name. The same on every worker.
+        kept: what other compressors keep, by tensor name. The same on every worker.
+        regimes: Accordion's, by tensor name. The same on every worker.
     """
 
     steps: int = 0
     memory: Dict[str, np.ndarray] = field(default_factory=dict)
     factors: Dict[str, Factor] = field(default_factory=dict)
+    kept: Dict[str, Dict[str, np.ndarray]] = field(default_factory=dict)
+    regimes: Dict[str, Regime] = field(default_factory=dict)
 
 
 def initial_factor(name: str, columns: int, rank: int, seed: int, step: int = 0) -> np.ndarray:
@@ -100,70 +103,192 @@ def _reject(column: np.ndarray, basis: np.ndarray) -> np.ndarray:
     return column
 
 
+def resized(factor: np.ndarray, rank: int, fresh: np.ndarray) -> np.ndarray:
+    """A factor of another rank, for Accordion.
+
+    Args:
+        factor: (n, R).
+        rank: r. Where it is smaller, the r directions stay in which the factor is largest, which are those of delta;
+            where it is larger, fresh columns are added.
+        fresh: (n, r) random; its last columns are added, as long as the factor's on average.
+
+    Returns:
+        (n, r) of the factor's dtype.
+    """
+    columns = factor.shape[1]
+    if rank < columns:
+        wide = factor.astype(np.float64)
+        return (wide @ np.linalg.eigh(wide.T @ wide)[1][:, columns - rank :]).astype(factor.dtype)
+    added = fresh[:, columns:]
+    length = np.linalg.norm(factor.astype(np.float64)) / np.sqrt(columns)
+    if length > 0:
+        added = added * (length / np.linalg.norm(added, axis=0))
+    return np.concatenate([factor, added.astype(factor.dtype)], axis=1)
+
+
+def powersgd(delta: np.ndarray, state: TensorState, config: PowerSGD) -> Generator:
+    """One worker's side of the exchange of one matrix: paper, Algorithm 1, within Algorithm 2, lines 8 to 11.
+
+    Args:
+        delta: (n, m), finite.
+        state: keeps the last factor.
+        config: the same on every worker.
+
+    Yields:
+        AllreduceMean, once for each half-step.
+
+    Returns:
+        (P^ Q^T, P^ Q_w^T): the update, and this worker's part of it.
+    """
+    renews = config.renews(state.step)
+    factor = state.get("factor", None)
+    if factor is None or renews or not config.warm_start:
+        step = state.step if renews or not config.warm_start else 0
+        drawn = initial_factor(state.name, delta.shape[1], state.amount, config.seed, step)
+        factor = Factor(drawn.astype(delta.dtype))
+    for _ in range(config.half_steps(renews)):
+        fresh = initial_factor(state.name, len(factor.array), state.amount, config.seed)
+        if factor.array.shape[1] != state.amount:
+            factor = Factor(resized(factor.array, state.amount, fresh), factor.is_q)
+        basis = orthogonalize(factor.array, fresh)                                      # Q^ (or P^)
+        side = delta if factor.is_q else delta.T
+        own = _multiply(side, basis, config.wire_dtype)                                 # delta_w Q^ (or delta_w^T P^)
+        mean = yield AllreduceMean(own)                                                 # P (or Q)
+        factor = Factor(mean.astype(delta.dtype), is_q=not factor.is_q)
+    state.put("factor", factor)
+    return (
+        _product(basis, factor.array, factor.is_q),                                     # P^ Q^T
+        _product(basis, own.astype(delta.dtype), factor.is_q),                          # P^ Q_w^T
+    )
+
+
 def exchange(
-    gradients: Tensors, state: State, config: PowerSGD, matrix_shape=leading_rows
-) -> Generator[AllreduceMean, Tensors, Dict[str, np.ndarray]]:
-    """One worker's side of one step: paper, Algorithm 1, within Algorithm 2, lines 7 to 11.
+    gradients: Tensors,
+    state: State,
+    config: Compressor,
+    matrix_shape=leading_rows,
+    worker: int = 0,
+    workers: int = 1,
+    learning_rate: Optional[float] = None,
+) -> Generator[Union[AllreduceMean, Allgather], Mapping, Dict[str, np.ndarray]]:
+    """One worker's side of one step.
 
     Args:
         gradients: this worker's, by name, float32 or float64, any shape. Not changed.
         state: this worker's; changed when the step is finite.
-        config: the same on every worker.
+        config: a compressor, or a generator function; the same on every worker.
         matrix_shape: how a tensor is seen as a matrix.
+        worker: this one's number.
+        workers: how many there are.
+        learning_rate: of this step, for Accordion.
 
     Returns:
         The averaged updates by name, the same on every worker. A tensor whose average is not finite gets a
         non-finite update, and then the state stays what it was for all tensors.
     """
-    deltas, plain, ranks = {}, {}, {}
+    config = compressor_of(config)
+    plain, matrices = {}, {}
     for name, gradient in gradients.items():
         layout = layout_of(gradient.shape, config, matrix_shape)
         if layout.compressed and state.steps >= config.warmup_steps:
-            memory = state.memory.get(name, 0) if config.error_feedback else 0
-            deltas[name] = gradient.reshape(layout.matrix_shape) + memory
-            ranks[name] = layout.rank
+            matrices[name] = _Matrix(name, gradient, layout, state, config, worker, workers, learning_rate)
         else:
             plain[name] = gradient
 
-    factors = {name: _starting_factor(name, delta, ranks[name], state, config) for name, delta in deltas.items()}
-    bases, own, failed = {}, {}, set()
-    for half_step in range(config.num_iters_per_step):
-        for name, factor in factors.items():
-            spare = initial_factor(name, len(factor.array), ranks[name], config.seed)
-            bases[name] = orthogonalize(factor.array, spare)                            # Q^ (or P^)
-            side = deltas[name] if factor.is_q else deltas[name].T
-            own[name] = _multiply(side, bases[name], config.wire_dtype)                 # delta_w Q^ (or delta_w^T P^)
-        means = yield AllreduceMean({**own, **(plain if half_step == 0 else {})})
-        for name, factor in factors.items():
-            mean = means[name].astype(deltas[name].dtype)                               # P (or Q)
-            if not np.isfinite(mean).all():     # on this worker as on all others: it goes on as zeros, to no effect
-                failed.add(name)
-                deltas[name], mean = np.zeros_like(deltas[name]), np.zeros_like(mean)
-            factors[name] = Factor(mean, is_q=not factor.is_q)
-        if half_step == 0:
-            plain = {name: means[name] for name in plain}
+    waiting = list(plain)
+    while waiting or any(matrix.request is not None for matrix in matrices.values()):
+        asking = {name: matrix for name, matrix in matrices.items() if matrix.request is not None}
+        means = {name: m.parts()[0] for name, m in asking.items() if isinstance(m.request, AllreduceMean)}
+        gathers = {name: m.parts() for name, m in asking.items() if isinstance(m.request, Allgather)}
+        answers = {}
+        if means or waiting:
+            answers.update((yield AllreduceMean({**means, **{name: plain[name] for name in waiting}})))
+        if gathers:
+            answers.update((yield Allgather(gathers)))
+        plain.update((name, answers[name]) for name in waiting)
+        waiting = []
+        for name, matrix in asking.items():
+            matrix.go_on(answers[name])
 
-    updates = dict(plain)
-    for name in deltas:
-        product = _product(bases[name], factors[name].array, factors[name].is_q)        # P^ Q^T
-        updates[name] = (np.full_like(product, np.nan) if name in failed else product).reshape(gradients[name].shape)
-
-    if not failed and all(np.isfinite(update).all() for update in plain.values()):
+    updates = {**plain, **{name: matrix.update for name, matrix in matrices.items()}}
+    if all(np.isfinite(update).all() for update in updates.values()):
         state.steps += 1
-        for name, delta in deltas.items():
-            state.factors[name] = factors[name]
-            if config.error_feedback:
-                sent = own[name].astype(delta.dtype)
-                state.memory[name] = delta - _product(bases[name], sent, factors[name].is_q)    # delta_w - P^ Q_w^T
-    return {name: updates[name] for name in gradients}
+        for matrix in matrices.values():
+            matrix.keep(state)
+    return {name: updates[name].reshape(gradient.shape) for name, gradient in gradients.items()}
 
 
-def _starting_factor(name: str, delta: np.ndarray, rank: int, state: State, config: PowerSGD) -> Factor:
-    """The last step's factor, or a random Q."""
-    if config.warm_start and name in state.factors:
-        return state.factors[name]
-    step = 0 if config.warm_start else state.steps
-    return Factor(initial_factor(name, delta.shape[1], rank, config.seed, step).astype(delta.dtype))
+class _Matrix:
+    """One matrix in one step: delta, and the generator that exchanges it.
+
+    Attributes:
+        request: what the generator asks for; None at its end.
+        update: what it returned; not a number where an answer was not finite.
+    """
+
+    def __init__(self, name, gradient, layout: Layout, state: State, config: Compressor, worker, workers, rate):
+        self.name, self._config, self._failed, amount = name, config, False, layout.amount
+        if isinstance(config, Accordion):
+            self._regime = state.regimes.get(name, Regime()).decided(config, state.steps, rate, _norm)
+            amount = config.amount_now(*layout.matrix_shape, self._regime.is_low)
+        self._delta = gradient.reshape(layout.matrix_shape)
+        if config.error_feedback:
+            self._delta = self._delta + state.memory.get(name, 0)
+        self._finite = bool(np.isfinite(self._delta).all())
+        if not self._finite:
+            self._delta = np.zeros_like(self._delta)
+        kept = dict(state.kept.get(name, {}), factor=state.factors.get(name))
+        self._state = TensorState(arrays, name, layout.matrix_shape, key_of(name, config.seed), kept)
+        self._state.begin(state.steps, amount, worker, workers, self._finite)
+        family = config.family
+        if isinstance(family, PowerSGD):
+            self._generator = powersgd(self._delta, self._state, family)
+        else:
+            self._generator = family.exchange(self._delta, self._state)
+        self._resume(None)
+
+    def parts(self) -> List[np.ndarray]:
+        """What it asks for, to be sent: no floats are numbers where this worker's delta was not finite."""
+        request = self.request
+        tensors = [request.tensors] if isinstance(request, AllreduceMean) else list(request.tensors)
+        if not self._finite:
+            tensors = [np.full_like(t, np.nan) if t.dtype.kind == "f" else t for t in tensors]
+        return tensors
+
+    def go_on(self, answer) -> None:
+        """Takes the answer. What is not finite goes on as zeros, on this worker as on all others, to no effect."""
+        answers = [answer] if isinstance(answer, np.ndarray) else list(answer)
+        if not all(np.isfinite(part).all() for part in answers):
+            self._failed = True
+            answers = [np.zeros_like(part) for part in answers]
+        self._resume(answers[0] if isinstance(answer, np.ndarray) else answers)
+
+    def _resume(self, answer) -> None:
+        try:
+            self.request = self._generator.send(answer)
+        except StopIteration as finished:
+            self.request = None
+            update, self._sent = finished.value
+            self.update = np.full_like(update, np.nan) if self._failed else update
+
+    def keep(self, state: State) -> None:
+        """Keeps what the next step needs."""
+        kept = dict(self._state.kept)
+        factor = kept.pop("factor")
+        if factor is not None:
+            state.factors[self.name] = factor
+        if kept:
+            state.kept[self.name] = kept
+        if self._config.error_feedback:
+            state.memory[self.name] = self._delta - self._sent.reshape(self._delta.shape)     # delta_w - P^ Q_w^T
+        if isinstance(self._config, Accordion):
+            update = self.update.reshape(self._delta.shape)
+            self._regime.total = update if self._regime.total is None else self._regime.total + update
+            state.regimes[self.name] = self._regime
+
+
+def _norm(matrix: np.ndarray) -> float:
+    return np.linalg.norm(matrix.astype(np.float64))
 
 
 def _multiply(side: np.ndarray, basis: np.ndarray, wire_dtype) -> np.ndarray:
@@ -180,34 +305,46 @@ def _product(basis: np.ndarray, factor: np.ndarray, factor_is_q: bool) -> np.nda
 
 
 def simulate(
-    gradients: Sequence[Tensors], states: Sequence[State], config: PowerSGD, matrix_shape=leading_rows
+    gradients: Sequence[Tensors],
+    states: Sequence[State],
+    config: Compressor,
+    matrix_shape=leading_rows,
+    learning_rate: Optional[float] = None,
 ) -> List[Dict[str, np.ndarray]]:
     """One step of W workers in this process, in lockstep.
 
     Args:
         gradients: each worker's.
         states: each worker's, in the same order; changed.
+        (the others): as exchange's.
 
     Returns:
         Each worker's updates; they are equal.
     """
-    return lockstep([exchange(g, s, config, matrix_shape) for g, s in zip(gradients, states, strict=True)])
+    return lockstep(
+        [
+            exchange(g, s, config, matrix_shape, worker, len(states), learning_rate)
+            for worker, (g, s) in enumerate(zip(gradients, states, strict=True))
+        ]
+    )
 
 
-def communicate(comm, gradients: Tensors, state: State, config: PowerSGD, matrix_shape=leading_rows):
+def communicate(
+    comm, gradients: Tensors, state: State, config: Compressor, matrix_shape=leading_rows, learning_rate=None
+):
     """One step of this process's worker, with the other processes of an mpi4py communicator.
 
     Returns:
         The updates, the same on every worker, bit for bit those of `simulate` with the same gradients.
     """
-    return over(comm, exchange(gradients, state, config, matrix_shape))
+    return over(comm, exchange(gradients, state, config, matrix_shape, comm.rank, comm.size, learning_rate))
 
 
 def lockstep(workers: Sequence[Generator]) -> list:
-    """Runs the generators of all workers, answering each round's requests with their mean; returns their results."""
+    """Runs the generators of all workers, answering each round's requests; returns their results."""
     requests = [next(worker) for worker in workers]
     while True:
-        answer = _mean([request.tensors for request in requests])
+        answer = _answer(requests)
         results, requests = [], []
         for worker in workers:
             try:
@@ -223,13 +360,17 @@ def over(comm, worker: Generator):
     request = next(worker)
     while True:
         try:
-            request = worker.send(_mean(comm.allgather(request.tensors)))
+            request = worker.send(_answer(comm.allgather(request)))
         except StopIteration as finished:
             return finished.value
 
 
-def _mean(everyone: Sequence[Tensors]) -> Dict[str, np.ndarray]:
-    """Each tensor's mean over the workers. Divided before it is summed, so that half precision does not overflow."""
+def _answer(requests: Sequence[Union[AllreduceMean, Allgather]]) -> Dict[str, Any]:
+    """What each of the workers gets that ask for this."""
+    everyone = [request.tensors for request in requests]
+    if isinstance(requests[0], Allgather):
+        return {name: [np.stack(parts) for parts in zip(*(t[name] for t in everyone))] for name in everyone[0]}
+    # Divided before it is summed, so that half precision does not overflow.
     with np.errstate(invalid="ignore", over="ignore"):
         return {
             name: sum(tensors[name] / tensors[name].dtype.type(len(everyone)) for tensors in everyone)
@@ -249,10 +390,10 @@ def algorithm_2(
     parameters: Dict[str, np.ndarray],
     gradients: Tensors,
     state: OptimizerState,
-    config: PowerSGD,
+    config: Compressor,
     learning_rate: float,
     momentum: float,
-) -> Generator[AllreduceMean, Tensors, None]:
+) -> Generator[Union[AllreduceMean, Allgather], Mapping, None]:
     """One worker's whole step of the paper's Algorithm 2, to be run by `lockstep` or `over`.
 
     Error feedback comes before the exchange, momentum after it. The parameters and the state are changed, unless

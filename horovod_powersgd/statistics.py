@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Callable, Optional, Tuple
 
+from horovod_powersgd.compressor import Compressor
 from horovod_powersgd.layout import Layout
 
 
@@ -15,11 +16,12 @@ class TensorStats:
         name: of the tensor.
         shape: of the tensor.
         matrix_shape: (rows, columns) that it is seen as; None for scalars and vectors.
-        rank: of its factors; 0 if it is not compressed.
-        compressed: whether it travels as factors.
+        rank: of its factors; 0 if it does not travel as factors.
+        compressed: whether it travels compressed.
         reason: why not; None if it does.
         residual: |e| / |delta|, the part of gradient plus memory that stayed in the memory, between 0 and 1;
             0 where the tensor is not compressed, None before the first step and without error feedback.
+        decisions: Accordion's, each (step, "low" or "high"): the compression from that step on.
     """
 
     name: str
@@ -29,10 +31,18 @@ class TensorStats:
     compressed: bool
     reason: Optional[str]
     residual: Optional[float]
+    decisions: Tuple[Tuple[int, str], ...] = ()
 
     @classmethod
     def of(
-        cls, name: str, layout: Layout, is_sparse: bool, warming_up: bool, residual: Callable[[], Optional[float]]
+        cls,
+        name: str,
+        layout: Layout,
+        compressor: Compressor,
+        is_sparse: bool,
+        warming_up: bool,
+        residual: Callable[[], Optional[float]],
+        decisions: Tuple[Tuple[int, str], ...] = (),
     ) -> "TensorStats":
         """A tensor whose gradient was sparse or not, in warm-up or not; the residual is asked for where it counts."""
         reason = layout.reason
@@ -40,14 +50,20 @@ class TensorStats:
             reason = "sparse"
         elif reason is None and warming_up:
             reason = "warm-up"
+        rank = 0
+        if reason is None and compressor.low_rank:
+            rank = layout.amount
+            if decisions:
+                rank = compressor.amount_now(*layout.matrix_shape, decisions[-1][1] == "low")
         return cls(
             name=name,
             shape=layout.shape,
             matrix_shape=layout.matrix_shape,
-            rank=layout.rank if reason is None else 0,
+            rank=rank,
             compressed=reason is None,
             reason=reason,
             residual=residual() if reason is None else 0.0,
+            decisions=decisions,
         )
 
 
@@ -62,10 +78,12 @@ class CompressionStats:
 
     Attributes:
         steps: exchanged with finite results.
-        bytes_sent: that this worker handed to allreduce in the last step; 0 where it is the only worker.
+        bytes_sent: that this worker handed to allreduce and allgather in the last step; 0 where it is the only worker.
+        bytes_received: that those handed back: of an allreduce as many, of an allgather those of all workers.
         bytes_uncompressed: that plain allreduce would have been handed.
         ratio: how many times fewer bytes that was; infinite where nothing was sent.
         total_bytes_sent: in all steps.
+        total_bytes_received: in all steps.
         total_bytes_uncompressed: in all steps.
         total_ratio: how many times fewer.
         tensors: in the order of registration.
@@ -73,9 +91,11 @@ class CompressionStats:
 
     steps: int
     bytes_sent: int
+    bytes_received: int
     bytes_uncompressed: int
     ratio: float = field(init=False)
     total_bytes_sent: int
+    total_bytes_received: int
     total_bytes_uncompressed: int
     total_ratio: float = field(init=False)
     tensors: Tuple[TensorStats, ...]

@@ -392,8 +392,10 @@ def statistics(step, residuals):
     return CompressionStats(
         steps=step,
         bytes_sent=100 * step,
+        bytes_received=100 * step,
         bytes_uncompressed=800,
         total_bytes_sent=100,
+        total_bytes_received=100,
         total_bytes_uncompressed=800,
         tensors=tuple(tensors),
     )

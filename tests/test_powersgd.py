@@ -78,5 +78,5 @@ def test_numpy_numbers_are_numbers():
 )
 def test_which_tensors_are_compressed(shape, config, matrix_shape, rank, reason):
     layout = layout_of(shape, config)
-    assert (layout.shape, layout.matrix_shape, layout.rank, layout.reason) == (shape, matrix_shape, rank, reason)
+    assert (layout.shape, layout.matrix_shape, layout.amount, layout.reason) == (shape, matrix_shape, rank, reason)
     assert layout.compressed is (reason is None)

@@ -66,7 +66,7 @@ def load_compression_state_dict(
     first = next(states, None)
     if first is None:
         raise ValueError("the compression states of all workers are needed, and none is given")
-    mine = states_of(variables, PowerSGD(**first["config"]), process_set)
+    mine = states_of(variables, checkpoint.compressor_from(first["config"]), process_set)
     shapes = [state.layout.shape for state in mine]
 
     def fits(saved: Mapping) -> bool:

@@ -104,11 +104,13 @@ class Exchange:
         return CompressionStats(
             steps=steps,
             bytes_sent=int(clock.bytes_sent),
+            bytes_received=int(clock.bytes_sent),
             bytes_uncompressed=int(clock.bytes_uncompressed),
             total_bytes_sent=int(clock.total_bytes_sent),
+            total_bytes_received=int(clock.total_bytes_sent),
             total_bytes_uncompressed=int(clock.total_bytes_uncompressed),
             tensors=tuple(
-                TensorStats.of(state.name, state.layout, sparse, warming_up, state.residual)
+                TensorStats.of(state.name, state.layout, self._config, sparse, warming_up, state.residual)
                 for state, sparse in zip(self.states, self._sparse)
             ),
         )
@@ -193,9 +195,9 @@ class Exchange:
                 # P or Q, and workers may differ in which: both travel, one of them zero.
                 is_q = tf.convert_to_tensor(state.factor_is_q)
                 rows, columns = state.layout.matrix_shape
-                p = tf.cond(is_q, lambda: tf.zeros((state.layout.rank, rows), state.dtype), lambda: factor)
-                q = tf.cond(is_q, lambda: factor, lambda: tf.zeros((state.layout.rank, columns), state.dtype))
-                flag = tf.fill((state.layout.rank, 1), tf.cast(is_q, state.dtype))
+                p = tf.cond(is_q, lambda: tf.zeros((state.layout.amount, rows), state.dtype), lambda: factor)
+                q = tf.cond(is_q, lambda: factor, lambda: tf.zeros((state.layout.amount, columns), state.dtype))
+                flag = tf.fill((state.layout.amount, 1), tf.cast(is_q, state.dtype))
                 flag, p, q = tf.split(
                     self._workers.from_worker(root, tf.concat([flag, p, q], 1), name), [1, rows, columns], 1
                 )

@@ -80,7 +80,7 @@ class MatrixGradient(PlainGradient):
         if isinstance(self._mean_is_q, tf.Variable):
             self._mean_is_q = tf.convert_to_tensor(self._mean_is_q)
         if not state.config.warm_start:
-            rank, columns = state.layout.rank, state.layout.matrix_shape[1]
+            rank, columns = state.layout.amount, state.layout.matrix_shape[1]
             drawn = tf.numpy_function(random_factor, [state.random_key, columns, rank, step], tf.float64)
             self._mean = tf.cast(tf.transpose(tf.ensure_shape(drawn, (columns, rank))), state.dtype)
             self._mean_is_q = True
@@ -100,13 +100,13 @@ class MatrixGradient(PlainGradient):
         return tf.reshape(self._own, [-1])
 
     def receive(self, mean: tf.Tensor) -> None:
-        mean = tf.cast(tf.reshape(mean, [self.state.layout.rank, -1]), self.state.dtype)
+        mean = tf.cast(tf.reshape(mean, [self.state.layout.amount, -1]), self.state.dtype)
         finite = tf.reduce_all(tf.math.is_finite(mean))
         self.finite &= finite
         # On this worker as on all others: it goes on as zeros, to no effect.
         self._mean = tf.where(finite, mean, tf.zeros_like(mean))
         self._mean_is_q = _not(self._mean_is_q)
-        self._mean.set_shape((self.state.layout.rank, self._columns(self._mean_is_q)))
+        self._mean.set_shape((self.state.layout.amount, self._columns(self._mean_is_q)))
 
     def update(self, factor: Callable[[tf.DType], tf.Tensor]) -> tf.Tensor:
         """P^ Q^T, times `factor`; not a number where the average is not finite."""

@@ -76,12 +76,12 @@ class VariableState:
                 self.random_key = make_variable(np.array(key, object))
             rows, columns = self.layout.matrix_shape
             alternates = config.num_iters_per_step % 2 == 1
-            shape = (self.layout.rank, None if alternates else columns)
-            random_q = np.ascontiguousarray(random_factor(key, columns, self.layout.rank).T, self.dtype.as_numpy_dtype)
+            shape = (self.layout.amount, None if alternates else columns)
+            random_q = np.ascontiguousarray(random_factor(key, columns, self.layout.amount).T, self.dtype.as_numpy_dtype)
             self.factor = make_variable(random_q, shape)
             self.factor_is_q = make_variable(np.bool_(True)) if alternates else True
-            empty = np.zeros((self.layout.rank, 0), self.dtype.as_numpy_dtype)
-            self.own = make_variable(empty, (self.layout.rank, None))
+            empty = np.zeros((self.layout.amount, 0), self.dtype.as_numpy_dtype)
+            self.own = make_variable(empty, (self.layout.amount, None))
             if config.error_feedback:
                 self.memory = make_variable(np.zeros((rows, columns), self.dtype.as_numpy_dtype))
 

@@ -123,8 +123,10 @@ class Engine:
         return CompressionStats(
             steps=self._steps,
             bytes_sent=self._bytes_sent,
+            bytes_received=self._bytes_sent,
             bytes_uncompressed=self._bytes_uncompressed,
             total_bytes_sent=self._total_bytes_sent,
+            total_bytes_received=self._total_bytes_sent,
             total_bytes_uncompressed=self._total_bytes_uncompressed,
             tensors=tuple(self._tensor_stats(gradient) for gradient in self._gradients),
         )
@@ -153,7 +155,7 @@ class Engine:
 
     def _tensor_stats(self, gradient: PlainGradient) -> TensorStats:
         return TensorStats.of(
-            gradient.name, gradient.layout, gradient.is_sparse, self._warming_up, gradient.residual
+            gradient.name, gradient.layout, self._config, gradient.is_sparse, self._warming_up, gradient.residual
         )
 
     def _count(self) -> None:

@@ -180,7 +180,7 @@ class MatrixGradient(PlainGradient):
 
     def _random(self, columns: int, step: int = 0) -> torch.Tensor:
         """(r, columns) float64."""
-        factor = initial_factor(self.name, columns, self.layout.rank, self._config.seed, step)
+        factor = initial_factor(self.name, columns, self.layout.amount, self._config.seed, step)
         return torch.from_numpy(factor.T.copy()).to(self.parameter.device)
 
     def spare(self) -> torch.Tensor:
@@ -221,7 +221,7 @@ class MatrixGradient(PlainGradient):
         return self._own.view(-1)
 
     def receive(self, mean: torch.Tensor) -> None:
-        self._mean = mean.view(self.layout.rank, -1).to(self.dtype)
+        self._mean = mean.view(self.layout.amount, -1).to(self.dtype)
         self._mean_is_q = not self._mean_is_q
 
     @property

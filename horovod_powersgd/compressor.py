@@ -1,0 +1,203 @@
+"""What all compressors have in common, and what they ask of the other workers."""
+
+import inspect
+import math
+import numbers
+from dataclasses import asdict, dataclass
+from typing import Any, Callable, ClassVar, Dict, Generator, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from horovod_powersgd.layout import layout_of, leading_rows
+
+
+@dataclass(frozen=True)
+class AllreduceMean:
+    """The request to average over all workers: a tensor; or several, by name. It is answered in the same form."""
+
+    tensors: Any
+
+
+@dataclass(frozen=True)
+class Allgather:
+    """The request for the tensors of all workers: a tuple of tensors; or several tuples, by name. It is answered in the
+    same form, each tensor with the workers as first axis."""
+
+    tensors: Any
+
+
+class Traffic(NamedTuple):
+    """Bytes that one worker hands to Horovod in a step, and bytes that it is handed back."""
+
+    sent: int
+    received: int
+
+
+class Compressor:
+    """A way to exchange gradients: pass one as `compression` to DistributedOptimizer.
+
+    Subclasses are frozen dataclasses. Tensors with two axes or more are seen as matrices, as for PowerSGD; scalars and
+    vectors are averaged as they are.
+
+    Attributes:
+        linear: whether what is sent is a linear function of the gradient, so that an allreduce adds it up. Otherwise
+            the workers gather what all of them sent, which grows with their number.
+        error_feedback: whether what one step left out is added to the next step's gradient.
+        warmup_steps: this many first steps are exchanged uncompressed.
+        low_rank: whether matrices travel as factors.
+    """
+
+    linear: ClassVar[bool]
+    error_feedback: bool = True
+    warmup_steps: int = 0
+    low_rank: ClassVar[bool] = False
+    seed: int = 0
+
+    @property
+    def family(self) -> "Compressor":
+        """The compressor that says how matrices travel."""
+        return self
+
+    def obstacle(self, rows: int, columns: int) -> Optional[str]:
+        """Why a matrix is averaged as it is; None where it is compressed."""
+        return None
+
+    def amount(self, rows: int, columns: int) -> int:
+        """How much of a matrix is sent: the rank, or the number of entries; 0 where there is no choice."""
+        return 0
+
+    def exchange(self, delta, state) -> Generator:
+        """One worker's side of the exchange of one matrix.
+
+        Args:
+            delta: (n, m), gradient plus memory; finite.
+            state: a TensorState (horovod_powersgd.state).
+
+        Yields:
+            AllreduceMean or Allgather, the same on every worker; is resumed with the answer.
+
+        Returns:
+            (update, sent): what the gradient becomes, (n, m) or (n * m,), the same on every worker; and what this
+            worker's part of it was, which leaves the memory: that becomes delta - sent. None without error feedback.
+        """
+        raise NotImplementedError
+
+    def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
+        """What a worker sends of one matrix in one step.
+
+        Args:
+            rows, columns: of the matrix.
+            itemsize: bytes of a number of the gradient.
+            step: how many were exchanged before.
+        """
+        raise NotImplementedError
+
+    def traffic(
+        self,
+        shapes: Sequence[Tuple[int, ...]],
+        workers: int,
+        itemsize: int = 4,
+        step: int = 0,
+        matrix_shape: Callable = leading_rows,
+    ) -> Traffic:
+        """What one worker sends and receives in one step, as compression_stats() counts it.
+
+        Args:
+            shapes: of all tensors.
+            workers: how many there are, W. An allreduce hands back as much as it is handed, an allgather W times.
+            itemsize: bytes of a number of the gradients.
+            step: how many were exchanged before.
+            matrix_shape: how a tensor is seen as a matrix.
+        """
+        sent = received = 0
+        for shape in shapes if workers > 1 else ():
+            layout = layout_of(shape, self, matrix_shape)
+            if layout.compressed and step >= self.warmup_steps:
+                size = self.message_bytes(*layout.matrix_shape, itemsize, step)
+                sent, received = sent + size, received + size * (1 if self.linear else workers)
+            else:
+                sent, received = (total + math.prod(shape) * itemsize for total in (sent, received))
+        return Traffic(sent, received)
+
+    def description(self) -> Dict[str, Any]:
+        """Its name and fields, for checkpoints: plain numbers and strings."""
+        return {"compressor": type(self).__name__, **asdict(self)}
+
+    def _check_integer(self, field: str, at_least: int) -> None:
+        value, name = getattr(self, field), type(self).__name__
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise TypeError(f"{name}: {field} must be an integer, {at_least} or more, not {value!r}")
+        if value < at_least:
+            raise ValueError(f"{name}: {field} must be {at_least} or more, not {value!r}")
+        # The workers compare their configurations' texts, and a checkpoint holds them: plain numbers only.
+        object.__setattr__(self, field, int(value))
+
+    def _check_bool(self, field: str) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, bool):
+            raise TypeError(f"{type(self).__name__}: {field} must be True or False, not {value!r}")
+
+    def _check_number(self, field: str, allowed: str, holds: Callable[[float], bool]) -> None:
+        value, name = getattr(self, field), type(self).__name__
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise TypeError(f"{name}: {field} must be a number, {allowed}, not {value!r}")
+        if not (math.isfinite(value) and holds(value)):
+            raise ValueError(f"{name}: {field} must be a finite number, {allowed}, not {value!r}")
+        object.__setattr__(self, field, float(value))
+
+
+@dataclass(frozen=True)
+class Custom(Compressor):
+    """A compressor of your own, in one generator function. Given as `compression`, the function itself will do.
+
+    Args:
+        function: as Compressor.exchange, of (delta, state).
+        error_feedback: whether delta has the memory in it, which becomes delta - sent.
+        linear: whether it only asks for means; what compression_stats() counts does not depend on it.
+        seed: of state.key.
+    """
+
+    function: Callable
+    error_feedback: bool = True
+    linear: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        if not inspect.isgeneratorfunction(self.function):
+            raise TypeError(f"Custom: function must be a generator function, not {self.function!r}")
+        self._check_bool("error_feedback")
+        self._check_bool("linear")
+        self._check_integer("seed", at_least=0)
+
+    def exchange(self, delta, state):
+        return self.function(delta, state)
+
+    def message_bytes(self, rows, columns, itemsize, step=0):
+        raise TypeError("Custom: what it sends is known to its function only; see compression_stats()")
+
+    def description(self):
+        # Not the function: a checkpoint is to be read without it, and workers are to agree on a text.
+        return {"compressor": "Custom", **asdict(self), "function": _name(self.function)}
+
+    def __repr__(self):
+        return f"Custom({', '.join(f'{field}={value!r}' for field, value in self.description().items())})"
+
+
+def _name(function: Callable) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def compressor_of(compression) -> Optional[Compressor]:
+    """The compressor that a user's `compression` means; None where it is one of Horovod's.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(compression, Compressor):
+        return compression
+    if inspect.isgeneratorfunction(compression):
+        return Custom(compression)
+    if hasattr(compression, "decompress"):
+        return None
+    raise TypeError(
+        "compression must be a compressor such as hvd.PowerSGD(...), a generator function, or one of Horovod's, "
+        f"hvd.Compression.none or hvd.Compression.fp16, not {compression!r}"
+    )

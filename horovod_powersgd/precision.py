@@ -1,0 +1,50 @@
+"""Gradients that travel whole."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from horovod_powersgd.compressor import AllreduceMean, Compressor
+
+
+@dataclass(frozen=True)
+class NoCompression(Compressor):
+    """Averages every gradient as it is, as Horovod's Compression.none does, with this package's statistics.
+
+    Linear: one allreduce of n m numbers.
+    """
+
+    error_feedback: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
+
+    def obstacle(self, rows, columns):
+        return "NoCompression"
+
+
+@dataclass(frozen=True)
+class Float16(Compressor):
+    """Averages matrices in half precision, as Horovod's Compression.fp16 does, but keeps what rounding loses.
+
+    Linear: one allreduce of n m numbers of two bytes. A number that is too large for half precision makes the step fail
+    on all workers, as one that is not finite does.
+
+    Args:
+        error_feedback: add what one step's rounding left out to the next step's gradient.
+
+    Raises:
+        TypeError: error_feedback is neither True nor False.
+    """
+
+    error_feedback: bool = True
+    linear: ClassVar[bool] = True
+
+    def __post_init__(self):
+        self._check_bool("error_feedback")
+
+    def exchange(self, delta, state):
+        xp = state.arrays
+        own = xp.cast(delta, "float16")
+        mean = yield AllreduceMean(own)
+        return xp.like(mean, delta), xp.like(own, delta)
+
+    def message_bytes(self, rows, columns, itemsize, step=0):
+        return rows * columns * 2

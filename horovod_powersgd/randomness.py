@@ -1,0 +1,68 @@
+"""Random numbers that all workers, in every framework, draw alike: each is computed from its place.
+
+Integers of 31 bits, whose products fit into the 64 bits that every framework has.
+"""
+
+import math
+import zlib
+
+MASK = 2**31 - 1
+ROUNDS = 6
+
+
+def key_of(name: str, seed: int) -> int:
+    """What a tensor's random numbers are drawn from."""
+    return zlib.crc32(f"{seed} {name}".encode()) & MASK
+
+
+def draw(xp, key, step, places):
+    """Numbers from 0 to 2^31 - 1.
+
+    Args:
+        xp: the operations of the framework.
+        key: from key_of.
+        step: another one gives other numbers.
+        places: int64, of the numbers.
+    """
+    key = _mix(xp, _mix(xp, xp.integers(key)) ^ (xp.integers(step) & MASK))
+    return _mix(xp, _mix(xp, places & MASK) ^ key)
+
+
+def uniform(xp, key, step, places):
+    """float64 numbers, above 0 and below 1."""
+    return (xp.cast(draw(xp, key, step, places), "float64") + 0.5) / 2**31
+
+
+def normal(xp, key, step, places):
+    """Independent standard normal numbers, float64 (Box and Muller 1958)."""
+    radius = xp.sqrt(-2 * xp.log(uniform(xp, key, step, 2 * places)))
+    return radius * xp.cos(2 * math.pi * uniform(xp, key, step, 2 * places + 1))
+
+
+def subset(xp, key, step, size: int, count):
+    """`count` different numbers below `size`, each subset as likely as any other; int64, in random order.
+
+    They are where a permutation takes 0 to count - 1: a Feistel network of the two digits of a number, in a base near
+    the root of the size. What it takes beyond the size it takes on (Black and Rogaway 2002).
+    """
+    base = math.isqrt(size - 1) + 1
+    highest = -(-size // base)
+
+    def permute(x):
+        high, low = x // base, x % base
+        for i in range(ROUNDS):
+            if i % 2:
+                low = (low + draw(xp, key, step, high * ROUNDS + i)) % base
+            else:
+                high = (high + draw(xp, key, step, low * ROUNDS + i)) % highest
+        return high * base + low
+
+    start = permute(xp.arange(count))
+    return xp.until(lambda x: xp.all(x < size), lambda x: xp.where(x < size, x, permute(x)), start)
+
+
+def _mix(xp, x):
+    """A permutation of the numbers below 2^31, in which each bit depends on all bits."""
+    for bits, factor in ((16, 0x45D9F3B), (15, 0x7FEB352D), (16, 0x2C1B3C6D)):
+        x = ((x ^ xp.shift_right(x, bits)) * factor) & MASK
+    return x ^ xp.shift_right(x, 15)

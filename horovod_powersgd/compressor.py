@@ -56,6 +56,11 @@ class Compressor:
         """The compressor that says how matrices travel."""
         return self
 
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether each worker keeps delta - sent for its next step."""
+        return self.error_feedback
+
     def obstacle(self, rows: int, columns: int) -> Optional[str]:
         """Why a matrix is averaged as it is; None where it is compressed."""
         return None
@@ -76,7 +81,7 @@ class Compressor:
 
         Returns:
             (update, sent): what the gradient becomes, (n, m) or (n * m,), the same on every worker; and what this
-            worker's part of it was, which leaves the memory: that becomes delta - sent. None without error feedback.
+            worker's part of it was, which leaves the memory: that becomes delta - sent. None where no memory is kept.
         """
         raise NotImplementedError
 
@@ -200,4 +205,14 @@ def compressor_of(compression) -> Optional[Compressor]:
     raise TypeError(
         "compression must be a compressor such as hvd.PowerSGD(...), a generator function, or one of Horovod's, "
         f"hvd.Compression.none or hvd.Compression.fp16, not {compression!r}"
+    )
+
+
+def joined(error: Exception, compressor: Compressor) -> Optional[RuntimeError]:
+    """What to tell users in place of Horovod's error where a worker has joined; None where that is not the matter."""
+    if "Join" not in str(error):
+        return None
+    return RuntimeError(
+        f"A worker has called hvd.join(), and {compressor!r} gathers what the workers send, which Horovod cannot do then. "
+        "Use a compressor whose attribute `linear` is true, such as PowerSGD or RandomK, or give all workers as many steps."
     )

@@ -232,7 +232,7 @@ class _Matrix:
             self._regime = state.regimes.get(name, Regime()).decided(config, state.steps, rate, _norm)
             amount = config.amount_now(*layout.matrix_shape, self._regime.is_low)
         self._delta = gradient.reshape(layout.matrix_shape)
-        if config.error_feedback:
+        if config.keeps_memory:
             self._delta = self._delta + state.memory.get(name, 0)
         self._finite = bool(np.isfinite(self._delta).all())
         if not self._finite:
@@ -279,7 +279,7 @@ class _Matrix:
             state.factors[self.name] = factor
         if kept:
             state.kept[self.name] = kept
-        if self._config.error_feedback:
+        if self._config.keeps_memory:
             state.memory[self.name] = self._delta - self._sent.reshape(self._delta.shape)     # delta_w - P^ Q_w^T
         if isinstance(self._config, Accordion):
             update = self.update.reshape(self._delta.shape)

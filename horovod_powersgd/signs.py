@@ -47,8 +47,8 @@ class Signum(Compressor):
     are divided.
 
     Not linear: the workers gather each other's n m bits, and one bit that says whether the gradient is finite. The sign
-    of zero is plus. There is no error feedback; in its place the momentum is kept, without the factor 1 - momentum,
-    which changes no sign. Use a wrapped optimizer without a momentum of its own, and a learning rate that is small: an
+    of zero is plus. There is no error feedback; in the memory's place the momentum is kept, without the factor
+    1 - momentum, which changes no sign. Use a wrapped optimizer without a momentum of its own, and a learning rate that is small: an
     update is as long as the matrix has entries (the PowerSGD paper took a 2000th of SGD's).
 
     Args:
@@ -60,7 +60,9 @@ class Signum(Compressor):
     """
 
     momentum: float = 0.9
+    error_feedback: ClassVar[bool] = False
     linear: ClassVar[bool] = False
+    keeps_memory: ClassVar[bool] = True
 
     def __post_init__(self):
         self._check_number("momentum", "at least 0 and below 1", lambda momentum: 0 <= momentum < 1)

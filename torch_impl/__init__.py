@@ -14,7 +14,9 @@ from horovod.torch import *  # noqa: E402, F401, F403
 
 # Not "from ... import elastic": that would find Horovod's, which the line above has brought.
 import horovod_powersgd.torch.elastic  # noqa: E402, F401
-from horovod_powersgd import PowerSGD, launcher  # noqa: E402, F401
+from horovod_powersgd import *  # noqa: E402, F401, F403
+from horovod_powersgd import launcher  # noqa: E402
+from horovod_powersgd.torch.error_feedback_sgd import ErrorFeedbackSGD  # noqa: E402, F401
 from horovod_powersgd.torch.optimizer import DistributedOptimizer  # noqa: E402, F401
 from horovod_powersgd.torch.replicas import (  # noqa: E402, F401
     assert_replicas_equal,

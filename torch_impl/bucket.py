@@ -1,13 +1,18 @@
 """Gradients that are exchanged together."""
 
-from typing import Dict, Generator, List, Sequence, Union
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Dict, Generator, List, Mapping, Sequence, Tuple, Union
 
 import torch
 
 from horovod_powersgd.buckets import bucket_name, sort_into_buckets
+from horovod_powersgd.compressor import AllreduceMean, Compressor
+from horovod_powersgd.torch.compressed_gradient import CompressedGradient
 from horovod_powersgd.torch.gradient import MatrixGradient, PlainGradient
 from horovod_powersgd.torch.orthogonalization import orthogonalize
-from horovod_powersgd.torch.workers import Mean, Workers
+from horovod_powersgd.torch.workers import Mean, SparseMean, Workers
 
 
 class Verdict:
@@ -31,70 +36,167 @@ class Verdict:
         return all(self._finite)
 
 
+@dataclass
+class Step:
+    """One step of all buckets.
+
+    Attributes:
+        number: how many steps were exchanged before.
+        scale: that the loss is multiplied by.
+        factor: that the averages are multiplied by in the end.
+        rates: learning rates, where they are known.
+        verdict: shared by all buckets.
+        workers: that take part.
+        sent: bytes handed to Horovod.
+        received: bytes handed back.
+    """
+
+    number: int
+    scale: float
+    factor: float
+    rates: Mapping[torch.nn.Parameter, float]
+    verdict: Verdict
+    workers: Workers
+    sent: int = 0
+    received: int = 0
+
+    def count(self, nbytes: int, gathered: bool) -> None:
+        """Counts a message, of which this worker is handed back as much, or as much by each worker."""
+        if self.workers.count > 1:
+            self.sent += nbytes
+            self.received += nbytes * (self.workers.count if gathered else 1)
+
+
 class Bucket:
-    """Gradients that travel in one flat tensor, of one device and one dtype on the wire."""
+    """Gradients that travel together, of one device and one dtype on the wire: as they are, or as PowerSGD's factors,
+    in one flat tensor."""
 
-    def __init__(self, name: str, gradients: Sequence[PlainGradient], workers: Workers):
+    def __init__(self, name: str, gradients: Sequence[PlainGradient], workers: Workers, config: Compressor):
         self.gradients = list(gradients)
-        self._name, self._workers = name, workers
-        self._matrices: List[MatrixGradient] = [g for g in gradients if isinstance(g, MatrixGradient)]
+        self._name, self._workers, self._config = name, workers, config
 
-    def exchange(
-        self, verdict: Verdict, step: int, scale: float, half_steps: int, factor: float
-    ) -> Generator[Union[PlainGradient, Mean, Verdict], object, int]:
-        """reference.exchange of these gradients. Yields what it waits for.
+    def exchange(self, step: Step) -> Generator[Union[PlainGradient, Mean, Verdict], object, None]:
+        """reference.exchange of these gradients. Yields what it waits for."""
+        sparse: Dict[PlainGradient, SparseMean] = {}
+        finite = yield from self._rounds(step, sparse)
+        for gradient, gathered in sparse.items():
+            average = yield gathered
+            finite = torch.isfinite(average.values()).all() & finite
+            gradient.receive_sparse(average)
+        for gradient in self.gradients:
+            if gradient.parameter.dtype == torch.float16:
+                finite = gradient.fits(step.factor) & finite
+        finite = yield step.verdict.add(finite)
+        for gradient in self.gradients:
+            gradient.end(finite, step.factor)
 
-        Args:
-            verdict: of this step, shared by all its buckets.
-            step: how many steps were exchanged before.
-            scale: that the loss is multiplied by.
-            half_steps: PowerSGD.num_iters_per_step.
-            factor: that the averages are multiplied by in the end.
+    def _begin(self, gradient: PlainGradient, step: Step, sparse: Dict[PlainGradient, SparseMean]):
+        """Waits for a gradient; starts averaging it where it is sparse, and notes that."""
+        yield gradient
+        gradient.begin(step.scale)
+        if gradient.is_sparse:
+            sparse[gradient], nbytes = gradient.send_sparse(self._workers)
+            step.count(nbytes, gathered=True)
 
-        Returns:
-            Bytes handed to Horovod.
-        """
-        bytes_sent, finite, sparse = 0, True, []
-        for gradient in self._matrices:
-            gradient.start(step)
-        bases = _bases(self._matrices)
-        for half_step in range(half_steps if self._matrices else 1):
+    def _rounds(self, step: Step, sparse: Dict[PlainGradient, SparseMean]):
+        """Averages all gradients but the sparse ones; returns whether the averages are finite, on the device."""
+        finite = True
+        matrices = [gradient for gradient in self.gradients if isinstance(gradient, MatrixGradient)]
+        half_steps = 1
+        if matrices:
+            renews = self._config.family.renews(step.number)
+            half_steps = self._config.family.half_steps(renews)
+            for gradient in matrices:
+                gradient.start(step.number, renews, step.rates.get(gradient.parameter))
+        bases = _bases(matrices)
+        for half_step in range(half_steps):
             senders, sent = [], []
-            for gradient in self._matrices if half_step else self.gradients:
+            for gradient in matrices if half_step else self.gradients:
                 if half_step == 0:
-                    yield gradient
-                    gradient.begin(scale)
-                    if gradient.is_sparse:
-                        gathered, size = gradient.send_sparse(self._workers)
-                        sparse.append((gradient, gathered))
-                        bytes_sent += size if self._workers.count > 1 else 0
-                if not gradient.is_sparse:
+                    yield from self._begin(gradient, step, sparse)
+                if gradient not in sparse:
                     senders.append(gradient)
                     sent.append(gradient.multiply(bases[gradient]) if gradient in bases else gradient.send())
             if not sent:
                 break
             flat = torch.cat(sent) if len(sent) > 1 else sent[0]
             # This worker's last factors are still needed when the mean is there.
-            in_place = not self._matrices or half_step < half_steps - 1
+            in_place = not matrices or half_step < half_steps - 1
             mean = self._workers.mean(flat, f"{self._name}.{half_step}", in_place)
-            bytes_sent += flat.nbytes if self._workers.count > 1 else 0
+            step.count(flat.nbytes, gathered=False)
             flat = yield mean
             finite = torch.isfinite(flat).all() & finite
             for gradient, part in zip(senders, flat.split([part.numel() for part in sent])):
                 gradient.receive(part)
             if half_step < half_steps - 1:
                 bases = _bases([gradient for gradient in senders if gradient in bases])
-        for gradient, gathered in sparse:
-            average = yield gathered
-            finite = torch.isfinite(average.values()).all() & finite
-            gradient.receive_sparse(average)
+        return finite
+
+
+class CompressedBucket(Bucket):
+    """Gradients whose generators go through their rounds together: what they ask for travels in one flat tensor for each
+    collective and dtype."""
+
+    def _rounds(self, step: Step, sparse: Dict[PlainGradient, SparseMean]):
         for gradient in self.gradients:
-            if gradient.parameter.dtype == torch.float16:
-                finite = gradient.fits(factor) & finite
-        finite = yield verdict.add(finite)
-        for gradient in self.gradients:
-            gradient.end(finite, factor)
-        return bytes_sent
+            gradient.start(step.number, step.rates.get(gradient.parameter), self._workers)
+            yield from self._begin(gradient, step, sparse)
+        dense = [gradient for gradient in self.gradients if gradient not in sparse]
+        for number in itertools.count():
+            asking = [gradient for gradient in dense if gradient.request is not None]
+            if not asking:
+                break
+            started = self._start(asking, f"{self._name}.{number}", step)
+            for gradients, parts, message, place in started:
+                answers = place((yield message), parts)
+                for gradient, some in zip(gradients, answers):
+                    gradient.go_on(some)
+        finite = True
+        for gradient in dense:
+            finite = gradient.finite() & finite
+        return finite
+
+    def _start(self, asking: Sequence[CompressedGradient], name: str, step: Step) -> List[Tuple]:
+        """Starts a round's messages: for each its gradients, their parts, what to wait for, and what takes it apart."""
+        means, gathers = defaultdict(list), []
+        for gradient in asking:
+            if isinstance(gradient.request, AllreduceMean):
+                means[gradient.request.tensors.dtype].append(gradient)
+            else:
+                gathers.append(gradient)
+        started = []
+        for dtype, gradients in means.items():
+            parts = [gradient.parts() for gradient in gradients]
+            flat = torch.cat([part.reshape(-1) for some in parts for part in some])
+            step.count(flat.nbytes, gathered=False)
+            started.append((gradients, parts, self._workers.mean(flat, f"{name}.{dtype}", in_place=True), _split_mean))
+        if gathers:
+            parts = [gradient.parts() for gradient in gathers]
+            packed = torch.cat([_bytes_of(part) for some in parts for part in some])
+            step.count(packed.nbytes, gathered=True)
+            gathered = self._workers.gather(packed, f"{name}.gather", self._config)
+            started.append((gathers, parts, gathered, _split_gathered))
+        return started
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _split_mean(flat: torch.Tensor, parts: Sequence[Sequence[torch.Tensor]]) -> List[List[torch.Tensor]]:
+    """The means, in the shapes of what was sent."""
+    split = iter(flat.split([part.numel() for some in parts for part in some]))
+    return [[next(split).view(part.shape) for part in some] for some in parts]
+
+
+def _split_gathered(packed: torch.Tensor, parts: Sequence[Sequence[torch.Tensor]]) -> List[List[torch.Tensor]]:
+    """All workers' parts, (W, ...), out of (W, bytes)."""
+    split = iter(packed.split([part.nbytes for some in parts for part in some], dim=1))
+    return [
+        # A part's bytes may begin where no number of its dtype can.
+        [next(split).clone(memory_format=torch.contiguous_format).view(part.dtype).view(-1, *part.shape) for part in some]
+        for some in parts
+    ]
 
 
 def _bases(matrices: Sequence[MatrixGradient]) -> Dict[MatrixGradient, torch.Tensor]:
@@ -103,18 +205,24 @@ def _bases(matrices: Sequence[MatrixGradient]) -> Dict[MatrixGradient, torch.Ten
 
 
 def make_buckets(
-    gradients: Sequence[PlainGradient], workers: Workers, prefix: str, groups: Union[None, int, Sequence] = None
+    gradients: Sequence[PlainGradient],
+    workers: Workers,
+    config: Compressor,
+    groups: Union[None, int, Sequence] = None,
 ) -> List[Bucket]:
     """Sorts gradients into buckets, the same on every worker.
 
     Args:
         gradients: in the order of registration.
         workers: that the buckets are exchanged with.
-        prefix: of the buckets' names.
+        config: how they are compressed.
         groups: Horovod's: their number, or lists of the parameters that belong together.
     """
     if groups is not None and not isinstance(groups, int):
         by_parameter = {g.parameter: g for g in gradients}
         groups = [[by_parameter[p] for p in group if p in by_parameter] for group in groups]
-    buckets = enumerate(sort_into_buckets(gradients, groups))
-    return [Bucket(f"{prefix}.{bucket_name(i, bucket)}", bucket, workers) for i, bucket in buckets]
+    buckets = []
+    for i, bucket in enumerate(sort_into_buckets(gradients, groups)):
+        cls = CompressedBucket if isinstance(bucket[0], CompressedGradient) else Bucket
+        buckets.append(cls(f"bucket.{bucket_name(i, bucket)}", bucket, workers, config))
+    return buckets

@@ -8,9 +8,11 @@ import torch
 
 from horovod_powersgd import PowerSGD, checkpoint
 from horovod_powersgd.agreement import Description
+from horovod_powersgd.compressor import Compressor
 from horovod_powersgd.layout import layout_of
 from horovod_powersgd.statistics import CompressionStats, TensorStats
-from horovod_powersgd.torch.bucket import Verdict, make_buckets
+from horovod_powersgd.torch.bucket import Step, Verdict, make_buckets
+from horovod_powersgd.torch.compressed_gradient import CompressedGradient
 from horovod_powersgd.torch.gradient import MatrixGradient, PlainGradient
 from horovod_powersgd.torch.workers import Workers
 
@@ -27,17 +29,20 @@ class Engine:
         sum_gradients: deliver the sum over the workers in place of the mean.
         groups: Horovod's, see make_buckets.
         sparse_as_dense: compress sparse gradients, too.
+        learning_rates: gives those of the parameters, as far as they are known.
     """
 
     def __init__(
         self,
-        config: PowerSGD,
+        config: Compressor,
         workers: Workers,
         agreement: Description = MappingProxyType({}),
         sum_gradients: bool = False,
         groups: Union[None, int, Sequence] = None,
         sparse_as_dense: bool = False,
+        learning_rates: Callable[[], Mapping[torch.nn.Parameter, float]] = dict,
     ):
+        self._learning_rates = learning_rates
         self._config, self._workers, self._agreement = config, workers, agreement
         self._sum_gradients, self._groups, self._sparse_as_dense = sum_gradients, groups, sparse_as_dense
         self._gradients: List[PlainGradient] = []
@@ -52,6 +57,7 @@ class Engine:
         self._lock = threading.RLock()
         self._steps = 0
         self._bytes_sent = self._total_bytes_sent = 0
+        self._bytes_received = self._total_bytes_received = 0
         self._bytes_uncompressed = self._total_bytes_uncompressed = 0
 
     def add(self, name: str, parameter: torch.nn.Parameter) -> None:
@@ -59,12 +65,13 @@ class Engine:
         if not (parameter.is_floating_point() or parameter.is_complex()):
             return  # it cannot have a gradient
         if parameter.dtype not in DTYPES:
-            raise ValueError(f"PowerSGD exchanges real gradients of 16 to 64 bits; {name} is {parameter.dtype}")
+            raise ValueError(f"{type(self._config).__name__} exchanges real gradients of 16 to 64 bits; {name} is {parameter.dtype}")
         layout = layout_of(parameter.shape, self._config)
         plain = PlainGradient(name, parameter, layout, self._sparse_as_dense)
         gradient = plain
         if layout.compressed:
-            gradient = MatrixGradient(name, parameter, layout, self._config, self._sparse_as_dense)
+            cls = MatrixGradient if isinstance(self._config.family, PowerSGD) else CompressedGradient
+            gradient = cls(name, parameter, layout, self._config, self._sparse_as_dense)
         self._gradients.append(gradient)
         self._plain[gradient] = plain
 
@@ -123,10 +130,10 @@ class Engine:
         return CompressionStats(
             steps=self._steps,
             bytes_sent=self._bytes_sent,
-            bytes_received=self._bytes_sent,
+            bytes_received=self._bytes_received,
             bytes_uncompressed=self._bytes_uncompressed,
             total_bytes_sent=self._total_bytes_sent,
-            total_bytes_received=self._total_bytes_sent,
+            total_bytes_received=self._total_bytes_received,
             total_bytes_uncompressed=self._total_bytes_uncompressed,
             tensors=tuple(self._tensor_stats(gradient) for gradient in self._gradients),
         )
@@ -154,15 +161,23 @@ class Engine:
             gradient.load_state_dict(share.tensors[gradient.name], memories, share.weight)
 
     def _tensor_stats(self, gradient: PlainGradient) -> TensorStats:
+        decisions = gradient.adaptation.decisions if gradient.compressed else ()
         return TensorStats.of(
-            gradient.name, gradient.layout, self._config, gradient.is_sparse, self._warming_up, gradient.residual
+            gradient.name,
+            gradient.layout,
+            self._config,
+            gradient.is_sparse,
+            self._warming_up,
+            gradient.residual,
+            decisions,
         )
 
     def _count(self) -> None:
-        self._steps += self._verdict.result()
-        self._bytes_sent = self._sent
+        self._steps += self._step.verdict.result()
+        self._bytes_sent, self._bytes_received = self._step.sent, self._step.received
         self._bytes_uncompressed = sum(gradient.uncompressed_bytes() for gradient in self._arriving.values())
         self._total_bytes_sent += self._bytes_sent
+        self._total_bytes_received += self._bytes_received
         self._total_bytes_uncompressed += self._bytes_uncompressed
 
     def _trainable(self) -> Tuple[PlainGradient, ...]:
@@ -177,13 +192,19 @@ class Engine:
         gradients = self._trainable()
         self._warming_up = self._steps < self._config.warmup_steps
         if gradients != self._bucketed:
-            self._buckets = make_buckets(gradients, self._workers, "bucket", self._groups)
+            self._buckets = make_buckets(gradients, self._workers, self._config, self._groups)
             self._bucketed = gradients
         self._arriving = {gradient.parameter: gradient for gradient in gradients}
-        self._verdict, self._sent = Verdict(len(self._buckets)), 0
-        scale, factor = self._loss_scale(), self._workers.count if self._sum_gradients else 1
+        self._step = Step(
+            number=self._steps,
+            scale=self._loss_scale(),
+            factor=self._workers.count if self._sum_gradients else 1,
+            rates=self._learning_rates(),
+            verdict=Verdict(len(self._buckets)),
+            workers=self._workers,
+        )
         for bucket in self._buckets:
-            exchange = bucket.exchange(self._verdict, self._steps, scale, self._config.num_iters_per_step, factor)
+            exchange = bucket.exchange(self._step)
             self._waiting[exchange] = next(exchange)
 
     def _agree(self) -> None:
@@ -193,7 +214,7 @@ class Engine:
             parameters = describe([(gradient.name, gradient.parameter) for gradient in gradients])
             root = self._workers.agree({**self._agreement, **parameters}, self._steps)
             if root is not None:
-                self._take_factors(root)
+                self._take_state(root)
             # A worker that computed no gradient cannot know that it is sparse.
             gradients = self._trainable()
             largest = self._workers.largest([_sparse_dim(gradient) for gradient in gradients], "sparse")
@@ -201,13 +222,13 @@ class Engine:
                 gradient.sparse_dim = 0 if self._sparse_as_dense else sparse_dim
         self._world = self._workers.world()
 
-    def _take_factors(self, root: int) -> None:
-        """The factors of the worker that is farthest, in an elastic job: others may be new, or have missed a step."""
-        matrices = [g for g in self._gradients if isinstance(g, MatrixGradient)]
-        mine = self._steps, [(g.factor.cpu().numpy(), g.factor_is_q) for g in matrices]
-        self._steps, factors = self._workers.broadcast(mine, root)
-        for gradient, (factor, is_q) in zip(matrices, factors):
-            gradient.factor, gradient.factor_is_q = torch.from_numpy(factor).to(gradient.factor.device), is_q
+    def _take_state(self, root: int) -> None:
+        """What the worker keeps that is farthest, in an elastic job: others may be new, or have missed a step."""
+        compressed = [gradient for gradient in self._gradients if gradient.compressed]
+        mine = self._steps, [gradient.shared_state() for gradient in compressed]
+        self._steps, states = self._workers.broadcast(mine, root)
+        for gradient, state in zip(compressed, states):
+            gradient.load_shared_state(state)
 
     def _resume(self) -> None:
         """Lets every exchange go on that has what it waits for."""
@@ -221,8 +242,7 @@ class Engine:
         try:
             self._waiting[exchange] = exchange.send(awaited.result())
             return self._waiting[exchange]
-        except StopIteration as finished:
-            self._sent += finished.value
+        except StopIteration:
             del self._waiting[exchange]
             return None
 

@@ -4,10 +4,11 @@ from typing import Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
 
-from horovod_powersgd import PowerSGD
+from horovod_powersgd.compressor import Compressor
 from horovod_powersgd.layout import Layout
-from horovod_powersgd.reference import initial_factor
+from horovod_powersgd.reference import initial_factor, resized
 from horovod_powersgd.statistics import residual
+from horovod_powersgd.torch.adaptation import Adaptation
 from horovod_powersgd.torch.kernels import Memory, half_step, product
 from horovod_powersgd.torch.phase import phase
 from horovod_powersgd.torch.workers import SparseMean, Workers
@@ -135,7 +136,7 @@ class PlainGradient:
 
 
 class MatrixGradient(PlainGradient):
-    """A gradient that travels as factors, with its error-feedback memory and its last factor.
+    """A gradient that travels as PowerSGD's factors, with its error-feedback memory and its last factor.
 
     An n x m matrix; factors are kept transposed, P as (r, n) and Q as (r, m), which lets every product with the
     gradient run near the speed of memory. The dtype of all of them is float64 for float64 parameters, else float32.
@@ -145,6 +146,7 @@ class MatrixGradient(PlainGradient):
         memory_scale: the loss scale of the step that the memory is from.
         factor: (r, m) or (r, n): the last averaged factor.
         factor_is_q: which of the two it is.
+        adaptation: Accordion's part.
     """
 
     compressed = True
@@ -154,11 +156,12 @@ class MatrixGradient(PlainGradient):
         name: str,
         parameter: torch.nn.Parameter,
         layout: Layout,
-        config: PowerSGD,
+        config: Compressor,
         sparse_as_dense: bool = False,
     ):
         super().__init__(name, parameter, layout, sparse_as_dense)
-        self._config = config
+        self._config, self._rank = config.family, layout.amount
+        self.adaptation = Adaptation(config, layout)
         self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         self._memory: Optional[Memory] = None
         self.memory_scale = 1.0
@@ -180,7 +183,7 @@ class MatrixGradient(PlainGradient):
 
     def _random(self, columns: int, step: int = 0) -> torch.Tensor:
         """(r, columns) float64."""
-        factor = initial_factor(self.name, columns, self.layout.amount, self._config.seed, step)
+        factor = initial_factor(self.name, columns, self._rank, self._config.seed, step)
         return torch.from_numpy(factor.T.copy()).to(self.parameter.device)
 
     def spare(self) -> torch.Tensor:
@@ -189,11 +192,24 @@ class MatrixGradient(PlainGradient):
             self._spares[self._mean_is_q] = self._random(self._mean.shape[1])
         return self._spares[self._mean_is_q]
 
-    def start(self, step: int) -> None:
-        """Takes as mean the factor that the first half-step starts from."""
+    def start(self, step: int, renews: bool, rate: Optional[float]) -> None:
+        """Takes as mean the factor that the first half-step starts from.
+
+        Args:
+            step: how many steps were exchanged before.
+            renews: whether the subspace is sought anew.
+            rate: the learning rate, where it is known.
+        """
+        rank = self.adaptation.amount(step, rate)
+        if rank != self._rank:
+            self._rank = rank
+            self._spares.clear()
         self._mean, self._mean_is_q = self.factor, self.factor_is_q
-        if not self._config.warm_start:
+        if renews or not self._config.warm_start:
             self._mean, self._mean_is_q = self._random_q(step).to(self.dtype), True
+        elif len(self._mean) != rank:
+            factor = resized(self._mean.t().cpu().numpy(), rank, self.spare().t().cpu().numpy())
+            self._mean = torch.from_numpy(factor).t().contiguous().to(self._mean.device)
 
     def begin(self, scale: float) -> None:
         """The gradient becomes delta, in its own storage where that can become the memory."""
@@ -221,7 +237,7 @@ class MatrixGradient(PlainGradient):
         return self._own.view(-1)
 
     def receive(self, mean: torch.Tensor) -> None:
-        self._mean = mean.view(self.layout.amount, -1).to(self.dtype)
+        self._mean = mean.view(self._rank, -1).to(self.dtype)
         self._mean_is_q = not self._mean_is_q
 
     @property
@@ -253,6 +269,8 @@ class MatrixGradient(PlainGradient):
                 product(p, q if factor == 1 else q * factor, out=update)
         else:
             update.fill_(torch.nan)
+        if finite:
+            self.adaptation.keep(update, 1 / (factor * self._scale))
         update = update.view(self.parameter.shape)
         if self._in_place:
             self.parameter.grad.set_(update)
@@ -270,21 +288,37 @@ class MatrixGradient(PlainGradient):
             return None
         return residual(*(torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in (self.memory, self._own)))
 
+    def shared_state(self) -> Dict[str, object]:
+        """What is the same on every worker, on the CPU."""
+        factor = {"factor": self.factor.cpu().clone(), "factor_is_q": self.factor_is_q}
+        return {**factor, **self.adaptation.state_dict()}
+
+    def load_shared_state(self, state: Mapping) -> None:
+        """Takes what another worker, or an earlier job, kept."""
+        self.factor, self.factor_is_q = state["factor"].to(self.factor, copy=True), state["factor_is_q"]
+        self.adaptation.load_state_dict(state, self.factor)
+
     def state_dict(self) -> Dict[str, object]:
         return {
             **super().state_dict(),
-            "factor": self.factor.cpu().clone(),
-            "factor_is_q": self.factor_is_q,
+            **self.shared_state(),
             "memory": None if self._memory is None else self.memory.cpu().clone(),
             "memory_scale": self.memory_scale,
         }
 
     def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
-        self.factor, self.factor_is_q = state["factor"].to(self.factor, copy=True), state["factor_is_q"]
-        self._memory, self.memory_scale, self._own = None, state["memory_scale"], None
-        total = None
-        for memory, scale in memories:
-            part = memory.to(self.factor, copy=True).mul_(share * self.memory_scale / scale)
-            total = part if total is None else total.add_(part)
-        if total is not None:
-            self._memory = Memory(total)
+        self.load_shared_state(state)
+        self.memory_scale, self._own = state["memory_scale"], None
+        memory = sum_of_memories(memories, share * self.memory_scale, self.factor)
+        self._memory = None if memory is None else Memory(memory)
+
+
+def sum_of_memories(
+    memories: Sequence[Tuple[torch.Tensor, float]], weight: float, like: torch.Tensor
+) -> Optional[torch.Tensor]:
+    """The sum of (memory, its loss scale), each in scale 1, times `weight`, as `like` is; None of none."""
+    total = None
+    for memory, scale in memories:
+        part = memory.to(like, copy=True).mul_(weight / scale)
+        total = part if total is None else total.add_(part)
+    return total

@@ -1,4 +1,4 @@
-"""hvd.DistributedOptimizer that takes a PowerSGD."""
+"""hvd.DistributedOptimizer that takes a compressor."""
 
 import itertools
 import warnings
@@ -10,7 +10,7 @@ import torch
 from horovod.torch.compression import Compression
 from horovod.torch.mpi_ops import Adasum, Average, ProcessSet, Sum, global_process_set, rocm_built, size
 
-from horovod_powersgd import PowerSGD
+from horovod_powersgd.compressor import compressor_of
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.torch.engine import Engine, describe
 from horovod_powersgd.torch.workers import Workers
@@ -122,7 +122,7 @@ class _DistributedOptimizer(_Horovod):
         return loss
 
 
-class _PowerSGDOptimizer(_DistributedOptimizer):
+class _CompressingOptimizer(_DistributedOptimizer):
     """The gradients are handed to an engine in place of allreduce."""
 
     def __init__(self, params, named_parameters, compression, *args, **kwargs):
@@ -140,6 +140,7 @@ class _PowerSGDOptimizer(_DistributedOptimizer):
             sum_gradients=self.op == Sum,
             groups=self._groups,
             sparse_as_dense=self.sparse_as_dense,
+            learning_rates=self._learning_rates,
         )
         # The engine knows the groups; the hooks are those of single parameters.
         self._groups = None
@@ -147,6 +148,10 @@ class _PowerSGDOptimizer(_DistributedOptimizer):
             for p in group["params"]:
                 self._engine.add(self._parameter_names[p], p)
         self._hook_parameters()
+
+    def _learning_rates(self):
+        groups = [group for group in self.param_groups if "lr" in group]
+        return {p: float(group["lr"]) for group in groups for p in group["params"]}
 
     def add_param_group(self, param_group):
         """As the wrapped optimizer's; the new parameters are exchanged, too."""
@@ -229,17 +234,19 @@ def DistributedOptimizer(
     sparse_as_dense: bool = False,
     process_set: ProcessSet = global_process_set,
 ):
-    """horovod.torch.DistributedOptimizer, whose compression can also be a PowerSGD.
+    """horovod.torch.DistributedOptimizer, whose compression can also be a compressor.
 
     Args:
         optimizer: to wrap. The result is an instance of its class.
         named_parameters: (name, parameter) of all its parameters, usually model.named_parameters(). A parameter's
-            name chooses its starting Q.
-        compression: a horovod_powersgd.PowerSGD, or Compression.none or .fp16, with which this is Horovod's own.
+            name chooses its random numbers.
+        compression: a horovod_powersgd.PowerSGD or another Compressor, or a generator function (see Custom); or
+            Compression.none or .fp16, with which this is Horovod's own.
         (the others): as Horovod's.
 
     Raises:
-        ValueError: PowerSGD with op=Adasum, or what Horovod refuses.
+        TypeError: compression is none of these.
+        ValueError: a compressor with op=Adasum, or what Horovod refuses.
 
     Example:
         >>> optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(),
@@ -253,18 +260,15 @@ def DistributedOptimizer(
         sparse_as_dense=sparse_as_dense,
         process_set=process_set,
     )
-    if not isinstance(compression, PowerSGD):
-        if not hasattr(compression, "decompress"):
-            raise TypeError(
-                "compression must be hvd.Compression.none, hvd.Compression.fp16 or a hvd.PowerSGD(...), "
-                f"not {compression!r}"
-            )
+    compressor = compressor_of(compression)
+    if compressor is None:
         if op == Adasum and size() > 1:
             return horovod_optimizer.DistributedOptimizer(
                 optimizer, named_parameters, compression, num_groups=num_groups, **arguments
             )
     elif op not in (Average, Sum):
-        raise ValueError("PowerSGD averages or sums gradients: op must be hvd.Average or hvd.Sum (Adasum is neither)")
+        name = type(compressor).__name__
+        raise ValueError(f"{name} averages or sums gradients: op must be hvd.Average or hvd.Sum (Adasum is neither)")
     if gradient_predivide_factor != 1.0 and rocm_built():
         raise ValueError("gradient_predivide_factor not supported yet with ROCm")
     if gradient_predivide_factor != 1.0 and op != Average:
@@ -277,11 +281,11 @@ def DistributedOptimizer(
             arguments["groups"] = num_groups
     base = optimizer.__class__
     methods = {**vars(_Horovod), **vars(_DistributedOptimizer)}
-    if isinstance(compression, PowerSGD):
-        methods.update(vars(_PowerSGDOptimizer))
+    if compressor is not None:
+        methods.update(vars(_CompressingOptimizer))
     # Horovod knows its optimizers by their module, and does not step them where it must not.
     cls = type(base.__name__, (base,), {**methods, "__module__": _Horovod.__module__})
-    distributed = cls(optimizer.param_groups, named_parameters, compression, **arguments)
+    distributed = cls(optimizer.param_groups, named_parameters, compressor or compression, **arguments)
     # For parameter groups that are added later.
     distributed.defaults = dict(optimizer.defaults)
     return distributed

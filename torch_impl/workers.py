@@ -6,6 +6,7 @@ from typing import List, Optional
 
 import numpy as np
 import torch
+from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 from horovod.torch.functions import broadcast_object
 from horovod.torch.mpi_ops import (
@@ -20,6 +21,7 @@ from horovod.torch.mpi_ops import (
 )
 
 from horovod_powersgd.agreement import MOST_WORKERS, Description, ballot, differences
+from horovod_powersgd.compressor import Compressor, joined
 from horovod_powersgd.torch.phase import phase
 
 # Known by its identity.
@@ -83,6 +85,13 @@ class Workers:
         handles = [allgather_async(part, f"{self.prefix}.{name}.{what}", self.process_set) for part, what in parts]
         return SparseMean(handles, shape, self.count)
 
+    def gather(self, packed: torch.Tensor, name: str, compressor: Compressor) -> "Gathered":
+        """Starts gathering as many bytes from each worker, for a compressor."""
+        if self.count == 1:
+            return Gathered(packed, 1, compressor)
+        handle = allgather_async(packed, f"{self.prefix}.{name}", self.process_set)
+        return Gathered(packed, self.count, compressor, handle)
+
     def largest(self, numbers: List[int], name: str) -> List[int]:
         """The largest of all workers', number by number. A worker that has joined (hvd.join) counts as zeros."""
         sent = torch.tensor(numbers, dtype=torch.int64)
@@ -140,6 +149,32 @@ class Mean:
             with phase("wait"):
                 self._tensor, self._handle = mpi_ops.synchronize(self._handle), None
         return self._tensor
+
+
+class Gathered:
+    """All workers' bytes, that may still be on their way."""
+
+    def __init__(self, packed: torch.Tensor, count: int, compressor: Compressor, handle=None):
+        self._packed, self._count, self._compressor, self._handle = packed, count, compressor, handle
+
+    def done(self) -> bool:
+        """Whether result() returns at once."""
+        return self._handle is None or mpi_ops.poll(self._handle)
+
+    def result(self) -> torch.Tensor:
+        """Waits for them: (W, bytes).
+
+        Raises:
+            HorovodInternalError: a worker was lost.
+            RuntimeError: a worker has joined (hvd.join).
+        """
+        if self._handle is not None:
+            with phase("wait"):
+                try:
+                    self._packed, self._handle = mpi_ops.synchronize(self._handle), None
+                except HorovodInternalError as error:
+                    raise joined(error, self._compressor) or error from None
+        return self._packed.view(self._count, -1)
 
 
 class SparseMean:

@@ -1,0 +1,57 @@
+"""What Accordion decides for one gradient, from step to step."""
+
+from typing import Dict, Optional, Tuple
+
+import torch
+
+from horovod_powersgd.accordion import Accordion, Regime
+from horovod_powersgd.compressor import Compressor
+from horovod_powersgd.layout import Layout
+
+
+class Adaptation:
+    """How much of a gradient is sent: with Accordion more or less of it, with other compressors always the same.
+
+    Attributes:
+        regime: Accordion's, of the last step.
+    """
+
+    def __init__(self, config: Compressor, layout: Layout):
+        self._config, self._layout = config, layout
+        self._adapts = isinstance(config, Accordion)
+        self.regime = self._next = Regime()
+
+    @property
+    def decisions(self) -> Tuple[Tuple[int, str], ...]:
+        """TensorStats.decisions."""
+        return self.regime.decisions
+
+    def amount(self, step: int, rate: Optional[float]) -> int:
+        """Compressor.amount, in the step that comes after so many steps and has this learning rate."""
+        if not self._adapts:
+            return self._layout.amount
+        self._next = self.regime.decided(self._config, step, rate, _norm)
+        return self._config.amount_now(*self._layout.matrix_shape, self._next.is_low)
+
+    def keep(self, update: torch.Tensor, weight: float) -> None:
+        """Ends a finite step whose averaged gradient was `weight` times the update, (n, m)."""
+        if not self._adapts:
+            return
+        self.regime = self._next
+        if self.regime.total is None:
+            self.regime.total = update * weight
+        else:
+            self.regime.total.add_(update, alpha=weight)
+
+    def state_dict(self) -> Dict[str, object]:
+        """What is kept, on the CPU; the same on every worker."""
+        return {"regime": self.regime.state_dict(lambda total: total.cpu().clone())} if self._adapts else {}
+
+    def load_state_dict(self, state: Dict[str, object], like: torch.Tensor) -> None:
+        """Takes what another one kept; its tensors get the dtype and the device of `like`."""
+        if self._adapts:
+            self.regime = Regime.from_state_dict(state["regime"], lambda total: total.to(like, copy=True))
+
+
+def _norm(total: torch.Tensor) -> float:
+    return torch.linalg.vector_norm(total, dtype=torch.float64).item()

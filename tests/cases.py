@@ -4,7 +4,22 @@ import functools
 
 import numpy as np
 
-from horovod_powersgd import PowerSGD, reference
+from horovod_powersgd import (
+    Accordion,
+    Atomo,
+    BestRank,
+    Float16,
+    GradiVeq,
+    NoCompression,
+    PowerSGD,
+    RandomBlock,
+    RandomK,
+    SignNorm,
+    Signum,
+    TopK,
+    UnbiasedRank,
+    reference,
+)
 from horovod_powersgd.layout import leading_rows
 
 SHAPES = {
@@ -36,6 +51,36 @@ CONFIGS = [
 
 DTYPES = ["float32", "float64"]
 
+# The compressors beside PowerSGD, and what is new in PowerSGD's course.
+COMPRESSORS = [
+    RandomK(0.1),
+    RandomK(0.1, error_feedback=False),
+    RandomBlock(0.1),
+    TopK(0.05),
+    SignNorm(),
+    Signum(0.8),
+    BestRank(2),
+    UnbiasedRank(2),
+    Atomo(2),
+    GradiVeq(slice_size=32, dimensions=4, learning_steps=2, compressed_steps=3),
+    NoCompression(),
+    Float16(),
+    PowerSGD(rank=2, refresh_every=3),
+    PowerSGD(rank=2, num_iters_per_step=1, refresh_every=3),
+]
+# With the learning rates below, each layer is in both regimes, and goes from each to the other.
+ACCORDIONS = [
+    Accordion(PowerSGD(rank=4), PowerSGD(rank=1), interval=2),
+    Accordion(PowerSGD(rank=3, num_iters_per_step=1), PowerSGD(rank=1, num_iters_per_step=1), interval=2),
+    Accordion(TopK(0.1), TopK(0.01), interval=2),
+    Accordion(RandomK(0.2), RandomK(0.05), interval=2, threshold=0.3),
+]
+
+
+def learning_rate(step):
+    """It decays at step 7, in the middle of an interval."""
+    return 0.5 if step < 7 else 0.25
+
 
 def gradients(step, worker, dtype, shapes=SHAPES):
     """One worker's gradients of one step: four singular values that decay by halves, the same in all steps, and noise.
@@ -62,7 +107,7 @@ def _smooth(shape):
 
 def tolerance(config, dtype, workers, steps):
     """How far from the reference an update or a memory may be, relative to its norm, after so many steps."""
-    if config.wire_dtype == "float16" and (dtype == "float32" or workers > 2):
+    if sends_halves(config) and (dtype == "float32" or workers > 2):
         # Sums of three numbers in half precision depend on their order, and where the factors differ in the last
         # digit, some round the other way. A rounding is 2^-11; it turns a basis by as much times the condition
         # number of its factor, which is about 10 here, and a later step starts from that.
@@ -70,6 +115,11 @@ def tolerance(config, dtype, workers, steps):
     if steps == 1:
         return {"float32": 1e-5, "float64": 1e-12}[dtype]
     return {"float32": 1e-3, "float64": 1e-9}[dtype]
+
+
+def sends_halves(config):
+    """Whether the workers' sum is in half precision."""
+    return isinstance(config, Float16) or getattr(config, "wire_dtype", None) == "float16"
 
 
 def error(found, expected, scale=None):
@@ -91,11 +141,13 @@ def assert_close(found, expected, largest, what, scales=None):
 
 
 def simulated(config, dtype, workers, steps, matrix_shape=leading_rows):
-    """The reference's run on these gradients: for each step the updates, and each worker's memory."""
+    """The reference's run on these gradients: for each step the updates, each worker's memory, and Accordion's decisions
+    so far."""
     states = [reference.State() for _ in range(workers)]
     run = []
     for step in range(steps):
         everyone = [gradients(step, w, dtype) for w in range(workers)]
-        updates = reference.simulate(everyone, states, config, matrix_shape)
-        run.append((updates[0], [dict(state.memory) for state in states]))
+        updates = reference.simulate(everyone, states, config, matrix_shape, learning_rate(step))
+        decisions = {name: regime.decisions for name, regime in states[0].regimes.items()}
+        run.append((updates[0], [dict(state.memory) for state in states], decisions))
     return run

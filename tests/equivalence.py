@@ -37,27 +37,47 @@ class Equivalence:
     def exchange_all(self, trainees, step):
         """Yields (run, trainee, its updates) after one step of all."""
         for (_, dtype), trainee in trainees.items():
+            trainee.set_rate(cases.learning_rate(step))
             trainee.start(cases.gradients(step, self._hvd.rank(), dtype))
         for run, trainee in trainees.items():
             yield run, trainee, trainee.finish()
 
     def a_run_of_20_steps(self):
-        hvd, everyone = self._hvd, self.trainees()
-        self._trained = everyone
+        self._trained = everyone = self.trainees()
+        self._compare(everyone, steps=20)
+
+    def a_run_of_compressors(self, runs, steps=9):
+        """Each (configuration, dtype) of these, its bytes, and Accordion's decisions, too."""
+        everyone = {run: self._trainee(*run) for run in runs}
+        self._compare(everyone, steps, what_happened=self._compare_stats)
+
+    def _compare(self, everyone, steps, what_happened=lambda *_: None):
+        hvd, runs = self._hvd, list(everyone)
         # Each worker simulates its share.
-        mine = self._runs()[hvd.rank() :: hvd.size()]
-        simulated = {run: cases.simulated(*run, hvd.size(), 20, self._matrix_shape) for run in mine}
+        mine = runs[hvd.rank() :: hvd.size()]
+        simulated = {run: cases.simulated(*run, hvd.size(), steps, self._matrix_shape) for run in mine}
         shares = hvd.allgather_object(simulated, name="simulated")
         simulated = {run: steps for share in shares for run, steps in share.items()}
-        for step in range(20):
+        for step in range(steps):
             for run, trainee, updates in self.exchange_all(everyone, step):
                 largest = cases.tolerance(*run, hvd.size(), step + 1)
-                expected, memories = simulated[run][step]
+                expected, memories, decisions = simulated[run][step]
                 cases.assert_close(updates, expected, largest, (run, step))
+                what_happened(run, trainee, step, decisions)
                 if step % 2:  # a memory that nobody looks at may take another way into the next step
                     memory = memories[hvd.rank()]
                     cases.assert_close(trainee.state().memory, memory, largest, (run, step, "memory"), expected)
-        assert all(trainee.state().steps == 20 for trainee in everyone.values())
+        assert all(trainee.state().steps == steps for trainee in everyone.values())
+
+    def _compare_stats(self, run, trainee, step, decisions):
+        config, dtype = run
+        stats = trainee.stats()
+        if decisions:
+            assert {t.name: t.decisions for t in stats.tensors if t.compressed} == decisions, (run, step)
+        else:
+            shapes, itemsize = cases.SHAPES.values(), np.dtype(dtype).itemsize
+            traffic = config.traffic(shapes, self._hvd.size(), itemsize, step, self._matrix_shape)
+            assert (stats.bytes_sent, stats.bytes_received) == traffic, (run, step, traffic)
 
     def one_step_from_an_equal_state(self):
         """After the 20 steps: rounding has not grown since the step before."""

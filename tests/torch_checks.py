@@ -6,7 +6,7 @@ import torch
 import cases
 import horovod_powersgd.torch as hvd
 from equivalence import RUNS, Equivalence
-from horovod_powersgd import PowerSGD, reference
+from horovod_powersgd import Accordion, AllreduceMean, Custom, PowerSGD, SignNorm, TopK, reference
 from horovod_powersgd.layout import leading_rows
 from trainee import Trainee
 
@@ -34,6 +34,43 @@ def check_any_shapes_equal_the_reference():
 
 def check_the_mean_of_all_workers_is_kept_in_half_precision():
     equivalence.the_mean_of_all_workers_is_kept_in_half_precision()
+
+
+def check_every_compressor_equals_the_reference():
+    equivalence.a_run_of_compressors([(config, dtype) for config in cases.COMPRESSORS for dtype in cases.DTYPES])
+
+
+def check_accordion_equals_the_reference():
+    equivalence.a_run_of_compressors([(config, dtype) for config in cases.ACCORDIONS for dtype in cases.DTYPES])
+
+
+def every_other_row(delta, state):
+    """Sends the even rows in even steps, and the odd ones in odd steps."""
+    mine = delta * 0
+    mine[state.step % 2 :: 2] = delta[state.step % 2 :: 2]
+    mean = yield AllreduceMean(mine[state.step % 2 :: 2])
+    update = delta * 0
+    update[state.step % 2 :: 2] = mean
+    return update, mine
+
+
+def running_mean(delta, state):
+    """Sends each matrix's mean magnitude, and hands out the mean of those so far."""
+    total = state.get("total", np.zeros(1, "float32"))
+    total = total + (yield AllreduceMean(abs(delta).mean()[None]))
+    state.put("total", total)
+    return delta * 0 + total / (state.step + 1), None
+
+
+def check_a_compressor_of_ones_own_is_a_generator_function():
+    for function in (every_other_row, Custom(running_mean, error_feedback=False)):
+        trainee, states = Trainee(function), [reference.State() for _ in range(hvd.size())]
+        for step in range(5):
+            gradients = [cases.gradients(step, w, "float32") for w in range(hvd.size())]
+            expected = reference.simulate(gradients, states, function)[0]
+            cases.assert_close(trainee.exchange(gradients[hvd.rank()]), expected, 1e-5, (function, step))
+        memory = states[hvd.rank()].memory
+        cases.assert_close(trainee.state().memory, memory, 1e-5, (function, "memory"))
 
 
 def check_updates_and_parameters_are_the_same_bits_on_all_workers():
@@ -133,6 +170,24 @@ def check_a_step_with_a_number_that_is_not_finite_leaves_no_trace():
             assert (after.factors[name].array == before.factors[name].array).all()
         updates = trainee.exchange(cases.gradients(3, hvd.rank(), "float32"))
         assert all(np.isfinite(update).all() for update in updates.values())
+
+
+def check_no_compressor_lets_a_number_pass_that_is_not_finite():
+    for config in [*cases.COMPRESSORS, *cases.ACCORDIONS]:
+        trainee = Trainee(config)
+        for step in range(2):
+            trainee.exchange(cases.gradients(step, hvd.rank(), "float32"))
+        before = trainee.state()
+        gradients = cases.gradients(2, hvd.rank(), "float32")
+        if hvd.rank() == hvd.size() - 1:
+            gradients["linear"].flat[5] = np.nan
+        assert not np.isfinite(trainee.exchange(gradients)["linear"]).all(), config
+        after = trainee.state()
+        assert after.steps == 2, config
+        for name in before.memory:
+            np.testing.assert_array_equal(after.memory[name], before.memory[name])
+        updates = trainee.exchange(cases.gradients(3, hvd.rank(), "float32"))
+        assert trainee.state().steps == 3 and all(np.isfinite(update).all() for update in updates.values()), config
 
 
 def check_a_layer_recovers_from_gradients_of_zero():

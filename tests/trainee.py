@@ -23,6 +23,14 @@ class Trainee:
     def backward(self, gradients):
         sum((p * torch.from_numpy(np.asarray(gradients[name]))).sum() for name, p in self.parameters.items()).backward()
 
+    def set_rate(self, rate):
+        """As a learning-rate schedule does."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def stats(self):
+        return self.optimizer.compression_stats()
+
     def start(self, gradients):
         """Backward, which starts the exchange."""
         self.optimizer.zero_grad()

@@ -19,7 +19,8 @@ def concat(parts):
 
 
 def cast(x, dtype):
-    return torch.as_tensor(x).to(getattr(torch, dtype))
+    x = torch.as_tensor(x)
+    return (x.float() if dtype == "float16" else x).to(getattr(torch, dtype))
 
 
 def like(x, other):
@@ -87,7 +88,8 @@ def take(x, places):
 def scatter(size, places, values):
     total = values.new_zeros(size)
     # One worker's after the other's: places that meet are added up in the same order on every worker.
-    for some, theirs in zip(places.to(values.device).reshape(-1, places.shape[-1]), values.reshape(-1, values.shape[-1])):
+    places = places.to(values.device).reshape(-1, places.shape[-1])
+    for some, theirs in zip(places, values.reshape(places.shape)):
         total.index_add_(0, some, theirs)
     return total
 

@@ -36,8 +36,11 @@ if KIND == "AdamW":
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
 else:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
+compression = hvd.PowerSGD(rank=2)
+if KIND == "AdamW":
+    compression = hvd.Accordion(hvd.PowerSGD(rank=2), hvd.PowerSGD(rank=1), interval=3)
 optimizer = hvd.DistributedOptimizer(
-    optimizer, named_parameters=model.named_parameters(), compression=hvd.PowerSGD(rank=2)
+    optimizer, named_parameters=model.named_parameters(), compression=compression
 )
 
 
@@ -68,4 +71,5 @@ def train(state):
 
 train(hvd.elastic.TorchState(model=model, optimizer=optimizer, step=0))
 hvd.assert_replicas_equal(model)
-report(event="end", size=hvd.size(), exchanged=optimizer.compression_stats().steps)
+stats = optimizer.compression_stats()
+report(event="end", size=hvd.size(), exchanged=stats.steps, decisions=[t.decisions for t in stats.tensors])

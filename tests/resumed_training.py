@@ -19,7 +19,7 @@ model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.Flatten(), torch
 optimizer = hvd.DistributedOptimizer(
     torch.optim.AdamW(model.parameters(), lr=0.01),
     named_parameters=model.named_parameters(),
-    compression=hvd.PowerSGD(rank=2),
+    compression=hvd.Accordion(hvd.PowerSGD(rank=2), hvd.PowerSGD(rank=1), interval=4),
 )
 if FIRST:
     model.load_state_dict(torch.load(FOLDER / f"model-{FIRST}.pt"))

@@ -41,3 +41,6 @@ def test_survivors_keep_their_memory_and_newcomers_become_equal_replicas(kind, t
             if start["event"] == "start":
                 assert start["memory"] == before["memory"] and all(norm > 0 for norm in start["memory"]), output
     assert newcomer[-1]["exchanged"] == 24, output
+    # With AdamW it is Accordion that compresses.
+    decisions = [worker[-1]["decisions"] for worker in by_end["end"]]
+    assert decisions[0] == decisions[1] == decisions[2] and any(decisions[0]) == (kind == "AdamW"), output

@@ -1,5 +1,6 @@
 """What users do with hvd.DistributedOptimizer, with PowerSGD on; in every worker of a PyTorch job of several."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -9,10 +10,22 @@ from torch import nn
 
 import cases
 import horovod_powersgd.torch as hvd
-from horovod_powersgd import PowerSGD, reference
+from horovod_powersgd import (
+    Accordion,
+    BestRank,
+    GradiVeq,
+    PowerSGD,
+    RandomK,
+    SignNorm,
+    Signum,
+    TopK,
+    reference,
+)
 from trainee import Trainee
 
 CONFIG = PowerSGD(rank=2)
+ACCORDION = Accordion(PowerSGD(rank=2), PowerSGD(rank=1), interval=4)
+GRADIVEQ = GradiVeq(slice_size=16, dimensions=2, learning_steps=3, compressed_steps=5)
 
 
 def network(seed=0):
@@ -115,6 +128,51 @@ def check_a_scheduler_sets_the_learning_rate():
         train(model, optimizer, [step])
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 0.025
+
+
+def check_accordion_sees_what_a_scheduler_does():
+    model = network()
+    config = Accordion(PowerSGD(rank=2), PowerSGD(rank=1), threshold=1e9, interval=2)
+    optimizer = distribute(model, config=config)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[6, 9], gamma=0.1)
+    for step in range(12):
+        train(model, optimizer, [step])
+        scheduler.step()
+    # Low where there is nothing to compare with and from each decay to the interval's end; no norm differs so much.
+    low, high = "low", "high"
+    expected = [(0, low), (2, low), (4, high), (6, low), (8, high), (9, low), (10, high)]
+    compressed = [tensor for tensor in optimizer.compression_stats().tensors if tensor.compressed]
+    assert len(compressed) == 3 and all(list(tensor.decisions) == expected for tensor in compressed)
+    assert all(tensor.rank == 1 for tensor in compressed)
+
+
+def check_algorithm_2_is_an_optimizer():
+    for dtype in cases.DTYPES:
+        parameters = {
+            name: nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype))) for name, shape in cases.SHAPES.items()
+        }
+        optimizer = hvd.ErrorFeedbackSGD(parameters.values(), lr=0.3, momentum=0.8)
+        optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=parameters.items(), compression=CONFIG)
+        workers = [
+            ({name: np.zeros(shape, dtype) for name, shape in cases.SHAPES.items()}, reference.OptimizerState())
+            for _ in range(hvd.size())
+        ]
+        for step in range(6):
+            everyone = [cases.gradients(step, w, dtype) for w in range(hvd.size())]
+            reference.lockstep(
+                [reference.algorithm_2(x, g, state, CONFIG, 0.3, 0.8) for (x, state), g in zip(workers, everyone)]
+            )
+            optimizer.zero_grad()
+            for name, p in parameters.items():
+                (p * torch.from_numpy(everyone[hvd.rank()][name])).sum().backward()
+            optimizer.step()
+            found = {name: p.detach().numpy().copy() for name, p in parameters.items()}
+            largest = cases.tolerance(CONFIG, dtype, hvd.size(), step + 1)
+            cases.assert_close(found, workers[0][0], largest, (dtype, step))
+    with pytest.raises(ValueError, match="momentum"):
+        hvd.ErrorFeedbackSGD(network().parameters(), lr=0.1, momentum=1.0)
+    with pytest.raises(ValueError, match="lr"):
+        hvd.ErrorFeedbackSGD(network().parameters(), lr=-1.0)
 
 
 def check_parameter_groups_of_the_start_and_later_ones():
@@ -258,7 +316,8 @@ def check_workers_outside_the_process_set_do_nothing():
 
 
 def check_join_with_uneven_data():
-    for config in (CONFIG, PowerSGD(rank=2, num_iters_per_step=1), PowerSGD(rank=2, warmup_steps=3)):
+    configs = CONFIG, PowerSGD(rank=2, num_iters_per_step=1), PowerSGD(rank=2, warmup_steps=3), RandomK(0.2), ACCORDION
+    for config in configs:
         model = network()
         optimizer = distribute(model, config=config)
         for _ in range(2):
@@ -272,6 +331,28 @@ def check_join_with_uneven_data():
             # Those that joined first missed steps, and take their factors from the one that did not.
             train(model, optimizer, range(10, 12))
         assert optimizer.compression_stats().steps == 2 * (hvd.size() + 2)
+
+
+def check_gathering_while_a_worker_has_joined_is_refused():
+    for config in (TopK(0.1), SignNorm(), BestRank(2)):
+        model = network()
+        optimizer = distribute(model, config=config)
+        train(model, optimizer, range(2))
+        if hvd.rank() != 0:
+            loss_of(model, 2).backward()
+            with pytest.raises(RuntimeError, match="hvd.join.*PowerSGD or RandomK"):
+                optimizer.synchronize()
+        hvd.join()
+    embedding = nn.Embedding(30, 8, sparse=True)
+    optimizer = distribute(embedding, make=lambda p: torch.optim.SGD(p, lr=0.1))
+    for step in range(4):
+        if step == 3 and hvd.rank() == 0:
+            break
+        embedding(torch.arange(5)).sum().backward()
+        with pytest.raises(RuntimeError, match="sparse_as_dense") if step == 3 else contextlib.nullcontext():
+            optimizer.synchronize()
+        optimizer.zero_grad()
+    hvd.join()
 
 
 def check_two_optimizers_in_one_process():
@@ -519,7 +600,8 @@ def check_a_step_with_infinity_on_one_worker_is_skipped_by_all():
 
 
 def check_a_loaded_state_goes_on_bit_for_bit():
-    for config in (CONFIG, PowerSGD(rank=2, num_iters_per_step=1), PowerSGD(rank=1, warmup_steps=12)):
+    others = ACCORDION, Accordion(TopK(0.2), TopK(0.1), interval=4), Signum(), GRADIVEQ, PowerSGD(2, refresh_every=4)
+    for config in (CONFIG, PowerSGD(rank=2, num_iters_per_step=1), PowerSGD(rank=1, warmup_steps=12), *others):
         whole = network()
         train(whole, distribute(whole, config=config), range(20))
         first = network()
@@ -626,7 +708,7 @@ def check_two_optimizers_may_meet_their_gradients_in_any_order():
 
 
 def check_a_worker_that_is_new_takes_steps_and_factors_from_the_others():
-    for config in (PowerSGD(rank=2, warmup_steps=2), PowerSGD(rank=2, num_iters_per_step=1)):
+    for config in (PowerSGD(rank=2, warmup_steps=2), PowerSGD(rank=2, num_iters_per_step=1), ACCORDION, GRADIVEQ):
         model = network()
         optimizer = distribute(model, config=config)
         train(model, optimizer, range(3))
@@ -642,4 +724,7 @@ def check_a_worker_that_is_new_takes_steps_and_factors_from_the_others():
         hvd.broadcast_optimizer_state(optimizer, root_rank=0)
         optimizer._engine._world = None
         train(model, optimizer, range(3, 6))
-        assert optimizer.compression_stats().steps == 6
+        stats = optimizer.compression_stats()
+        assert stats.steps == 6
+        everyone = hvd.allgather_object([tensor.decisions for tensor in stats.tensors], name="decisions")
+        assert all(decisions == everyone[0] for decisions in everyone)

@@ -42,6 +42,7 @@ class Step:
 
     Attributes:
         number: how many steps were exchanged before.
+        turn: changes with every attempt at a step.
         scale: that the loss is multiplied by.
         factor: that the averages are multiplied by in the end.
         rates: learning rates, where they are known.
@@ -52,6 +53,7 @@ class Step:
     """
 
     number: int
+    turn: bool
     scale: float
     factor: float
     rates: Mapping[torch.nn.Parameter, float]
@@ -95,7 +97,7 @@ class Bucket:
         yield gradient
         gradient.begin(step.scale)
         if gradient.is_sparse:
-            sparse[gradient], nbytes = gradient.send_sparse(self._workers)
+            sparse[gradient], nbytes = gradient.send_sparse(self._workers, step.turn)
             step.count(nbytes, gathered=True)
 
     def _rounds(self, step: Step, sparse: Dict[PlainGradient, SparseMean]):
@@ -174,7 +176,7 @@ class CompressedBucket(Bucket):
             parts = [gradient.parts() for gradient in gathers]
             packed = torch.cat([_bytes_of(part) for some in parts for part in some])
             step.count(packed.nbytes, gathered=True)
-            gathered = self._workers.gather(packed, f"{name}.gather", self._config)
+            gathered = self._workers.gather(packed, f"{name}.gather", step.turn, self._config)
             started.append((gathers, parts, gathered, _split_gathered))
         return started
 

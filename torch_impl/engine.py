@@ -55,7 +55,7 @@ class Engine:
         self._loss_scale: Callable[[], float] = lambda: 1.0
         # Backward has a thread for each device.
         self._lock = threading.RLock()
-        self._steps = 0
+        self._steps, self._turn = 0, False
         self._bytes_sent = self._total_bytes_sent = 0
         self._bytes_received = self._total_bytes_received = 0
         self._bytes_uncompressed = self._total_bytes_uncompressed = 0
@@ -195,8 +195,10 @@ class Engine:
             self._buckets = make_buckets(gradients, self._workers, self._config, self._groups)
             self._bucketed = gradients
         self._arriving = {gradient.parameter: gradient for gradient in gradients}
+        self._turn = not self._turn
         self._step = Step(
             number=self._steps,
+            turn=self._turn,
             scale=self._loss_scale(),
             factor=self._workers.count if self._sum_gradients else 1,
             rates=self._learning_rates(),
@@ -225,8 +227,8 @@ class Engine:
     def _take_state(self, root: int) -> None:
         """What the worker keeps that is farthest, in an elastic job: others may be new, or have missed a step."""
         compressed = [gradient for gradient in self._gradients if gradient.compressed]
-        mine = self._steps, [gradient.shared_state() for gradient in compressed]
-        self._steps, states = self._workers.broadcast(mine, root)
+        mine = self._steps, self._turn, [gradient.shared_state() for gradient in compressed]
+        self._steps, self._turn, states = self._workers.broadcast(mine, root)
         for gradient, state in zip(compressed, states):
             gradient.load_shared_state(state)
 

@@ -73,12 +73,12 @@ class PlainGradient:
             gradient = self.parameter.grad = gradient.contiguous()
         self._dense = gradient.to_dense() if gradient.is_sparse else gradient
 
-    def send_sparse(self, workers: Workers) -> Tuple[SparseMean, int]:
+    def send_sparse(self, workers: Workers, turn: bool) -> Tuple[SparseMean, int]:
         """Starts averaging a sparse gradient by gathering, as Horovod does; also gives the bytes handed to it."""
         gradient = self.parameter.grad.coalesce()
         indices, values = gradient.indices(), gradient.values().to(PlainGradient.sent_dtype.fget(self))
         self._sparse_bytes = indices.nbytes + values.nbytes
-        return workers.sparse_mean(indices, values, gradient.shape, self.name), self._sparse_bytes
+        return workers.sparse_mean(indices, values, gradient.shape, self.name, turn), self._sparse_bytes
 
     def receive_sparse(self, average: torch.Tensor) -> None:
         """Takes the average of a sparse gradient."""

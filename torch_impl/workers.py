@@ -78,19 +78,24 @@ class Workers:
         return Mean(tensor, handle)
 
     def sparse_mean(
-        self, indices: torch.Tensor, values: torch.Tensor, shape: torch.Size, name: str
+        self, indices: torch.Tensor, values: torch.Tensor, shape: torch.Size, name: str, turn: bool
     ) -> "SparseMean":
         """Starts averaging a sparse tensor, as Horovod does: all workers' parts are gathered."""
         parts = (indices.t().contiguous(), "indices"), (values.contiguous(), "values")
-        handles = [allgather_async(part, f"{self.prefix}.{name}.{what}", self.process_set) for part, what in parts]
-        return SparseMean(handles, shape, self.count)
+        handles = [self._start_gather(part, f"{name}.{what}", turn) for part, what in parts]
+        return SparseMean(handles, shape, self.count, turn)
 
-    def gather(self, packed: torch.Tensor, name: str, compressor: Compressor) -> "Gathered":
+    def gather(self, packed: torch.Tensor, name: str, turn: bool, compressor: Compressor) -> "Gathered":
         """Starts gathering as many bytes from each worker, for a compressor."""
         if self.count == 1:
             return Gathered(packed, 1, compressor)
-        handle = allgather_async(packed, f"{self.prefix}.{name}", self.process_set)
-        return Gathered(packed, self.count, compressor, handle)
+        return Gathered(packed, self.count, compressor, self._start_gather(packed, name, turn))
+
+    def _start_gather(self, tensor: torch.Tensor, name: str, turn: bool) -> int:
+        """Horovod hangs where a worker has joined and the others gather what has the shape that it remembers for that
+        name; otherwise it answers with an error. So every other time the tensor has an axis more."""
+        tensor = tensor.unsqueeze(-1) if turn else tensor
+        return allgather_async(tensor, f"{self.prefix}.{name}", self.process_set)
 
     def largest(self, numbers: List[int], name: str) -> List[int]:
         """The largest of all workers', number by number. A worker that has joined (hvd.join) counts as zeros."""
@@ -170,18 +175,15 @@ class Gathered:
         """
         if self._handle is not None:
             with phase("wait"):
-                try:
-                    self._packed, self._handle = mpi_ops.synchronize(self._handle), None
-                except HorovodInternalError as error:
-                    raise joined(error, self._compressor) or error from None
+                self._packed, self._handle = _gathered(self._handle, self._compressor), None
         return self._packed.view(self._count, -1)
 
 
 class SparseMean:
     """An average of sparse tensors that may still be on its way."""
 
-    def __init__(self, handles: List[int], shape: torch.Size, count: int):
-        self._handles, self._shape, self._count = handles, shape, count
+    def __init__(self, handles: List[int], shape: torch.Size, count: int, turn: bool):
+        self._handles, self._shape, self._count, self._turn = handles, shape, count, turn
 
     def done(self) -> bool:
         """Whether result() returns at once."""
@@ -192,11 +194,21 @@ class SparseMean:
 
         Raises:
             HorovodInternalError: a worker was lost.
+            RuntimeError: a worker has joined (hvd.join).
         """
-        indices, values = (mpi_ops.synchronize(handle) for handle in self._handles)
+        indices, values = (_gathered(handle) for handle in self._handles)
+        if self._turn:
+            indices, values = indices.squeeze(-1), values.squeeze(-1)
         return torch.sparse_coo_tensor(
             indices.t(), values / self._count, self._shape, check_invariants=False
         ).coalesce()
+
+
+def _gathered(handle: int, compressor: Optional[Compressor] = None) -> torch.Tensor:
+    try:
+        return mpi_ops.synchronize(handle)
+    except HorovodInternalError as error:
+        raise joined(error, compressor) or error from None
 
 
 def join(device: int = -1) -> int:

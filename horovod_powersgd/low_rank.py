@@ -110,7 +110,8 @@ class Atomo(_LowRank):
     Args:
         rank: singular vectors that are sent, at least 1. A matrix with fewer rows or columns uses its smaller side.
         error_feedback: add what one step left out to the next step's gradient. Neither ATOMO nor the PowerSGD paper
-            does; an estimate that can be longer than what it estimates lets the memory grow without bound.
+            does; with it the memory grows to thousands of times the gradient, since the estimate can be longer than
+            what it estimates.
         seed: of the choice.
 
     Raises:

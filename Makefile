@@ -1,13 +1,14 @@
 # Everything goes into .venv. The interpreter can be chosen when that is made: make PYTHON=/path/to/python3 setup
 PYTHON =
 
-.PHONY: help setup demo demo-tensorflow test bench clean
+.PHONY: help setup demo demo-tensorflow test bench evidence clean
 
 help:
 	@echo "make demo              set everything up, train on real data under horovodrun with 2 workers, print a table"
 	@echo "make demo-tensorflow   the same with TensorFlow in place of PyTorch"
 	@echo "make test              set everything up, then run the whole test suite"
 	@echo "make bench             set everything up, then measure the exchange and write docs/benchmarks.md; best as root"
+	@echo "make evidence          set everything up, then train with all compressors and write docs/evidence.md; best as root"
 	@echo "make setup             only set everything up"
 	@echo "make clean             remove what the others made; the built Horovod stays in the user's cache"
 

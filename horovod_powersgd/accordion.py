@@ -12,11 +12,11 @@ class Accordion(Compressor):
     """Compresses little while training changes fast, and much in between, each layer by itself (Agarwal et al.,
     "Adaptive Gradient Communication via Critical Learning Regime Identification", MLSys 2021, algorithm 1).
 
-    A layer's averaged gradients are added up over an interval. After the interval, where the norm of the sum differs from
-    the last interval's by `threshold` times that or more, the next interval has low compression; otherwise high. The first
-    two intervals, which have nothing to be compared with, have low compression; and so has what is left of an interval
-    from the step on in which the learning rate has become lower. The workers need no messages for it: what they compare is
-    the same on all of them.
+    A layer's averaged gradients are added up over an interval. After the interval, where the norm of the sum differs
+    from the last interval's by `threshold` times that or more, the next interval has low compression; otherwise high.
+    The first two intervals, which have nothing to be compared with, have low compression; and so has what is left of an
+    interval from the step on in which the learning rate has become lower. The workers need no messages for it: what
+    they compare is the same on all of them.
 
     It costs memory of the gradients' size. Which tensors are compressed at all is what `low` says.
 
@@ -48,7 +48,8 @@ class Accordion(Compressor):
         knob = next((name for name in ("rank", "ratio") if name in vars(self.low)), None)
         if type(self.low) is not type(self.high) or knob is None:
             raise ValueError(
-                f"Accordion: low and high must be of one kind that has a rank or a ratio, not {self.low!r}, {self.high!r}"
+                "Accordion: low and high must be of one kind that has a rank or a ratio, "
+                f"not {self.low!r}, {self.high!r}"
             )
         if replace(self.high, **{knob: getattr(self.low, knob)}) != self.low:
             raise ValueError(f"Accordion: low and high must differ only in {knob}, not {self.low!r}, {self.high!r}")
@@ -161,7 +162,8 @@ class Regime:
 
 
 def is_critical(last: Optional[float], now: Optional[float], threshold: float) -> bool:
-    """Whether the norm has changed so much that what follows is to be compressed less; so it is where it was nothing."""
+    """Whether the norm has changed so much that what follows is to be compressed less; so it is where it was
+    nothing."""
     if last is None or now is None or not last > 0 or not math.isfinite(now):
         return True
     return abs(last - now) >= threshold * last

@@ -25,7 +25,8 @@ def concat(parts):
 
 
 def cast(x, dtype: str):
-    """x in the dtype of this name; float16 by way of float32, as processors do it. What is too large becomes infinite."""
+    """x in the dtype of this name; float16 by way of float32, as processors do it. What is too large becomes
+    infinite."""
     with np.errstate(over="ignore"):
         x = np.asarray(x)
         return (x.astype(np.float32) if dtype == "float16" else x).astype(dtype)

@@ -116,7 +116,7 @@ def compressor_from(description: Mapping) -> Compressor:
     name = fields.pop("compressor")
     if name == "Custom":
         raise ValueError(
-            f"the compression state was made with the function {fields['function']}: let gradients be exchanged with it "
-            "once before the state is loaded"
+            f"the compression state was made with the function {fields['function']}: let gradients be exchanged with "
+            "it once before the state is loaded"
         )
     return getattr(horovod_powersgd, name)(**fields)

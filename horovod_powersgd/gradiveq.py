@@ -13,13 +13,13 @@ class GradiVeq(Compressor):
     """Sends slices of a matrix in the coordinates of their principal components (Yu et al., "GradiVeQ: Vector
     Quantization for Bandwidth-Efficient Gradient Aggregation in Distributed CNN Training", NeurIPS 2018, section 3).
 
-    Steps take turns: in learning_steps the matrix is averaged as it is, and the means' slices of slice_size numbers, row
-    after row, are added up as g g^T; the `dimensions` eigenvectors of that sum with the largest eigenvalues are the
-    basis B of the compressed_steps that follow, in which B^T g is averaged and B B^T g arrives. Slices that reach beyond
-    the end are filled up with zeros.
+    Steps take turns: in learning_steps the matrix is averaged as it is, and the means' slices of slice_size numbers,
+    row after row, are added up as g g^T; the `dimensions` eigenvectors of that sum with the largest eigenvalues are the
+    basis B of the compressed_steps that follow, in which B^T g is averaged and B B^T g arrives. Slices that reach
+    beyond the end are filled up with zeros.
 
-    Linear: one allreduce of n m numbers, or of `dimensions` for each slice. The basis is the same on all workers without
-    being sent, since it comes from means.
+    Linear: one allreduce of n m numbers, or of `dimensions` for each slice. The basis is the same on all workers
+    without being sent, since it comes from means.
 
     Args:
         slice_size: numbers in a slice, at least 2. A matrix of fewer than two slices is not compressed.
@@ -78,7 +78,8 @@ class GradiVeq(Compressor):
 
         learnt = slices(xp.cast(update, "float64"))
         products = xp.cond(learning, lambda: products + xp.transpose(learnt) @ learnt, lambda: products * 0)
-        last = place == self.learning_steps - 1
+        # Not ==, which compares no numbers in the graphs of TensorFlow 1.
+        last = learning & (place >= self.learning_steps - 1)
         state.put("basis", xp.cond(last, lambda: xp.eigh(products)[:, -self.dimensions :], lambda: basis))
         state.put("products", products)
         return update, sent

@@ -64,8 +64,8 @@ class UnbiasedRank(_LowRank):
     """Sends M U, and makes M U U^T of its mean; U is random, in each step another, the same on all workers, with
     E[U U^T] = I (PowerSGD paper, section 4.1: "unbiased rank r").
 
-    Linear: one allreduce of rank n numbers. The update is right on average, so there is no error feedback; but it varies
-    by about m / rank times the gradient's square, and needs a smaller learning rate (the paper took an eighth).
+    Linear: one allreduce of rank n numbers. The update is right on average, so there is no error feedback; but it
+    varies by about m / rank times the gradient's square, and needs a smaller learning rate (the paper took an eighth).
 
     Args:
         rank: columns of U, at least 1. A matrix with fewer rows or columns uses its smaller side.
@@ -97,12 +97,13 @@ class UnbiasedRank(_LowRank):
 
 @dataclass(frozen=True)
 class Atomo(_LowRank):
-    """Sends some of a matrix's singular vectors, of each worker its own, chosen at random with probabilities p that fall
-    with the singular values, and scales them by 1 / p, so that the mean is right (Wang et al., "ATOMO:
+    """Sends some of a matrix's singular vectors, of each worker its own, chosen at random with probabilities p that
+    fall with the singular values, and scales them by 1 / p, so that the mean is right (Wang et al., "ATOMO:
     Communication-efficient Learning via Atomic Sparsification", NeurIPS 2018, algorithm 1, in its spectral form).
 
     Exactly `rank` are sent, where ATOMO sends as many on average: a systematic sample has the same probabilities, and
-    messages of one length. (The PowerSGD paper's experiments drew again until there were as many, which is not unbiased.)
+    messages of one length. (The PowerSGD paper's experiments drew again until there were as many, which is not
+    unbiased.)
 
     Not linear: a singular value decomposition in each step, which is slow, and the workers gather each other's
     rank (n + m) numbers.

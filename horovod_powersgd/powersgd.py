@@ -5,8 +5,8 @@ from typing import ClassVar, Optional
 
 from horovod_powersgd.compressor import Compressor
 
-# Half-steps of a step that renews the subspace: from a random Q, with these two more, the approximation is as good as one
-# from a warm start. benchmarks/evidence/ablations.py measures it.
+# Half-steps of a step that renews the subspace: from a random Q, with two more than usual, the approximation is as good
+# as one from a warm start, and better. benchmarks/renewal.py measures it.
 RENEWAL = 4
 
 
@@ -85,7 +85,8 @@ class PowerSGD(Compressor):
         """Whether the step that comes after so many steps renews the subspace; in TensorFlow both are tensors."""
         if self.refresh_every is None:
             return False
-        return (step > 0) & (step % self.refresh_every == 0)
+        # Not ==, which compares no numbers in the graphs of TensorFlow 1.
+        return (step > 0) & (step % self.refresh_every < 1)
 
     def half_steps(self, renews: bool) -> int:
         """Of a step that renews the subspace, or does not."""

@@ -24,6 +24,10 @@ def draw(xp, key, step, places):
         step: another one gives other numbers.
         places: int64, of the numbers.
     """
+    return _apart(xp, _draw, key, step, places)
+
+
+def _draw(xp, key, step, places):
     key = _mix(xp, _mix(xp, xp.integers(key)) ^ (xp.integers(step) & MASK))
     return _mix(xp, _mix(xp, places & MASK) ^ key)
 
@@ -46,8 +50,10 @@ def subset(xp, key, step, size: int, count):
     the root of the size. What it takes beyond the size it takes on (Black and Rogaway 2002).
     """
     base = math.isqrt(size - 1) + 1
-    highest = -(-size // base)
+    return _apart(xp, _subset, key, step, size, base, -(-size // base), count)
 
+
+def _subset(xp, key, step, size, base, highest, count):
     def permute(x):
         high, low = x // base, x % base
         for i in range(ROUNDS):
@@ -59,6 +65,11 @@ def subset(xp, key, step, size: int, count):
 
     start = permute(xp.arange(count))
     return xp.until(lambda x: xp.all(x < size), lambda x: xp.where(x < size, x, permute(x)), start)
+
+
+def _apart(xp, function, *integers):
+    """function(xp, *integers). A graph of TensorFlow has room for it once, not for each tensor."""
+    return xp.apart(function, *integers) if hasattr(xp, "apart") else function(xp, *integers)
 
 
 def _mix(xp, x):

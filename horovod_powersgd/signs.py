@@ -9,8 +9,8 @@ from horovod_powersgd.compressor import Allgather, Compressor
 
 @dataclass(frozen=True)
 class SignNorm(Compressor):
-    """Sends the signs of a matrix's entries and their mean magnitude (Sign+Norm; PowerSGD paper, appendix; Karimireddy et
-    al., "Error Feedback Fixes SignSGD", ICML 2019, section 4): sign(M) |M|_1 / (n m), averaged over the workers.
+    """Sends the signs of a matrix's entries and their mean magnitude (Sign+Norm; PowerSGD paper, appendix; Karimireddy
+    et al., "Error Feedback Fixes SignSGD", ICML 2019, section 4): sign(M) |M|_1 / (n m), averaged over the workers.
 
     Not linear: the workers gather each other's n m bits, and one number. The sign of zero is plus.
 
@@ -42,14 +42,14 @@ class SignNorm(Compressor):
 @dataclass(frozen=True)
 class Signum(Compressor):
     """Sends the signs of each worker's momentum and goes where most of them point (Bernstein et al., "signSGD with
-    Majority Vote is Communication Efficient and Fault Tolerant", ICLR 2019, algorithm 1): m = momentum m + (1 - momentum)
-    gradient, and the update is sign(sum over the workers of sign(m)), whose entries are 1, -1, or 0 where the workers
-    are divided.
+    Majority Vote is Communication Efficient and Fault Tolerant", ICLR 2019, algorithm 1): m = momentum m + (1 -
+    momentum) gradient, and the update is sign(sum over the workers of sign(m)), whose entries are 1, -1, or 0 where the
+    workers are divided.
 
     Not linear: the workers gather each other's n m bits, and one bit that says whether the gradient is finite. The sign
     of zero is plus. There is no error feedback; in the memory's place the momentum is kept, without the factor
-    1 - momentum, which changes no sign. Use a wrapped optimizer without a momentum of its own, and a learning rate that is small: an
-    update is as long as the matrix has entries (the PowerSGD paper took a 2000th of SGD's).
+    1 - momentum, which changes no sign. Use a wrapped optimizer without a momentum of its own, and a learning rate that
+    is small: an update is as long as the matrix has entries (the PowerSGD paper took a 2000th of SGD's).
 
     Args:
         momentum: at least 0 and below 1.

@@ -93,7 +93,8 @@ class TopK(_Sparsifier):
     """Sends the entries of each matrix that are largest in magnitude, of each worker its own (Top K; PowerSGD paper,
     appendix; Aji and Heafield, "Sparse Communication for Distributed Gradient Descent", EMNLP 2017).
 
-    Not linear: the workers gather each other's floor(ratio n m) numbers, at least one, and their places, four bytes each.
+    Not linear: the workers gather each other's floor(ratio n m) numbers, at least one, and their places, four bytes
+    each.
 
     Args:
         ratio: the fraction of the entries that is sent, above 0 and at most 1.

@@ -141,8 +141,8 @@ def assert_close(found, expected, largest, what, scales=None):
 
 
 def simulated(config, dtype, workers, steps, matrix_shape=leading_rows):
-    """The reference's run on these gradients: for each step the updates, each worker's memory, and Accordion's decisions
-    so far."""
+    """The reference's run on these gradients: for each step the updates, each worker's memory, and Accordion's
+    decisions so far."""
     states = [reference.State() for _ in range(workers)]
     run = []
     for step in range(steps):

@@ -51,11 +51,12 @@ PLACES = np.array([[3, 1, 7], [7, 0, 1]])
     ],
 )
 def test_torch_does_as_numpy(name, arguments):
-    theirs = [
-        torch.from_numpy(a) if isinstance(a, np.ndarray) else [torch.from_numpy(b) for b in a] if isinstance(a, list) else a
-        for a in arguments
-    ]
-    equal(getattr(torch_arrays, name)(*theirs), getattr(arrays, name)(*arguments))
+    def to_torch(argument):
+        if isinstance(argument, list):
+            return list(map(to_torch, argument))
+        return torch.from_numpy(argument) if isinstance(argument, np.ndarray) else argument
+
+    equal(getattr(torch_arrays, name)(*map(to_torch, arguments)), getattr(arrays, name)(*arguments))
 
 
 def test_decompositions():

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cases
+import documented
 from horovod_powersgd import (
     Accordion,
     Allgather,
@@ -218,6 +219,18 @@ def test_nothing_is_lost_with_error_feedback(config, workers):
     # The mean of numbers in half precision is rounded once more.
     rounding = 2e-2 if isinstance(config, Float16) else 1e-11
     np.testing.assert_allclose(update_sum + left, given_sum, rtol=0, atol=rounding)
+
+
+def test_the_compressor_that_the_docs_show_averages_rows():
+    assert documented.LINES <= 20
+    states, given_sum, update_sum = fresh(3), 0, 0
+    for number in range(5):
+        gradients = matrices(number, 3, 20, 30)
+        update = step(documented.random_rows, gradients, states)
+        assert (update.any(axis=1)).sum() == 2
+        given_sum, update_sum = given_sum + np.mean(gradients, axis=0), update_sum + update
+    left = np.mean([state.memory["w"] for state in states], axis=0)
+    np.testing.assert_allclose(update_sum + left, given_sum, rtol=0, atol=1e-12)
 
 
 def test_atomo_with_error_feedback_lets_the_memory_grow():

@@ -31,8 +31,8 @@ def train(config, steps, workers=2):
 
 @pytest.mark.parametrize("half_steps", [2, 3])
 def test_a_warm_start_never_learns_what_was_not_there_at_first(half_steps):
-    # In the first step the gradient has nothing in column 1, so nor has Q. From then on P and Q only ever meet the noise
-    # of output 0, and what column 1 is due piles up in the memory, however large it gets.
+    # In the first step the gradient has nothing in column 1, so nor has Q. From then on P and Q only ever meet the
+    # noise of output 0, and what column 1 is due piles up in the memory, however large it gets.
     config = PowerSGD(rank=1, min_compression_rate=0, num_iters_per_step=half_steps)
     weights, memory = train(config, 400)
     longer, more = train(config, 800)

@@ -5,6 +5,8 @@ import inspect
 import pytest
 from job import assert_passed, checks_in
 
+import horovod_powersgd
+
 LAUNCHES = [(None, 1), ("horovodrun --gloo", 2), ("mpirun", 3), ("horovodrun --gloo", 4)]
 # Launcher, workers, whether Keras is Keras 2. Keras 3's optimizer is among the trainees of tensorflow_checks, too.
 KERAS_LAUNCHES = [
@@ -58,6 +60,8 @@ def test_everything_that_horovod_exports_is_there_with_horovods_signatures():
         for name in own:
             if inspect.isfunction(getattr(ours, name)):
                 assert arguments(getattr(ours, name)) == arguments(getattr(theirs, name)), name
+    for name in horovod_powersgd.__all__:
+        assert name in ("Compressor", "Traffic") or hvd_keras.__dict__[name] is hvd.__dict__[name]
     for name in ("callbacks", "elastic"):
         for exported in (n for n in vars(getattr(horovod.tensorflow.keras, name)) if n[0].isupper()):
             assert hasattr(getattr(hvd_keras, name), exported) or exported == "K", exported

@@ -5,8 +5,9 @@ import torch
 
 import cases
 import horovod_powersgd.torch as hvd
+from documented import random_rows
 from equivalence import RUNS, Equivalence
-from horovod_powersgd import Accordion, AllreduceMean, Custom, PowerSGD, SignNorm, TopK, reference
+from horovod_powersgd import AllreduceMean, Custom, PowerSGD, reference
 from horovod_powersgd.layout import leading_rows
 from trainee import Trainee
 
@@ -44,16 +45,6 @@ def check_accordion_equals_the_reference():
     equivalence.a_run_of_compressors([(config, dtype) for config in cases.ACCORDIONS for dtype in cases.DTYPES])
 
 
-def every_other_row(delta, state):
-    """Sends the even rows in even steps, and the odd ones in odd steps."""
-    mine = delta * 0
-    mine[state.step % 2 :: 2] = delta[state.step % 2 :: 2]
-    mean = yield AllreduceMean(mine[state.step % 2 :: 2])
-    update = delta * 0
-    update[state.step % 2 :: 2] = mean
-    return update, mine
-
-
 def running_mean(delta, state):
     """Sends each matrix's mean magnitude, and hands out the mean of those so far."""
     total = state.get("total", np.zeros(1, "float32"))
@@ -63,7 +54,7 @@ def running_mean(delta, state):
 
 
 def check_a_compressor_of_ones_own_is_a_generator_function():
-    for function in (every_other_row, Custom(running_mean, error_feedback=False)):
+    for function in (random_rows, Custom(running_mean, error_feedback=False)):
         trainee, states = Trainee(function), [reference.State() for _ in range(hvd.size())]
         for step in range(5):
             gradients = [cases.gradients(step, w, "float32") for w in range(hvd.size())]

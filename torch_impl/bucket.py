@@ -136,8 +136,8 @@ class Bucket:
 
 
 class CompressedBucket(Bucket):
-    """Gradients whose generators go through their rounds together: what they ask for travels in one flat tensor for each
-    collective and dtype."""
+    """Gradients whose generators go through their rounds together: what they ask for travels in one flat tensor for
+    each collective and dtype."""
 
     def _rounds(self, step: Step, sparse: Dict[PlainGradient, SparseMean]):
         for gradient in self.gradients:
@@ -194,11 +194,9 @@ def _split_mean(flat: torch.Tensor, parts: Sequence[Sequence[torch.Tensor]]) -> 
 def _split_gathered(packed: torch.Tensor, parts: Sequence[Sequence[torch.Tensor]]) -> List[List[torch.Tensor]]:
     """All workers' parts, (W, ...), out of (W, bytes)."""
     split = iter(packed.split([part.nbytes for some in parts for part in some], dim=1))
-    return [
-        # A part's bytes may begin where no number of its dtype can.
-        [next(split).clone(memory_format=torch.contiguous_format).view(part.dtype).view(-1, *part.shape) for part in some]
-        for some in parts
-    ]
+    # A part's bytes may begin where no number of its dtype can.
+    aligned = (part.clone(memory_format=torch.contiguous_format) for part in split)
+    return [[next(aligned).view(part.dtype).view(-1, *part.shape) for part in some] for some in parts]
 
 
 def _bases(matrices: Sequence[MatrixGradient]) -> Dict[MatrixGradient, torch.Tensor]:

@@ -65,7 +65,8 @@ class Engine:
         if not (parameter.is_floating_point() or parameter.is_complex()):
             return  # it cannot have a gradient
         if parameter.dtype not in DTYPES:
-            raise ValueError(f"{type(self._config).__name__} exchanges real gradients of 16 to 64 bits; {name} is {parameter.dtype}")
+            kind = type(self._config).__name__
+            raise ValueError(f"{kind} exchanges real gradients of 16 to 64 bits; {name} is {parameter.dtype}")
         layout = layout_of(parameter.shape, self._config)
         plain = PlainGradient(name, parameter, layout, self._sparse_as_dense)
         gradient = plain

@@ -9,9 +9,9 @@ class ErrorFeedbackSGD(torch.optim.Optimizer):
         m = momentum * m + gradient
         x = x - lr * (gradient + m)
 
-    Wrap it in hvd.DistributedOptimizer, whose exchange is lines 7 to 11. The first step moves 2 lr times the gradient, and
-    a constant gradient in the end lr (1 + 1 / (1 - momentum)) times it: torch.optim.SGD with nesterov=True multiplies m
-    by the momentum once more, and moves lr / (1 - momentum).
+    Wrap it in hvd.DistributedOptimizer, whose exchange is lines 7 to 11. The first step moves 2 lr times the gradient,
+    and a constant gradient in the end lr (1 + 1 / (1 - momentum)) times it: torch.optim.SGD with nesterov=True
+    multiplies m by the momentum once more, and moves lr / (1 - momentum).
 
     Args:
         params: parameters, or groups of them.

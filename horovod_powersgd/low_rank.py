@@ -132,6 +132,7 @@ class Atomo(_LowRank):
         # A comb with teeth at a distance of one, put down at random, meets each chance once at most.
         worker = xp.reshape(xp.integers(state.worker), (1,))
         teeth = uniform(xp, state.key, state.step, worker) + xp.cast(xp.arange(state.amount), "float64")
+        teeth = xp.like(teeth, chances)
         before = xp.sum(xp.cast(xp.cumsum(chances)[None, :] <= teeth[:, None], "int64"), axis=1)
         places = xp.where(before < min(state.shape), before, min(state.shape) - 1)
         scale = xp.take(xp.cast(values, "float64") / chances, places)

@@ -11,7 +11,7 @@ import cases
 import horovod_powersgd.tensorflow as hvd
 import horovod_powersgd.tensorflow.keras as hvd_keras
 from equivalence import Equivalence
-from horovod_powersgd import PowerSGD, reference
+from horovod_powersgd import Accordion, PowerSGD, RandomK, TopK, reference
 from horovod_powersgd.layout import trailing_columns
 from tensorflow_trainee import KerasTrainee
 
@@ -61,7 +61,7 @@ def mlp(optimizer, **options):
     return model
 
 
-def numpy_weights(model, config, learning_rate=0.5, passes=1, clip=None, batches=6):
+def numpy_weights(model, config, learning_rate=lambda step: 0.5, passes=1, clip=None, batches=6):
     """The weights of linear_model after an epoch on all workers, by numpy."""
     kernel = model.layers[-1].trainable_weights[0]
     name = getattr(kernel, "path", None) or kernel.name.partition(":")[0]
@@ -78,10 +78,11 @@ def numpy_weights(model, config, learning_rate=0.5, passes=1, clip=None, batches
                 update = np.mean(sums, axis=0) / passes
             else:
                 gradients = [{name: total.copy()} for total in sums]
-                update = reference.simulate(gradients, states, config, trailing_columns)[0][name] / passes
+                updates = reference.simulate(gradients, states, config, trailing_columns, learning_rate(batch))
+                update = updates[0][name] / passes
             if clip:
                 update = update * min(1, clip / np.linalg.norm(update))
-            weights = weights - learning_rate * update
+            weights = weights - learning_rate(batch) * update
             for total in sums:
                 total *= 0
     return weights
@@ -92,7 +93,8 @@ def check_a_run_of_20_steps_equals_the_reference():
 
 
 def check_fit_equals_numpy():
-    for config in (PowerSGD(rank=2), PowerSGD(rank=1, num_iters_per_step=1), PowerSGD(warmup_steps=2), None):
+    of_powersgd = PowerSGD(rank=2), PowerSGD(rank=1, num_iters_per_step=1), PowerSGD(warmup_steps=2)
+    for config in (*of_powersgd, RandomK(0.2), TopK(0.1), None):
         compression = config or hvd.Compression.none
         for options in ({}, {"run_eagerly": True}):
             optimizer = hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.5), compression=compression)
@@ -128,6 +130,59 @@ def check_a_train_step_of_the_users_own():
     model.compile(optimizer=hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.5), compression=PowerSGD(rank=2)))
     fit(model)
     assert cases.error(model.get_weights()[0], numpy_weights(model, PowerSGD(rank=2))) < 1e-3
+
+
+def check_accordion_follows_the_optimizers_learning_rate():
+    """The rate is lower after five steps: by a schedule, by a callback's assignment, or inside a loss scale."""
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([4], [0.5, 0.25])
+
+    class Halve(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            rate = 0.5 if batch < 5 else 0.25
+            if hasattr(self.model.optimizer.learning_rate, "assign"):
+                self.model.optimizer.learning_rate.assign(rate)
+
+    def wrapped(optimizer, config):
+        return hvd_keras.DistributedOptimizer(optimizer, compression=config)
+
+    optimizers = [lambda config: wrapped(keras.optimizers.SGD(schedule), config)]
+    optimizers += [lambda config: wrapped(keras.optimizers.SGD(0.5), config)]
+    if KERAS_3:
+        optimizers += [lambda config: LossScaleOptimizer(wrapped(keras.optimizers.SGD(schedule), config))]
+    else:
+        optimizers += [lambda config: wrapped(keras.optimizers.legacy.SGD(schedule), config)]
+    for low, high in ((PowerSGD(rank=3), PowerSGD(rank=1)), (TopK(0.3), TopK(0.1))):
+        # The threshold is out of reach: without the decay, compression would stay high.
+        config = Accordion(low, high, threshold=1000, interval=2)
+        for make in optimizers:
+            model = linear_model(make(config))
+            fit(model, callbacks=[Halve()])
+            expected = numpy_weights(model, config, learning_rate=lambda step: 0.5 if step < 5 else 0.25)
+            assert cases.error(model.get_weights()[0], expected) < 1e-3, (config, make)
+            optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+            stats = optimizer.compression_stats().tensors[0]
+            assert stats.decisions == ((0, "low"), (2, "low"), (4, "high"), (5, "low")), stats.decisions
+
+
+def check_error_feedback_sgd_is_algorithm_2():
+    shapes = {"matrix": (24, 32), "vector": (7,)}
+    config, momentum = PowerSGD(rank=2), 0.7
+    rates = [0.5, 0.5, 0.25, 0.25]
+    optimizer = hvd_keras.DistributedOptimizer(hvd_keras.ErrorFeedbackSGD(0.5, momentum), compression=config)
+    variables = {name: tf.Variable(tf.ones(shape), name=name) for name, shape in shapes.items()}
+    states = [reference.OptimizerState() for _ in range(hvd.size())]
+    parameters = [{name: np.ones(shape, "float32") for name, shape in shapes.items()} for _ in states]
+    for step, rate in enumerate(rates):
+        optimizer.learning_rate.assign(rate)
+        everyones = [cases.gradients(step, worker, "float32", shapes) for worker in range(hvd.size())]
+        mine = everyones[hvd.rank()]
+        optimizer.apply_gradients([(tf.constant(mine[name]), variable) for name, variable in variables.items()])
+        workers = zip(parameters, everyones, states)
+        reference.lockstep([reference.algorithm_2(p, g, s, config, rate, momentum) for p, g, s in workers])
+        found = {name: variable.numpy() for name, variable in variables.items()}
+        cases.assert_close(found, parameters[0], 1e-4, step)
+    with pytest.raises(ValueError, match="momentum"):
+        hvd_keras.ErrorFeedbackSGD(momentum=1)
 
 
 def check_backward_passes_are_summed_or_averaged():
@@ -209,16 +264,18 @@ def check_loss_scaling_skips_a_step_on_all_workers():
 
 def check_models_are_saved_with_the_wrapped_optimizer():
     # Keras 3 leaves the optimizer's variables out of .h5 files, and cannot go on training from one.
-    for suffix in (".keras",) if KERAS_3 else (".keras", ".h5"):
-        optimizer = hvd_keras.DistributedOptimizer(keras.optimizers.Adam(0.01), compression=PowerSGD(rank=2))
+    suffixes = (".keras",) if KERAS_3 else (".keras", ".h5")
+    kinds = [(suffix, keras.optimizers.Adam) for suffix in suffixes] + [(".keras", hvd_keras.ErrorFeedbackSGD)]
+    for suffix, kind in kinds:
+        optimizer = hvd_keras.DistributedOptimizer(kind(0.01), compression=PowerSGD(rank=2))
         model = mlp(optimizer)
         fit(model)
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/model{suffix}"
             model.save(path)
             plain, ours = keras.models.load_model(path), hvd_keras.load_model(path, compression=PowerSGD(rank=2))
-        assert type(plain.optimizer) is keras.optimizers.Adam
-        assert isinstance(ours.optimizer, keras.optimizers.Adam) and not type(ours.optimizer) is keras.optimizers.Adam
+        assert type(plain.optimizer) is kind
+        assert isinstance(ours.optimizer, kind) and not type(ours.optimizer) is kind
 
         def kept(optimizer):
             variables = optimizer.variables
@@ -245,23 +302,38 @@ def check_an_optimizer_that_has_learned_can_be_wrapped():
     assert type(again).__mro__.count(keras.optimizers.Adam) == 1 and wrapped.__class__ is keras.optimizers.Adam
 
 
+def own_mean(delta, state):
+    """A compressor of one's own, with an average over the steps."""
+    mean = yield hvd_keras.AllreduceMean(delta)
+    average = 0.5 * state.get("average", np.zeros(state.shape, "float32")) + mean
+    state.put("average", average)
+    return average, delta
+
+
 def check_a_resumed_job_goes_on_bit_for_bit():
     def compiled():
         optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
-        return mlp(hvd_keras.DistributedOptimizer(optimizer, compression=PowerSGD(rank=2)))
+        return mlp(hvd_keras.DistributedOptimizer(optimizer, compression=compression))
 
-    whole = compiled()
-    fit(whole)
-    state = whole.optimizer.compression_state_dict()
-    with tempfile.TemporaryDirectory() as folder:
-        whole.save(f"{folder}/model.keras")
-        resumed = hvd_keras.load_model(f"{folder}/model.keras", compression=PowerSGD(rank=2))
-        resumed.optimizer.load_compression_state_dict(state)
-    fit(whole)
-    fit(resumed)
-    assert resumed.optimizer.compression_stats().steps == 12
-    for one, other in zip(whole.get_weights(), resumed.get_weights()):
-        np.testing.assert_array_equal(one, other)
+    adapting = Accordion(PowerSGD(rank=3), PowerSGD(rank=1), interval=4, threshold=2)
+    for compression in (PowerSGD(rank=2), adapting, own_mean):
+        whole = compiled()
+        fit(whole)
+        state = whole.optimizer.compression_state_dict()
+        with tempfile.TemporaryDirectory() as folder:
+            whole.save(f"{folder}/model.keras")
+            resumed = hvd_keras.load_model(f"{folder}/model.keras", compression=compression)
+            resumed.optimizer.load_compression_state_dict(state)
+        fit(whole)
+        fit(resumed)
+        assert resumed.optimizer.compression_stats().steps == 12
+        for one, other in zip(whole.get_weights(), resumed.get_weights()):
+            np.testing.assert_array_equal(one, other)
+    compression = PowerSGD(rank=1)
+    other = compiled()
+    other.optimizer.load_compression_state_dict(state)
+    with pytest.raises(ValueError, match="another model or configuration"):
+        fit(other)
 
 
 def check_local_variables_stay_the_workers_own():

@@ -15,6 +15,13 @@ def runs():
     return RUNS[hvd.size() % 2 :: 2]
 
 
+def of_these_workers(configs):
+    """Every other configuration in one precision; where there is a worker more the others, where there are two more
+    these in the other precision."""
+    dtype = cases.DTYPES[hvd.size() // 2 % 2]
+    return [(config, dtype) for config in configs[hvd.size() % 2 :: 2]]
+
+
 equivalence = Equivalence(hvd, any_trainee, trailing_columns, runs)
 
 
@@ -25,6 +32,16 @@ def check_a_run_of_20_steps_equals_the_reference():
 
 def check_one_step_from_an_equal_state_equals_the_reference():
     equivalence.one_step_from_an_equal_state()
+
+
+def check_the_other_compressors_equal_the_reference():
+    start_with(hvd.size())
+    equivalence.a_run_of_compressors(of_these_workers(cases.COMPRESSORS))
+
+
+def check_accordion_equals_the_reference():
+    start_with(hvd.size())
+    equivalence.a_run_of_compressors(of_these_workers(cases.ACCORDIONS))
 
 
 def check_any_shapes_equal_the_reference():

@@ -36,8 +36,9 @@ keras.utils.set_random_seed(hvd.rank())
 model = keras.Sequential([keras.Input((10,)), keras.layers.Dense(12, activation="tanh"), keras.layers.Dense(8)])
 optimizer = keras.optimizers.Adam(0.01)
 if KIND == "fit":
-    # P and Q in turn: workers that come have to learn which it is.
-    optimizer = hvd.DistributedOptimizer(optimizer, compression=hvd.PowerSGD(rank=1, num_iters_per_step=1))
+    # P and Q in turn, of one rank or the other: workers that come have to learn which it is.
+    low, high = (hvd.PowerSGD(rank=rank, num_iters_per_step=1) for rank in (2, 1))
+    optimizer = hvd.DistributedOptimizer(optimizer, compression=hvd.Accordion(low, high, interval=5))
 model.compile(optimizer, "mse")
 numbers = np.random.default_rng(hvd.rank()).standard_normal((8 * BATCHES, 18)).astype("float32")
 x, y = numbers[:, :10], numbers[:, 10:]
@@ -50,7 +51,10 @@ def variables():
 def summary():
     content = b"".join(np.array(variable).tobytes() for variable in variables())
     memories = [state.memory for state in known_states(model.trainable_variables) if state.memory is not None]
+    state = hvd.compression_state_dict(model.trainable_variables)["tensors"] if memories else {}
+    shared = [tensor["regime"]["decisions"] for tensor in state.values() if "regime" in tensor]
     return {
+        "decisions": shared,
         "size": hvd.size(),
         "variables": hashlib.sha256(content).hexdigest(),
         "memory": [float(tf.norm(memory)) for memory in memories],
@@ -78,11 +82,15 @@ class AfterBatch(keras.callbacks.Callback):
         after_batch(state)
 
 
+# Workers that come have to learn the basis.
+in_a_basis = hvd.GradiVeq(slice_size=8, dimensions=2, learning_steps=2, compressed_steps=30)
+
+
 @tf.function
 def train_step(x, y):
     with tf.GradientTape() as tape:
         loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
-    tape = hvd.DistributedGradientTape(tape, compression=hvd.PowerSGD(rank=2))
+    tape = hvd.DistributedGradientTape(tape, compression=in_a_basis)
     gradients = tape.gradient(loss, model.trainable_variables)
     optimizer.apply_gradients(zip(gradients, model.trainable_variables))
 

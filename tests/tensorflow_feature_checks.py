@@ -6,7 +6,20 @@ import tensorflow as tf
 
 import cases
 import horovod_powersgd.tensorflow as hvd
-from horovod_powersgd import PowerSGD, reference
+from horovod_powersgd import (
+    Accordion,
+    Allgather,
+    AllreduceMean,
+    Custom,
+    Float16,
+    GradiVeq,
+    PowerSGD,
+    RandomBlock,
+    RandomK,
+    Signum,
+    TopK,
+    reference,
+)
 from horovod_powersgd.layout import trailing_columns
 from horovod_powersgd.tensorflow.state import known_states
 from tensorflow_trainee import EagerTrainee, FunctionTrainee
@@ -18,6 +31,16 @@ def matrix(step=0, worker=None, dtype="float32"):
     """A worker's gradient."""
     worker = hvd.rank() if worker is None else worker
     return cases.gradients(step, worker, dtype, {"matrix": SHAPE})["matrix"]
+
+
+# What they keep is of every kind, and after three steps they are amid an interval.
+KEEPING = [
+    GradiVeq(slice_size=32, dimensions=4, learning_steps=2, compressed_steps=5),
+    Accordion(PowerSGD(rank=3, num_iters_per_step=1), PowerSGD(rank=1, num_iters_per_step=1), threshold=2, interval=2),
+    Accordion(TopK(0.2), TopK(0.1), interval=2),
+    PowerSGD(rank=2, refresh_every=2),
+    Signum(0.8),
+]
 
 
 def variable(name="matrix", dtype=tf.float32, shape=SHAPE):
@@ -117,7 +140,12 @@ def check_names_are_made_unique():
 
 
 def check_workers_may_number_layers_differently():
-    for config in (PowerSGD(rank=2), PowerSGD(rank=2, num_iters_per_step=1), PowerSGD(rank=2, warm_start=False)):
+    for config in (
+        PowerSGD(rank=2),
+        PowerSGD(rank=2, num_iters_per_step=1),
+        PowerSGD(rank=2, warm_start=False),
+        RandomK(0.2),
+    ):
         # The first gradient has too small a rank, and the spare columns take part.
         def gradient(step, worker, dtype):
             first = np.outer(np.arange(24), np.arange(32) + worker).astype(dtype)
@@ -269,19 +297,145 @@ def check_the_loss_scale_can_change():
         np.testing.assert_allclose(found, update, rtol=1e-3, atol=1e-4)
 
 
+def shortened(delta, state):
+    """A compressor of one's own that asks for all there is: the means of the rows, in half precision, an average of
+    them over the steps, and which of the rows was longest on each worker."""
+    xp, (rows, columns) = state.arrays, state.shape
+    mean = yield AllreduceMean(xp.cast(xp.mean(delta, axis=1), "float16"))
+    average = 0.5 * state.get("average", np.zeros(rows, "float32")) + xp.cast(mean, "float32")
+    state.put("average", average)
+    lengths = xp.sum(delta * delta, axis=1)
+    longest = xp.top_k(lengths, 1)
+    row, places, is_first = yield Allgather(
+        (xp.take(delta, longest), xp.cast(longest, "int32"), xp.reshape(longest, ()) < state.worker)
+    )
+    everyones = xp.scatter(rows * columns, xp.integers(places) * columns + xp.arange(columns), row[:, 0])
+    change = xp.reshape(xp.like(average, delta), (-1, 1)) * xp.like(xp.all(is_first) | True, delta)
+    own = xp.scatter(rows * columns, longest * columns + xp.arange(columns), xp.take(delta, longest)[0])
+    return xp.reshape(everyones, state.shape) / xp.like(state.workers, delta) + change, xp.reshape(own, state.shape)
+
+
+def check_a_compressor_of_the_users_own():
+    for wrap in (lambda f: f, tf.function):
+        v = variable("v")
+        run = wrap(lambda g, v=v: exchange([v], [g], shortened)[0])
+        for step, update in enumerate(expected(shortened, 4, name="v")):
+            assert cases.error(run(tf.constant(matrix(step))).numpy(), update) < 1e-3, step
+        kept = hvd.compression_state_dict([v])["tensors"]["v"]["kept"]
+        assert list(kept) == ["average"] and kept["average"].any()
+        sent = SHAPE[0] * 2 + SHAPE[1] * 4 + 4 + 1
+        gathered = SHAPE[1] * 4 + 4 + 1
+        if hvd.size() > 1:
+            stats = hvd.compression_stats([v])
+            assert (stats.bytes_sent, stats.bytes_received) == (sent, sent + gathered * (hvd.size() - 1))
+    state, again = hvd.compression_state_dict([v]), variable("v")
+    with pytest.raises(ValueError, match="shortened"):
+        hvd.load_compression_state_dict(state, [again])
+    exchange([again], [tf.constant(matrix())], shortened)
+    hvd.load_compression_state_dict(state, [again])
+    assert hvd.compression_state_dict([again])["steps"] == 4
+
+
+def check_a_step_that_is_not_finite_leaves_no_trace_of_any_compressor():
+    for config in [*KEEPING, RandomBlock(0.2), Float16()]:
+        v, bias = variable("v"), variable("bias", shape=(7,))
+        step = tf.function(lambda g, b, v=v, bias=bias: exchange([v, bias], [g, b], config))
+
+        def kept(v=v):
+            state = known_states([v])[0]
+            return {name: variable.numpy() for name, variable in {**state.variables(), "s": state.clock.steps}.items()}
+
+        zeros = tf.zeros(7)
+        for i in range(3):
+            step(tf.constant(matrix(i)), zeros)
+        before = kept()
+        poisoned, biased = matrix(3), np.zeros(7, "float32")
+        if hvd.rank() == hvd.size() - 1:
+            poisoned[2, 5] = np.inf
+            biased[4] = np.nan
+        assert not np.isfinite(step(tf.constant(poisoned), zeros)[0]).all(), config
+        # A vector of another kind fails the step of all.
+        assert np.isfinite(step(tf.constant(matrix(3)), tf.constant(biased))[0]).all(), config
+        for name, value in kept().items():
+            np.testing.assert_array_equal(value, before[name], err_msg=f"{config} {name}")
+        for i, update in list(enumerate(expected(config, 4, name="v")))[3:]:
+            assert cases.error(step(tf.constant(matrix(i)), zeros)[0].numpy(), update) < 1e-3, config
+
+
+def check_gathering_while_a_worker_has_joined_is_refused():
+    if hvd.size() == 1:
+        return
+    v, w, table = variable("v"), variable("w"), variable("table")
+    in_function = tf.function(lambda g: exchange([v], [g], TopK(0.1))[0])
+
+    def look_up():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.gather(table, [0, 1]))
+        return hvd.DistributedGradientTape(tape, compression=RandomK(0.1)).gradient(loss, table)
+
+    for i in range(3):
+        exchange([v], [tf.constant(matrix(i))], TopK(0.1))
+        in_function(tf.constant(matrix(i)))
+        exchange([w], [tf.constant(matrix(i))], RandomK(0.1))
+        look_up()
+    if hvd.rank() != hvd.size() - 1:
+        refused = "(?s)hvd.join.*TopK.*PowerSGD or RandomK"
+        with pytest.raises(RuntimeError, match=refused):
+            exchange([v], [tf.constant(matrix())], TopK(0.1))
+        with pytest.raises(tf.errors.InvalidArgumentError, match=refused):
+            in_function(tf.constant(matrix()))
+        with pytest.raises(RuntimeError, match="hvd.join.*sparse_as_dense"):
+            look_up()
+        # What only asks for means goes on.
+        exchange([w], [tf.constant(matrix())], RandomK(0.1))
+    hvd.join()
+    exchange([v], [tf.constant(matrix())], TopK(0.1))
+    exchange([w], [tf.constant(matrix())], RandomK(0.1))
+    assert [hvd.compression_stats([variable]).steps for variable in (v, w)] == [7, 5]
+
+
+def check_the_tape_knows_the_learning_rate():
+    config = Accordion(PowerSGD(rank=3), PowerSGD(rank=1), threshold=9, interval=2)
+    until_the_decay = (0, "low"), (2, "low"), (4, "high")
+    for decays, decided in ((True, (*until_the_decay, (5, "low"))), (False, until_the_decay)):
+        v, rate = variable("v"), tf.Variable(0.5)
+
+        @tf.function
+        def step(gradient, v=v, rate=rate):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(v * gradient)
+            tape = hvd.DistributedGradientTape(tape, compression=config, op=hvd.Sum)
+            tape.learning_rate = rate
+            return tape.gradient(loss, v)
+
+        states = [reference.State() for _ in range(hvd.size())]
+        for i in range(6):
+            rate.assign(0.25 if decays and i == 5 else 0.5)
+            gradients = [{"v": matrix(i, w)} for w in range(hvd.size())]
+            update = reference.simulate(gradients, states, config, trailing_columns, float(rate))[0]["v"]
+            found = step(tf.constant(matrix(i)))
+            assert cases.error(found.numpy(), update * np.float32(hvd.size())) < 1e-3
+            stats = hvd.compression_stats([v])
+            now = config.low if stats.tensors[0].decisions[-1][1] == "low" else config.high
+            assert stats.tensors[0].rank == now.rank
+            assert (stats.bytes_sent, stats.bytes_received) == now.traffic([SHAPE], hvd.size())
+        assert stats.tensors[0].decisions == decided == states[0].regimes["v"].decisions
+
+
 def check_process_sets_exchange_among_themselves():
     if hvd.size() < 3:
         return
     pair = hvd.add_process_set([0, 2])
     v = variable()
-    update = exchange([v], [tf.constant(matrix())], PowerSGD(rank=2), process_set=pair)[0].numpy()
-    if hvd.rank() in (0, 2):
-        states = [reference.State(), reference.State()]
-        gradients = [{"matrix": matrix(0, w)} for w in (0, 2)]
-        both = reference.simulate(gradients, states, PowerSGD(rank=2), trailing_columns)[0]["matrix"]
-        assert cases.error(update, both) < 1e-5
-    else:
-        np.testing.assert_array_equal(update, matrix())
+    for config in (PowerSGD(rank=2), TopK(0.1)):
+        update = exchange([v], [tf.constant(matrix())], config, process_set=pair)[0].numpy()
+        if hvd.rank() in (0, 2):
+            states = [reference.State(), reference.State()]
+            gradients = [{"matrix": matrix(0, w)} for w in (0, 2)]
+            both = reference.simulate(gradients, states, config, trailing_columns)[0]["matrix"]
+            assert cases.error(update, both) < 1e-5
+        else:
+            np.testing.assert_array_equal(update, matrix())
     hvd.allgather_object(0, name="before the set goes")
     hvd.remove_process_set(pair)
 
@@ -317,16 +471,19 @@ def check_a_checkpoint_goes_on_bit_for_bit():
     import pickle
     import tempfile
 
-    for config in (PowerSGD(rank=2), PowerSGD(rank=2, num_iters_per_step=1), PowerSGD(rank=2, warm_start=False)):
-        whole = FunctionTrainee(config)
+    of_powersgd = PowerSGD(rank=2), PowerSGD(rank=2, num_iters_per_step=1), PowerSGD(rank=2, warm_start=False)
+    for config in (*of_powersgd, *KEEPING[:3], Custom(shortened)):
+        shapes = cases.SHAPES if config in of_powersgd else {name: cases.SHAPES[name] for name in ("linear", "vector")}
+        whole = FunctionTrainee(config, shapes=shapes)
         for step in range(3):
             whole.exchange(cases.gradients(step, hvd.rank(), "float32"))
         saved = pickle.dumps(hvd.compression_state_dict(whole.variables.values()))
         kept = hvd.CompressionState(whole.variables.values(), config)
         with tempfile.TemporaryDirectory() as folder:
             path = tf.train.Checkpoint(compression=kept).save(f"{folder}/worker-{hvd.rank()}")
-            by_pickle, by_checkpoint = FunctionTrainee(config), EagerTrainee(config)
-            hvd.load_compression_state_dict(pickle.loads(saved), by_pickle.variables.values())
+            by_pickle, by_checkpoint = FunctionTrainee(config, shapes=shapes), EagerTrainee(config, shapes=shapes)
+            known = None if config.description()["compressor"] != "Custom" else config
+            hvd.load_compression_state_dict(pickle.loads(saved), by_pickle.variables.values(), compression=known)
             kept = hvd.CompressionState(by_checkpoint.variables.values(), config)
             tf.train.Checkpoint(compression=kept).restore(path).assert_consumed()
         for step in range(3, 6):
@@ -337,6 +494,8 @@ def check_a_checkpoint_goes_on_bit_for_bit():
                     np.testing.assert_array_equal(update, updates[name])
                 for name, memory in resumed.state().memory.items():
                     np.testing.assert_array_equal(memory, whole.state().memory[name])
+                decided, expected_decisions = ([t.decisions for t in w.stats().tensors] for w in (resumed, whole))
+                assert decided == expected_decisions
 
 
 def check_a_checkpoint_serves_another_number_of_workers():
@@ -415,4 +574,26 @@ def check_optimizers_of_tensorflow_1_in_a_session():
                     session.run(train, {gradient: matrix(step) / passes})
                 after = session.run(v)
                 np.testing.assert_allclose(before - after, update, rtol=1e-3, atol=1e-4)
+                before = after
+
+
+def check_other_compressors_in_a_session():
+    v1 = tf.compat.v1
+    for config in KEEPING[:4]:
+        with tf.Graph().as_default(), v1.Session() as session:
+            v = v1.get_variable("matrix", SHAPE, initializer=v1.zeros_initializer(), use_resource=True)
+            gradient, rate = v1.placeholder(tf.float32, SHAPE), v1.placeholder(tf.float32, ())
+            optimizer = hvd.DistributedOptimizer(v1.train.GradientDescentOptimizer(rate), compression=config)
+            train = optimizer.minimize(tf.reduce_sum(v * gradient))
+            assert v1.global_variables() == [v]
+            session.run(v1.global_variables_initializer())
+            states = [reference.State() for _ in range(hvd.size())]
+            before = session.run(v)
+            for step in range(7):
+                now = 0.5 if step < 5 else 0.25
+                gradients = [{"matrix": matrix(step, w)} for w in range(hvd.size())]
+                update = reference.simulate(gradients, states, config, trailing_columns, now)[0]["matrix"]
+                session.run(train, {gradient: matrix(step), rate: now})
+                after = session.run(v)
+                assert cases.error((before - after) / np.float32(now), update) < 1e-3, (config, step)
                 before = after

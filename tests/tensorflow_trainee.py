@@ -18,6 +18,11 @@ class Trainee:
     def __init__(self, config, dtype="float32", shapes=cases.SHAPES, **options):
         self.variables = {name: tf.Variable(np.zeros(shape, dtype), name=name) for name, shape in shapes.items()}
         self._config, self._options = config, options
+        self._rate = tf.Variable(1.0)
+
+    def set_rate(self, rate):
+        """The learning rate of the steps that come."""
+        self._rate.assign(rate)
 
     def start(self, gradients):
         """Takes the gradients of a step."""
@@ -41,9 +46,11 @@ class Trainee:
         state = reference.State()
         for kept in known_states(self.variables.values()):
             state.steps = int(kept.clock.steps)
-            if kept.memory is not None and state.steps > 0 and kept.own.numpy().size:
+            if state.steps <= kept.config.warmup_steps or np.isnan(0 if kept.norm is None else kept.norm):
+                continue
+            if kept.memory is not None:
                 state.memory[kept.name] = kept.memory.numpy()
-            if kept.factor is not None and state.steps > 0 and kept.own.numpy().size:
+            if kept.factor is not None:
                 state.factors[kept.name] = reference.Factor(kept.factor.numpy().T, bool(kept.factor_is_q))
         return state
 
@@ -56,6 +63,7 @@ class EagerTrainee(Trainee):
         with tf.GradientTape() as tape:
             loss = sum(tf.reduce_sum(v * gradient) for v, gradient in zip(variables, gradients))
         tape = hvd.DistributedGradientTape(tape, compression=self._config, **self._options)
+        tape.learning_rate = self._rate
         updates = tape.gradient(loss, variables)
         for variable, update in zip(variables, updates):
             variable.assign_sub(update)
@@ -84,12 +92,18 @@ class KerasTrainee(Trainee):
             lambda gradients: self.optimizer.apply_gradients(list(zip(gradients, self.variables.values())))
         )
 
+    def set_rate(self, rate):
+        super().set_rate(rate)
+        self.optimizer.learning_rate = rate
+
     def _update(self, gradients):
         before = [variable.numpy() for variable in self.variables.values()]
         for variable in self.variables.values():
             variable.assign(tf.zeros_like(variable))
         self._apply(gradients)
-        updates = [-tf.identity(variable) for variable in self.variables.values()]
+        # The rates are powers of two.
+        rate = self._rate.numpy()
+        updates = [-tf.identity(variable) / rate for variable in self.variables.values()]
         for variable, value in zip(self.variables.values(), before):
             variable.assign_add(value)
         return updates

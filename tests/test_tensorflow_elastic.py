@@ -34,6 +34,8 @@ def test_survivors_go_on_and_newcomers_become_equal_replicas(kind, legacy, tmp_p
     steps = {"tape": 24, "fit": 26}[kind]
     assert all(worker[-1]["step"] == steps and worker[-1]["size"] == 3 for worker in by_end["end"]), output
     assert len({worker[-1]["variables"] for worker in by_end["end"]}) == 1
+    decisions = by_end["end"][0][-1]["decisions"]
+    assert all(worker[-1]["decisions"] == decisions for worker in by_end["end"]) and bool(decisions) == (kind == "fit")
     # The newcomer has taken the number of steps with the factors.
     assert {worker[-1]["exchanged"] for worker in by_end["end"]} == {steps}, output
     newcomers = 0

@@ -1,4 +1,4 @@
-"""horovod.tensorflow with PowerSGD: everything that it exports, and a tape and an optimizer that compress.
+"""horovod.tensorflow with compressors: everything that it exports, and a tape and an optimizer that compress.
 
     import horovod_powersgd.tensorflow as hvd       # was: import horovod.tensorflow as hvd
 """
@@ -14,7 +14,25 @@ from horovod.tensorflow import *  # noqa: E402, F401, F403
 
 # Not "from ... import elastic": that would find Horovod's, which the line above has brought.
 import horovod_powersgd.tensorflow.elastic  # noqa: E402, F401
-from horovod_powersgd import PowerSGD, launcher  # noqa: E402, F401
+from horovod_powersgd import (  # noqa: E402, F401
+    Accordion,
+    Allgather,
+    AllreduceMean,
+    Atomo,
+    BestRank,
+    Custom,
+    Float16,
+    GradiVeq,
+    NoCompression,
+    PowerSGD,
+    RandomBlock,
+    RandomK,
+    SignNorm,
+    Signum,
+    TopK,
+    UnbiasedRank,
+    launcher,
+)
 from horovod_powersgd.tensorflow.compression_state import (  # noqa: E402, F401
     CompressionState,
     compression_state_dict,

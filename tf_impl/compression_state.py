@@ -1,12 +1,13 @@
-"""What resuming needs beside model and optimizer: the variables' factors and memories."""
+"""What resuming needs beside model and optimizer: what compressors keep, and the memories."""
 
 import itertools
-from typing import Dict, Iterable, Mapping, Sequence, Union
+from typing import Callable, Dict, Iterable, Mapping, Sequence, Union
 
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
-from horovod_powersgd import PowerSGD, checkpoint
+from horovod_powersgd import checkpoint
+from horovod_powersgd.compressor import Compressor, compressor_of
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.state import known_states, states_of
 
@@ -24,7 +25,7 @@ def compression_stats(variables: Sequence) -> CompressionStats:
 
 
 def compression_state_dict(variables: Sequence) -> Dict[str, object]:
-    """This worker's factors and memory: what a resumed run needs beside model and optimizer.
+    """What the compressor keeps, and this worker's memory: what a resumed run needs beside model and optimizer.
 
     Args:
         variables: whose gradients are exchanged, in the order in which they are.
@@ -47,7 +48,10 @@ def compression_state_dict(variables: Sequence) -> Dict[str, object]:
 
 
 def load_compression_state_dict(
-    states: Union[Mapping, Iterable[Mapping]], variables: Sequence, process_set: ProcessSet = global_process_set
+    states: Union[Mapping, Iterable[Mapping]],
+    variables: Sequence,
+    process_set: ProcessSet = global_process_set,
+    compression=None,
 ) -> None:
     """Goes on where compression_state_dict was called.
 
@@ -57,16 +61,19 @@ def load_compression_state_dict(
             shared out so that their mean stays.
         variables: as then.
         process_set: of the workers.
+        compression: that the gradients are going to be exchanged with. None: what they were exchanged with then; a
+            generator function of one's own has to be given, unless it has exchanged them already.
 
     Raises:
-        ValueError: another model, or states are missing. It names what differs.
+        ValueError: another model or compressor, or states are missing. It names what differs.
     """
     alone = isinstance(states, Mapping)
     states = iter([states] if alone else states)
     first = next(states, None)
     if first is None:
         raise ValueError("the compression states of all workers are needed, and none is given")
-    mine = states_of(variables, checkpoint.compressor_from(first["config"]), process_set)
+    config = _known(first["config"], variables) if compression is None else compressor_of(compression)
+    mine = states_of(variables, config, process_set)
     shapes = [state.layout.shape for state in mine]
 
     def fits(saved: Mapping) -> bool:
@@ -92,12 +99,19 @@ def load_compression_state_dict(
         state.load_state_dict(share.tensors[state.name], share.memories.get(state.name, ()), share.weight)
 
 
+def _known(description: Mapping, variables: Sequence) -> Compressor:
+    """The compressor of a Compressor.description(): one that these variables are exchanged with, or a new one."""
+    known = (state.config for state in known_states(variables))
+    found = next((config for config in known if config.description() == description), None)
+    return found or checkpoint.compressor_from(description)
+
+
 class CompressionState(tf.Module):
-    """The factors and the memory of variables, for tf.train.Checkpoint. Every worker saves its own.
+    """What a compressor keeps, and the memory, of variables, for tf.train.Checkpoint. Every worker saves its own.
 
     Args:
         variables: whose gradients are exchanged, in the order in which they are.
-        compression: the hvd.PowerSGD that they are exchanged with.
+        compression: the compressor, or the generator function, that they are exchanged with.
         process_set: of the workers.
 
     Example:
@@ -109,11 +123,16 @@ class CompressionState(tf.Module):
         >>> checkpoint.save(f"checkpoints/worker-{hvd.rank()}")
     """
 
-    def __init__(self, variables: Sequence, compression: PowerSGD, process_set: ProcessSet = global_process_set):
+    def __init__(
+        self,
+        variables: Sequence,
+        compression: Union[Compressor, Callable],
+        process_set: ProcessSet = global_process_set,
+    ):
         super().__init__()
-        states = states_of(variables, compression, process_set)
+        states = states_of(variables, compressor_of(compression), process_set)
         self.steps = states[0].clock.steps
         self.tensors = {}
         for state in states:
-            kept = {"factor": state.factor, "factor_is_q": state.factor_is_q, "memory": state.memory}
-            self.tensors[state.name] = {what: v for what, v in kept.items() if isinstance(v, tf.Variable)}
+            memory = {} if state.memory is None else {"memory": state.memory}
+            self.tensors[state.name] = {**memory, **state.shared()}

@@ -2,11 +2,10 @@
 
 import functools
 import itertools
-import math
 import weakref
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import List, Sequence, Tuple, Union
+from typing import Callable, List, Sequence, Tuple, Union
 
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet
@@ -15,9 +14,13 @@ from tensorflow.python.ops import control_flow_util
 
 from horovod_powersgd import PowerSGD
 from horovod_powersgd.buckets import bucket_name, sort_into_buckets
+from horovod_powersgd.compressor import AllreduceMean, Compressor, Traffic
 from horovod_powersgd.statistics import CompressionStats, TensorStats
-from horovod_powersgd.tensorflow.gradient import MatrixGradient, PlainGradient
-from horovod_powersgd.tensorflow.state import VariableState, make_variable, native, plain_name, states_of
+from horovod_powersgd.tensorflow.factored_gradient import FactoredGradient
+from horovod_powersgd.tensorflow.gradient import MatrixGradient, PlainGradient, Step
+from horovod_powersgd.tensorflow.message import Message, nbytes
+from horovod_powersgd.tensorflow.state import VariableState, plain_name, states_of
+from horovod_powersgd.tensorflow.variable import make_variable, native
 from horovod_powersgd.tensorflow.workers import Workers, transportable
 
 Tensor = Union[tf.Tensor, tf.IndexedSlices]
@@ -43,7 +46,7 @@ class Settings:
         device_sparse: of those for sparse gradients.
     """
 
-    config: PowerSGD
+    config: Compressor
     process_set: ProcessSet
     sum_gradients: bool = False
     predivide_factor: float = 1.0
@@ -72,29 +75,36 @@ class Exchange:
         )
         self.states, self.clock = list(states), states[0].clock
         self._groups, self._sparse = groups, sparse
+        self._compressed = FactoredGradient if isinstance(self._config.family, PowerSGD) else MatrixGradient
         # Whether these workers have compared what they are going to do. Not so in a new world.
         self.agreed = make_variable(self._workers.alone)
         self._eagerly = tf.function(self._build, autograph=False, reduce_retracing=True)
         if tf.compat.v1.executing_eagerly_outside_functions():
             _all.add(self)
 
-    def __call__(self, gradients: Sequence[Tensor]) -> List[Tensor]:
+    def __call__(self, gradients: Sequence[Tensor], learning_rate=None) -> List[Tensor]:
         """Their averages (or sums), after compression. The states are kept for the next step where it is finite.
 
+        Args:
+            gradients: the variables'.
+            learning_rate: of this step, a number, a tensor or a variable; None where it is not known.
+
         Raises:
-            RuntimeError: the workers do not agree on the model or the configuration; an InvalidArgumentError with the
-                same message where that is found out inside a tf.function.
+            RuntimeError: the workers do not agree on the model or the configuration, or one of them has joined where
+                something is to be gathered; an InvalidArgumentError with the same message where that is found out
+                inside a tf.function.
         """
+        rate = tf.cast(float("nan") if learning_rate is None else learning_rate, tf.float64)
         if not tf.executing_eagerly():
-            return self._build(list(gradients))
+            return self._build(list(gradients), rate)
         try:
-            return self._eagerly(list(gradients))
+            return self._eagerly(list(gradients), rate)
         except tf.errors.InvalidArgumentError as error:
-            _, disagreement, details = error.message.partition("The workers do not agree:")
-            if not disagreement:
+            _, ours, message = error.message.partition("ValueError: ")
+            if not ours:
                 raise
             # What follows is where in Python and in the graph that was found out.
-            raise RuntimeError(disagreement + details.partition("\nTraceback")[0]) from None
+            raise RuntimeError(message.partition("\nTraceback")[0]) from None
 
     def stats(self) -> CompressionStats:
         """What compression did in the last step and so far."""
@@ -104,18 +114,20 @@ class Exchange:
         return CompressionStats(
             steps=steps,
             bytes_sent=int(clock.bytes_sent),
-            bytes_received=int(clock.bytes_sent),
+            bytes_received=int(clock.bytes_received),
             bytes_uncompressed=int(clock.bytes_uncompressed),
             total_bytes_sent=int(clock.total_bytes_sent),
-            total_bytes_received=int(clock.total_bytes_sent),
+            total_bytes_received=int(clock.total_bytes_received),
             total_bytes_uncompressed=int(clock.total_bytes_uncompressed),
             tensors=tuple(
-                TensorStats.of(state.name, state.layout, self._config, sparse, warming_up, state.residual)
+                TensorStats.of(
+                    state.name, state.layout, self._config, sparse, warming_up, state.residual, state.decisions()
+                )
                 for state, sparse in zip(self.states, self._sparse)
             ),
         )
 
-    def _build(self, gradients: List[Tensor]) -> List[Tensor]:
+    def _build(self, gradients: List[Tensor], learning_rate: tf.Tensor) -> List[Tensor]:
         """Adds the ops of one step to the graph."""
         graph = tf.compat.v1.get_default_graph()
         if control_flow_util.GraphOrParentsInXlaContext(graph):
@@ -124,27 +136,37 @@ class Exchange:
             )
         # Horovod's ops are known by their names: without a scope, TensorFlow makes them differ in one graph.
         with graph.name_scope(None), tf.control_dependencies([self._prepare()]):
-            step = tf.identity(self.clock.steps)
+            number = tf.identity(self.clock.steps)
             dense = [i for i, is_sparse in enumerate(self._sparse) if not is_sparse]
             sparse = {i: self._exchange_sparse(i, gradients[i]) for i, s in enumerate(self._sparse) if s}
             finite = [tf.reduce_all(tf.math.is_finite(update.values)) for update, _ in sparse.values()]
 
-            def exchange(warming_up):
-                return self._exchange_dense(dense, [gradients[i] for i in dense], step, finite, warming_up)
+            def exchange(course, renews=False):
+                step = Step(number, self._workers.number(), self._workers.count(tf.int64), learning_rate, renews)
+                return self._exchange_dense(course, dense, [gradients[i] for i in dense], step, finite)
 
-            if self._config.warmup_steps:
-                warming_up = step < self._config.warmup_steps
-                updates, finite, sent = tf.cond(warming_up, lambda: exchange(True), lambda: exchange(False))
-            else:
-                updates, finite, sent = exchange(False)
+            updates, finite, traffic = self._by_course(number, exchange)
             updates = {**dict(zip(dense, updates)), **{i: update for i, (update, _) in sparse.items()}}
-            sparse_bytes = sum((nbytes for _, nbytes in sparse.values()), tf.constant(0, tf.int64))
-            counted = self._count(finite, sent, sparse_bytes, [self.states[i] for i in dense])
+            traffic = _total([traffic, *(of_sparse for _, of_sparse in sparse.values())])
+            counted = self._count(finite, traffic, gradients)
         updates = [updates[i] for i in range(len(gradients))]
         if tf.compat.v1.executing_eagerly_outside_functions():
             return updates
         with tf.control_dependencies([counted]):
             return tf.nest.map_structure(tf.identity, updates, expand_composites=True)
+
+    def _by_course(self, number: tf.Tensor, exchange: Callable):
+        """The exchange that the step takes, of those that there are: in the warm-up, in a renewal, else."""
+
+        def after_warmup():
+            family = self._config.family
+            if not isinstance(family, PowerSGD) or family.refresh_every is None:
+                return exchange("bucket")
+            return tf.cond(family.renews(number), lambda: exchange("renewal", True), lambda: exchange("bucket"))
+
+        if not self._config.warmup_steps:
+            return after_warmup()
+        return tf.cond(number < self._config.warmup_steps, lambda: exchange("warmup"), after_warmup)
 
     def _prepare(self) -> tf.Operation:
         """What comes before a step: in a graph of TensorFlow 1 it makes the variables' initial values, so that no job
@@ -152,8 +174,8 @@ class Exchange:
         workers' agreement."""
         initialised = []
         if not tf.compat.v1.executing_eagerly_outside_functions():
-            kept = [kept for holder in (self, self.clock, *self.states) for kept in vars(holder).values()]
-            for variable in (v for v in kept if isinstance(v, tf.Variable)):
+            kept = [v for holder in (self.clock, *self.states) for v in holder.variables().values()]
+            for variable in (self.agreed, *kept):
                 there = tf.compat.v1.is_variable_initialized(variable)
                 initialised.append(tf.cond(there, tf.no_op, functools.partial(_initialise, variable)))
         with tf.control_dependencies(initialised):
@@ -173,64 +195,51 @@ class Exchange:
             kind = f"{state.layout.shape} {state.variable_dtype.name}{' sparse' if sparse else ''}"
             agreement[f"variable {i}"] = f"{plain_name(state.name)} {kind}"
         names = [state.name for state in self.states]
-        done = self._workers.agree(agreement, names, tf.identity(self.clock.steps), self._take_factors)
+        done = self._workers.agree(agreement, names, tf.identity(self.clock.steps), self._take_state)
         with tf.control_dependencies([done]):
             with tf.control_dependencies([self.agreed.assign(True, read_value=False)]):
                 return tf.constant(True)
 
-    def _take_factors(self, root: tf.Tensor) -> tf.Operation:
-        """The factors of the worker that is farthest, in an elastic job: others may be new, or have missed a step. And
-        of the first worker, where they call the variables differently."""
-        compressed = [state for state in self.states if state.layout.compressed]
+    def _take_state(self, root: tf.Tensor) -> tf.Operation:
+        """What is the same on every worker, from the worker that is farthest: in an elastic job others may be new, or
+        have missed a step. And what random numbers are drawn from, from the first worker, where they call the
+        variables differently."""
         ops = []
-        if compressed:
-            keys = self._workers.strings_from(root, [tf.identity(state.random_key) for state in compressed], "keys")
-            ops = [state.random_key.assign(keys[i], read_value=False) for i, state in enumerate(compressed)]
-        ops += [self.clock.steps.assign(self._workers.from_worker(root, self.clock.steps, "steps"), read_value=False)]
-        for i, state in enumerate(compressed):
-            factor, name = tf.convert_to_tensor(state.factor), f"factor.{i}"
-            if state.factor_is_q is True:
-                factor = self._workers.from_worker(root, factor, name)
-            else:
-                # P or Q, and workers may differ in which: both travel, one of them zero.
-                is_q = tf.convert_to_tensor(state.factor_is_q)
-                rows, columns = state.layout.matrix_shape
-                p = tf.cond(is_q, lambda: tf.zeros((state.layout.amount, rows), state.dtype), lambda: factor)
-                q = tf.cond(is_q, lambda: factor, lambda: tf.zeros((state.layout.amount, columns), state.dtype))
-                flag = tf.fill((state.layout.amount, 1), tf.cast(is_q, state.dtype))
-                flag, p, q = tf.split(
-                    self._workers.from_worker(root, tf.concat([flag, p, q], 1), name), [1, rows, columns], 1
-                )
-                is_q = flag[0, 0] > 0
-                ops.append(state.factor_is_q.assign(is_q, read_value=False))
-                factor = tf.cond(is_q, lambda: q, lambda: p)
-            ops.append(state.factor.assign(factor, read_value=False))
+        variables = [{"steps": self.clock.steps}, *(state.shared_with_keys() for state in self.states)]
+        for i, named in enumerate(variables):
+            if named:
+                tensors = [tf.identity(variable) for variable in named.values()]
+                taken = self._workers.taken(root, tensors, f"state.{i}")
+                ops += [variable.assign(value, read_value=False) for variable, value in zip(named.values(), taken)]
         return tf.group(*ops)
 
-    def _exchange_sparse(self, i: int, slices: tf.IndexedSlices) -> Tuple[tf.IndexedSlices, tf.Tensor]:
-        """The mean (or sum) of slices, and the bytes handed to Horovod."""
+    def _exchange_sparse(self, i: int, slices: tf.IndexedSlices) -> Tuple[tf.IndexedSlices, Traffic]:
+        """The mean (or sum) of slices, and what was sent for it."""
         dtype = slices.values.dtype
         sent = tf.IndexedSlices(tf.cast(slices.values, transportable(dtype)), slices.indices, slices.dense_shape)
-        nbytes = sum(tf.size(part, tf.int64) * part.dtype.size for part in (sent.values, sent.indices))
-        mean = self._workers.sparse_mean(sent, f"sparse.{i}")
-        values = mean.values * self._factor(mean.values.dtype)
-        return tf.IndexedSlices(tf.cast(values, dtype), mean.indices, mean.dense_shape), nbytes
+        with tf.control_dependencies([self._workers.all_there(f"sparse.{i}.all_there", None)]):
+            mean = self._workers.sparse_mean(sent, f"sparse.{i}")
+        values = mean.values * self._workers.count(mean.values.dtype) if self._settings.sum_gradients else mean.values
+        update = tf.IndexedSlices(tf.cast(values, dtype), mean.indices, mean.dense_shape)
+        return update, Traffic(*(nbytes(part.values) + nbytes(part.indices) for part in (sent, mean)))
 
-    def _exchange_dense(self, indices: Sequence[int], tensors: Sequence[tf.Tensor], step, finite, warming_up: bool):
-        """Returns the updates, whether the step is finite on all workers, and the bytes handed to Horovod."""
+    def _exchange_dense(
+        self, course: str, indices: Sequence[int], tensors: Sequence[tf.Tensor], step: Step, finite: Sequence[tf.Tensor]
+    ):
+        """Returns the updates, whether the step is finite on all workers, and what was sent."""
         gradients = []
         for i, tensor in zip(indices, tensors):
-            compressed = self.states[i].layout.compressed and not warming_up
-            gradients.append((MatrixGradient if compressed else PlainGradient)(self.states[i], tensor))
+            compressed = self.states[i].layout.compressed and course != "warmup"
+            gradients.append((self._compressed if compressed else PlainGradient)(self.states[i], tensor))
         groups = self._groups
         if isinstance(groups, list):
             by_index = dict(zip(indices, gradients))
             groups = [[by_index[i] for i in group if i in by_index] for group in groups]
-        prefix = "warmup" if warming_up else "bucket"
-        sent = []
+        there = functools.cache(lambda: self._workers.all_there("all_there", self._config))
+        messages = []
         for i, bucket in enumerate(sort_into_buckets(gradients, groups)):
-            sent += self._exchange_bucket(f"{prefix}.{bucket_name(i, bucket)}", bucket, step)
-        updates = [gradient.update(self._factor) for gradient in gradients]
+            messages += self._exchange_bucket(f"{course}.{bucket_name(i, bucket)}", bucket, step, there)
+        updates = [self._update(gradient) for gradient in gradients]
         finite = [*finite, *(gradient.finite for gradient in gradients)]
         # What is finite as computed can be too large for half precision.
         finite += [tf.reduce_all(tf.math.is_finite(update)) for update in updates if update.dtype == tf.float16]
@@ -241,40 +250,64 @@ class Exchange:
                 return tf.constant(True)
 
         committed = tf.cond(finite, commit, lambda: tf.constant(False))
-        return updates, committed, sum(sent, tf.constant(0, tf.int64))
+        return updates, committed, _total([message.traffic for message in messages])
 
-    def _exchange_bucket(self, name: str, bucket: Sequence[PlainGradient], step: tf.Tensor) -> List[tf.Tensor]:
-        """reference.exchange of the gradients of a bucket. Returns the bytes of each message."""
-        sent = []
-        matrices = [gradient for gradient in bucket if gradient.compressed]
+    def _exchange_bucket(
+        self, name: str, bucket: Sequence[PlainGradient], step: Step, there: Callable[[], tf.Operation]
+    ) -> List[Message]:
+        """reference.exchange of the gradients of a bucket. What is gathered waits for the op of `there`. Returns what
+        was sent."""
+        messages = []
         for gradient in bucket:
             gradient.begin(step)
-        for half_step in range(self._config.num_iters_per_step if matrices else 1):
-            senders = matrices if half_step else bucket
-            parts = [gradient.send() for gradient in senders]
-            sizes = [part.shape[0] if part.shape[0] is not None else tf.size(part) for part in parts]
-            flat = tf.concat(parts, 0) if len(parts) > 1 else parts[0]
-            mean = self._workers.mean(flat, f"{name}.{half_step}")
-            for gradient, part in zip(senders, tf.split(mean, sizes) if len(parts) > 1 else [mean]):
-                gradient.receive(part)
-            sent.append(tf.size(flat, tf.int64) * flat.dtype.size)
-        return sent
+        for i in itertools.count():
+            asking = [gradient for gradient in bucket if gradient.request is not None]
+            if not asking:
+                return messages
+            kinds = defaultdict(list)
+            for gradient in asking:
+                is_mean = isinstance(gradient.request, AllreduceMean)
+                kinds[gradient.request.tensors[0].dtype.name if is_mean else "gathered"].append(gradient)
+            for kind, senders in kinds.items():
+                message = Message([sender.request.tensors for sender in senders])
+                if kind == "gathered":
+                    with tf.control_dependencies([there()]):
+                        answers = message.gathered(self._workers, f"{name}.{i}.{kind}")
+                else:
+                    answers = message.averaged(self._workers, f"{name}.{i}.{kind}")
+                for sender, answer in zip(senders, answers):
+                    sender.receive(answer)
+                messages.append(message)
 
-    def _factor(self, dtype: tf.DType) -> tf.Tensor:
-        """What means are multiplied by in the end."""
-        return self._workers.count(dtype) if self._settings.sum_gradients else tf.ones((), dtype)
+    def _update(self, gradient: PlainGradient) -> tf.Tensor:
+        """What becomes of the gradient: the mean or the sum."""
+        update = gradient.mean
+        if self._settings.sum_gradients:
+            update *= self._workers.count(update.dtype)
+        return tf.cast(tf.reshape(update, gradient.state.layout.shape), gradient.state.variable_dtype)
 
-    def _count(self, finite: tf.Tensor, sent: tf.Tensor, sparse_bytes: tf.Tensor, dense: Sequence[VariableState]):
+    def _count(self, finite: tf.Tensor, traffic: Traffic, gradients: Sequence[Tensor]):
         clock = self.clock
-        uncompressed = sum(math.prod(s.layout.shape) * s.variable_dtype.size for s in dense) + sparse_bytes
-        sent = tf.zeros((), tf.int64) if self._workers.alone else sent + sparse_bytes
+        if self._workers.alone:
+            traffic = _total([])
+        uncompressed = tf.constant(0, tf.int64)
+        for gradient in gradients:
+            parts = (gradient.values, gradient.indices) if isinstance(gradient, tf.IndexedSlices) else (gradient,)
+            uncompressed += sum(nbytes(part) for part in parts)
         return tf.group(
             clock.steps.assign_add(tf.cast(finite, tf.int64), read_value=False),
-            clock.bytes_sent.assign(sent, read_value=False),
-            clock.total_bytes_sent.assign_add(sent, read_value=False),
+            clock.bytes_sent.assign(traffic.sent, read_value=False),
+            clock.total_bytes_sent.assign_add(traffic.sent, read_value=False),
+            clock.bytes_received.assign(traffic.received, read_value=False),
+            clock.total_bytes_received.assign_add(traffic.received, read_value=False),
             clock.bytes_uncompressed.assign(uncompressed, read_value=False),
             clock.total_bytes_uncompressed.assign_add(uncompressed, read_value=False),
         )
+
+
+def _total(traffics: Sequence[Traffic]) -> Traffic:
+    zero = tf.constant(0, tf.int64)
+    return Traffic(*(sum(parts, zero) for parts in zip(Traffic(zero, zero), *traffics)))
 
 
 def _initialise(variable: tf.Variable) -> tf.Operation:

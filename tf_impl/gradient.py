@@ -1,19 +1,47 @@
 """What one variable's gradient goes through in a step: ops in a graph."""
 
-from typing import Callable, List, Optional, Tuple, Union
+from typing import Generator, List, NamedTuple, Sequence, Tuple, Union
 
 import tensorflow as tf
 
-from horovod_powersgd.tensorflow.orthogonalization import orthogonalize
-from horovod_powersgd.tensorflow.state import VariableState, plain_name, random_factor
+from horovod_powersgd.compressor import Allgather, AllreduceMean
+from horovod_powersgd.state import TensorState
+from horovod_powersgd.tensorflow import arrays
+from horovod_powersgd.tensorflow.built_once import zeros_unless
+from horovod_powersgd.tensorflow.state import VariableState, plain_name
 from horovod_powersgd.tensorflow.workers import transportable
 
-# Whether a factor is Q; not known before the graph runs where P and Q alternate.
-Flag = Union[bool, tf.Tensor]
+
+class Step(NamedTuple):
+    """What is known of a step when it begins.
+
+    Attributes:
+        number: int64: how many were exchanged before.
+        worker: int64: this one's number.
+        workers: int64: how many there are.
+        learning_rate: float64; not a number where it is not known.
+        renews: whether it renews PowerSGD's subspaces.
+    """
+
+    number: tf.Tensor
+    worker: tf.Tensor
+    workers: tf.Tensor
+    learning_rate: tf.Tensor
+    renews: bool
 
 
 class PlainGradient:
-    """A gradient that is averaged as it is. A step calls begin, send, receive and update, in this order."""
+    """A gradient that is averaged as it is.
+
+    A step calls begin and then, as long as there is a request, receive; then mean and finite are there.
+
+    Attributes:
+        state: of the variable.
+        request: what this worker sends: an AllreduceMean of one flat tensor or an Allgather of several, in a list; None
+            when there is nothing more to be sent.
+        mean: the average, in the dtype in which it was computed; not a number, somewhere, where it is not finite.
+        finite: whether it is; the same on every worker.
+    """
 
     compressed = False
 
@@ -41,21 +69,15 @@ class PlainGradient:
         """What the gradients of a bucket have in common."""
         return self.sent_dtype, self._tensor.device
 
-    def begin(self, step: tf.Tensor) -> None:
-        """Starts a step; `step` is how many were exchanged before."""
+    def begin(self, step: Step) -> None:
+        """Starts a step, up to the first request."""
+        self.request = AllreduceMean([tf.reshape(tf.cast(self._tensor, self.sent_dtype), [-1])])
 
-    def send(self) -> tf.Tensor:
-        """What the next round averages, flat."""
-        return tf.reshape(tf.cast(self._tensor, self.sent_dtype), [-1])
-
-    def receive(self, mean: tf.Tensor) -> None:
-        """Takes the average of what was sent."""
-        self._mean = tf.reshape(mean, self.state.layout.shape)
-        self.finite = tf.reduce_all(tf.math.is_finite(self._mean))
-
-    def update(self, factor: Callable[[tf.DType], tf.Tensor]) -> tf.Tensor:
-        """The average, times `factor`."""
-        return tf.cast(self._mean * factor(self._mean.dtype), self.state.variable_dtype)
+    def receive(self, answers: Sequence[tf.Tensor]) -> None:
+        """Takes the answer: the flat average, or what was gathered, each (W, size)."""
+        self.request = None
+        self.mean = tf.reshape(answers[0], self.state.layout.shape)
+        self.finite = all_finite([self.mean])
 
     def commit(self) -> List[tf.Operation]:
         """The ops that keep what the next step needs, where this one is finite."""
@@ -63,89 +85,97 @@ class PlainGradient:
 
 
 class MatrixGradient(PlainGradient):
-    """A gradient that travels as factors: reference.exchange of one tensor."""
+    """A gradient that travels as its compressor's generator says: reference.exchange of one matrix."""
 
     compressed = True
 
     @property
     def sent_dtype(self) -> tf.DType:
-        return tf.float16 if self.state.config.wire_dtype == "float16" else self.state.dtype
+        return self.state.dtype
 
-    def begin(self, step: tf.Tensor) -> None:
-        state = self.state
+    def begin(self, step: Step) -> None:
+        state, amount = self.state, self.state.layout.amount
         self._delta = tf.reshape(tf.cast(self._tensor, state.dtype), state.layout.matrix_shape)
         if state.memory is not None:
             self._delta += state.memory
-        self._mean, self._mean_is_q = tf.convert_to_tensor(state.factor), state.factor_is_q
-        if isinstance(self._mean_is_q, tf.Variable):
-            self._mean_is_q = tf.convert_to_tensor(self._mean_is_q)
-        if not state.config.warm_start:
-            rank, columns = state.layout.amount, state.layout.matrix_shape[1]
-            drawn = tf.numpy_function(random_factor, [state.random_key, columns, rank, step], tf.float64)
-            self._mean = tf.cast(tf.transpose(tf.ensure_shape(drawn, (columns, rank))), state.dtype)
-            self._mean_is_q = True
+        if state.adaptation is not None:
+            self._decision = state.adaptation.decide(step.number, step.learning_rate)
+            amount = state.adaptation.amount(self._decision)
         self.finite = tf.constant(True)
+        self._generator = self._exchange(step, amount)
+        self._resume(None)
 
-    def send(self) -> tf.Tensor:
-        """A half-step: delta Q^ or delta^T P^."""
-        is_q = self._mean_is_q
-        basis = self._basis = orthogonalize(self._mean, tf.convert_to_tensor(self.state.random_key))
-        factor = _choose(
-            is_q,
-            lambda: tf.matmul(basis, self._delta, transpose_b=True),
-            lambda: tf.matmul(basis, self._delta),
-        )
-        # By way of float32, as processors do it.
-        self._own = tf.cast(tf.cast(factor, tf.float32), tf.float16) if self.sent_dtype == tf.float16 else factor
-        return tf.reshape(self._own, [-1])
-
-    def receive(self, mean: tf.Tensor) -> None:
-        mean = tf.cast(tf.reshape(mean, [self.state.layout.amount, -1]), self.state.dtype)
-        finite = tf.reduce_all(tf.math.is_finite(mean))
+    def receive(self, answers: Sequence[tf.Tensor]) -> None:
+        gathered = isinstance(self.request, Allgather)
+        finite = all_finite(answers)
         self.finite &= finite
-        # On this worker as on all others: it goes on as zeros, to no effect.
-        self._mean = tf.where(finite, mean, tf.zeros_like(mean))
-        self._mean_is_q = _not(self._mean_is_q)
-        self._mean.set_shape((self.state.layout.amount, self._columns(self._mean_is_q)))
-
-    def update(self, factor: Callable[[tf.DType], tf.Tensor]) -> tf.Tensor:
-        """P^ Q^T, times `factor`; not a number where the average is not finite."""
-        mean = self._mean * factor(self._mean.dtype)
-        mean = tf.where(self.finite, mean, tf.fill(tf.shape(mean), tf.cast(float("nan"), mean.dtype)))
-        product = self._product(mean, self._mean_is_q)
-        if self.state.memory is not None:
-            # Error feedback from this worker's own last factor, which may still be travelling: delta_w - P^ Q_w^T.
-            self._memory = self._delta - self._product(tf.cast(self._own, self.state.dtype), self._mean_is_q)
-        return tf.cast(tf.reshape(product, self.state.layout.shape), self.state.variable_dtype)
+        # On this worker as on all others: what is not finite goes on as zeros, to no effect.
+        answers = [zeros_unless(finite, answer) if answer.dtype.is_floating else answer for answer in answers]
+        answers = [_in_shape_of(part, answer, gathered) for part, answer in zip(self._parts, answers)]
+        self._resume(answers if gathered else answers[0])
 
     def commit(self) -> List[tf.Operation]:
-        state = self.state
-        ops = [state.factor.assign(self._mean, read_value=False)]
-        ops.append(state.own.assign(tf.cast(self._own, state.dtype), read_value=False))
-        if isinstance(state.factor_is_q, tf.Variable):
-            ops.append(state.factor_is_q.assign(self._mean_is_q, read_value=False))
+        state, ops = self.state, []
         if state.memory is not None:
-            ops.append(state.memory.assign(self._memory, read_value=False))
+            memory = self._delta - tf.reshape(self._sent, state.layout.matrix_shape)
+            ops.append(state.memory.assign(memory, read_value=False))
+        if state.adaptation is not None:
+            ops += state.adaptation.keep(self._decision, self.mean)
+        return ops + self._keep()
+
+    def _exchange(self, step: Step, amount: Union[int, tf.Tensor]) -> Generator:
+        """Yields requests; returns the mean, and this worker's part of it, which leaves the memory."""
+        state = self.state
+        finite = self._sends_numbers = all_finite([self._delta])
+        self._delta = tf.ensure_shape(zeros_unless(finite, self._delta), state.layout.matrix_shape)
+        kept = {key: tf.convert_to_tensor(variable) for key, variable in state.kept.items()}
+        key = tf.convert_to_tensor(state.key)
+        self._kept = TensorState(arrays, state.name, state.layout.matrix_shape, key, kept, tf.constant)
+        self._kept.begin(step.number, amount, step.worker, step.workers, finite)
+        update, sent = yield from state.config.family.exchange(self._delta, self._kept)
+        update = marked(update, self.finite)
+        self.finite = all_finite([update])
+        return update, sent
+
+    def _resume(self, answer) -> None:
+        try:
+            request = self._generator.send(answer)
+        except StopIteration as finished:
+            self.request = None
+            mean, self._sent = finished.value
+            self.mean = tf.reshape(mean, self.state.layout.matrix_shape)
+            return
+        tensors = request.tensors
+        self._parts = [tf.convert_to_tensor(t) for t in (tensors if isinstance(request, Allgather) else [tensors])]
+        self.request = type(request)([tf.reshape(self._marked_part(part), [-1]) for part in self._parts])
+
+    def _marked_part(self, part: tf.Tensor) -> tf.Tensor:
+        return marked(part, self._sends_numbers) if part.dtype.is_floating else part
+
+    def _keep(self) -> List[tf.Operation]:
+        """The ops that keep what this kind of gradient keeps."""
+        state = self.state
+        ops = [state.kept[key].assign(value, read_value=False) for key, value in self._kept.kept.items()]
+        if state.norm is not None:
+            norm = tf.sqrt(2 * tf.nn.l2_loss(self._delta))
+            ops.append(state.norm.assign(tf.cast(norm, tf.float64), read_value=False))
         return ops
 
-    def _product(self, factor: tf.Tensor, is_q: Flag) -> tf.Tensor:
-        """P^ Q^T, or P Q^^T where the last half-step made P."""
-        return _choose(
-            is_q,
-            lambda: tf.matmul(self._basis, factor, transpose_a=True),
-            lambda: tf.matmul(factor, self._basis, transpose_a=True),
-        )
 
-    def _columns(self, is_q: Flag) -> Optional[int]:
-        """Of a factor, transposed."""
-        return self.state.layout.matrix_shape[1 if is_q else 0] if isinstance(is_q, bool) else None
+def _in_shape_of(part: tf.Tensor, answer: tf.Tensor, gathered: bool) -> tf.Tensor:
+    """What came back for a part, in its shape; with the workers as first axis where it was gathered."""
+    shape = part.shape.as_list()
+    if shape.count(None) > (0 if gathered else 1):
+        shape = [tf.shape(part)[i] if side is None else side for i, side in enumerate(shape)]
+    return tf.reshape(answer, [-1 if side is None else side for side in ([None] if gathered else []) + shape])
 
 
-def _not(flag: Flag) -> Flag:
-    return not flag if isinstance(flag, bool) else tf.logical_not(flag)
+def all_finite(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Whether there are only numbers in them."""
+    finite = [tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors if tensor.dtype.is_floating]
+    return tf.reduce_all(tf.stack(finite)) if finite else tf.constant(True)
 
 
-def _choose(flag: Flag, yes: Callable[[], tf.Tensor], no: Callable[[], tf.Tensor]) -> tf.Tensor:
-    if isinstance(flag, bool):
-        return yes() if flag else no()
-    return tf.cond(flag, yes, no)
+def marked(tensor: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
+    """The tensor; not a number where `finite`, a boolean, is false."""
+    return tensor + tf.where(finite, tf.constant(0, tensor.dtype), tf.constant(float("nan"), tensor.dtype))

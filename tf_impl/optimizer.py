@@ -1,9 +1,9 @@
-"""hvd.DistributedOptimizer that takes a PowerSGD, for optimizers of TensorFlow 1 (tf.compat.v1.train) and of Keras."""
+"""hvd.DistributedOptimizer that takes a compressor: for optimizers of TensorFlow 1 (tf.compat.v1.train) and Keras."""
 
 import horovod.tensorflow as horovod
 import tensorflow as tf
 
-from horovod_powersgd import PowerSGD
+from horovod_powersgd.compressor import compressor_of
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.reduction import Reduction
 
@@ -13,9 +13,13 @@ class _DistributedOptimizer(horovod._DistributedOptimizer):
 
     def __init__(self, optimizer, name, *arguments, reduction: Reduction, **options):
         super().__init__(optimizer, name, *arguments, **options)
-        self._allreduce_grads = reduction
+        self._reduction = reduction
+        self._allreduce_grads = self._average
         if self._agg_helper is not None:
-            self._agg_helper._allreduce_grads = reduction
+            self._agg_helper._allreduce_grads = self._average
+
+    def _average(self, gradients, variables, use_generic_names=False):
+        return self._reduction(gradients, variables, use_generic_names, _learning_rate(self._optimizer))
 
     def compression_stats(self) -> CompressionStats:
         """What compression did in the last step and in all steps so far, for this worker; for eager execution.
@@ -23,9 +27,15 @@ class _DistributedOptimizer(horovod._DistributedOptimizer):
         Raises:
             RuntimeError: nothing was compressed yet.
         """
-        if self._allreduce_grads.exchange is None:
+        if self._reduction.exchange is None:
             raise RuntimeError("this optimizer has compressed nothing yet")
-        return self._allreduce_grads.exchange.stats()
+        return self._reduction.exchange.stats()
+
+
+def _learning_rate(optimizer):
+    """That of an optimizer of TensorFlow 1, under the names that those give it; None where it has none."""
+    rate = getattr(optimizer, "_learning_rate", getattr(optimizer, "_lr", None))
+    return rate() if callable(rate) else rate
 
 
 def DistributedOptimizer(
@@ -45,15 +55,15 @@ def DistributedOptimizer(
     process_set=horovod.global_process_set,
     scale_local_gradients=True,
 ):
-    """horovod.tensorflow.DistributedOptimizer, whose compression can also be a PowerSGD.
+    """horovod.tensorflow.DistributedOptimizer, whose compression can also be a compressor.
 
     Args:
         optimizer: of tf.compat.v1.train, or Keras's: for those see horovod_powersgd.tensorflow.keras.
-        compression: a horovod_powersgd.PowerSGD, or Compression.none or .fp16.
+        compression: a compressor such as PowerSGD, a generator function, or Compression.none or .fp16.
         (the others): as Horovod's.
 
     Raises:
-        ValueError: PowerSGD with op=Adasum, or what Horovod refuses.
+        ValueError: a compressor with op=Adasum, or what Horovod refuses.
     """
     options = dict(
         name=name,
@@ -75,7 +85,7 @@ def DistributedOptimizer(
         from horovod_powersgd.tensorflow.keras.optimizer import DistributedOptimizer as DistributedKerasOptimizer
 
         return DistributedKerasOptimizer(optimizer, **options)
-    if not isinstance(compression, PowerSGD):
+    if compressor_of(compression) is None:
         return horovod.DistributedOptimizer(optimizer, use_locking=use_locking, **options)
     if num_groups and groups is None:
         groups = num_groups

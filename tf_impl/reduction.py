@@ -6,27 +6,27 @@ import horovod.tensorflow as horovod
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import Average, ProcessSet, Sum
 
-from horovod_powersgd import PowerSGD
+from horovod_powersgd.compressor import compressor_of
 from horovod_powersgd.tensorflow.exchange import Exchange, Settings, exchange_of
-from horovod_powersgd.tensorflow.state import native
+from horovod_powersgd.tensorflow.variable import native
 from horovod_powersgd.tensorflow.workers import Workers, transportable
 
 
 class Reduction:
-    """Averages gradients over the workers, by PowerSGD or by Horovod's own compressions.
+    """Averages gradients over the workers, by a compressor or by Horovod's own compressions.
 
     Args:
-        compression: a PowerSGD, or a Horovod compression.
+        compression: a compressor, a generator function, or a Horovod compression.
         name: prefix of the operations.
         (the others): of Horovod's DistributedGradientTape.
 
     Attributes:
-        compresses: whether by PowerSGD.
-        exchange: the last one, for PowerSGD.
+        compressor: None for Horovod's own compressions.
+        exchange: the compressor's last one.
 
     Raises:
-        TypeError: compression is neither.
-        ValueError: PowerSGD with an op that is neither hvd.Average nor hvd.Sum.
+        TypeError: compression is none of these.
+        ValueError: a compressor with an op that is neither hvd.Average nor hvd.Sum.
     """
 
     def __init__(
@@ -41,21 +41,22 @@ class Reduction:
         groups,
         process_set: ProcessSet,
     ):
-        self.compresses = isinstance(compression, PowerSGD)
+        self.compressor = compressor_of(compression)
         self.exchange: Optional[Exchange] = None
         self._settings: Optional[Settings] = None
         self._process_set, self._sparse_as_dense = process_set, sparse_as_dense
         groups = native_groups(groups)
-        if self.compresses:
+        if self.compressor is not None:
             if op not in (Average, Sum):
                 raise ValueError(
-                    "PowerSGD averages or sums gradients: op must be hvd.Average or hvd.Sum (Adasum is neither)"
+                    f"{type(self.compressor).__name__} averages or sums gradients: op must be hvd.Average or hvd.Sum "
+                    "(Adasum is neither)"
                 )
             if isinstance(groups, list):
                 self._grouped = groups  # their identities count as long as they live
                 groups = tuple(tuple(id(variable) for variable in group) for group in groups)
             self._settings = Settings(
-                compression,
+                self.compressor,
                 process_set,
                 sum_gradients=op == Sum,
                 predivide_factor=gradient_predivide_factor,
@@ -65,11 +66,6 @@ class Reduction:
                 device_sparse=device_sparse,
             )
             compression, groups = horovod.Compression.none, None
-        elif not hasattr(compression, "decompress"):
-            raise TypeError(
-                "compression must be hvd.Compression.none, hvd.Compression.fp16 or a hvd.PowerSGD(...), "
-                f"not {compression!r}"
-            )
         self._horovods = horovod._make_allreduce_grads_fn(
             name,
             device_dense,
@@ -82,7 +78,9 @@ class Reduction:
             process_set,
         )
 
-    def __call__(self, gradients: Sequence, variables: Sequence, use_generic_names: bool = False) -> List:
+    def __call__(
+        self, gradients: Sequence, variables: Sequence, use_generic_names: bool = False, learning_rate=None
+    ) -> List:
         """The averages, in the same order; None where there is no gradient.
 
         Args:
@@ -90,30 +88,37 @@ class Reduction:
             variables: what they are the gradients of: tf.Variable, Keras 3 variables, or tensors, which Horovod
                 averages uncompressed.
             use_generic_names: as in Horovod, which then names the gradients by their places.
+            learning_rate: of this step, for Accordion: a number, a tensor or a variable; None where it is not known.
         """
         places = [i for i, gradient in enumerate(gradients) if gradient is not None]
         if not places or not self._process_set.included():
             return list(gradients)
         compressed = [i for i in places if self._settings is not None and _is_static(native(variables[i]))]
         plain = [i for i in places if i not in compressed]
-        updates = self._compressed(*_at(compressed, gradients, variables))
+        updates = self._compressed(*_at(compressed, gradients, variables), learning_rate)
         means = self._plain(*_at(plain, gradients, variables), use_generic_names)
         found = dict(zip(compressed + plain, [*updates, *means]))
         return [found.get(i) for i in range(len(gradients))]
 
     def of_shared(
-        self, gradients: Sequence, variables: Sequence, local: Set, scale_local: bool, use_generic_names: bool = False
+        self,
+        gradients: Sequence,
+        variables: Sequence,
+        local: Set,
+        scale_local: bool,
+        use_generic_names: bool = False,
+        learning_rate=None,
     ) -> List:
         """The averages for the variables that the workers share; a worker's own keep their gradients.
 
         Args:
-            gradients, variables, use_generic_names: as for a call.
+            gradients, variables, use_generic_names, learning_rate: as for a call.
             local: references (ref()) of the variables that are this worker's own.
             scale_local: divide their gradients by the number of workers.
         """
         found = list(gradients)
         shared = [i for i, variable in enumerate(variables) if native(variable).ref() not in local]
-        for i, mean in zip(shared, self(*_at(shared, gradients, variables), use_generic_names)):
+        for i, mean in zip(shared, self(*_at(shared, gradients, variables), use_generic_names, learning_rate)):
             found[i] = mean
         if scale_local and len(shared) < len(found):
             count = Workers(self._process_set, "").count(tf.float32)
@@ -121,7 +126,7 @@ class Reduction:
                 found[i] = _map(lambda values: values / tf.cast(count, values.dtype), found[i])
         return found
 
-    def _compressed(self, gradients: Sequence, variables: Sequence) -> Sequence:
+    def _compressed(self, gradients: Sequence, variables: Sequence, learning_rate) -> Sequence:
         if not gradients:
             return []
         if self._sparse_as_dense:
@@ -130,7 +135,7 @@ class Reduction:
         places = {id(native(variable)): i for i, variable in enumerate(variables)}
         gradients, once = _at(places.values(), gradients, variables)
         self.exchange = exchange_of(self._settings, once, gradients)
-        updates = dict(zip(places, self.exchange(gradients)))
+        updates = dict(zip(places, self.exchange(gradients, learning_rate)))
         return [updates[id(native(variable))] for variable in variables]
 
     def _plain(self, gradients: Sequence, variables: Sequence, use_generic_names: bool) -> Sequence:

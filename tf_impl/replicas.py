@@ -8,7 +8,7 @@ from horovod.tensorflow.functions import allgather_object
 from horovod.tensorflow.mpi_ops import broadcast, broadcast_, global_process_set
 
 from horovod_powersgd.agreement import check_replicas
-from horovod_powersgd.tensorflow.state import native
+from horovod_powersgd.tensorflow.variable import native
 
 # What both of Horovod's broadcasts take. Other numbers travel as bytes.
 _SENT_AS_THEY_ARE = (tf.bool, tf.uint8, tf.int8, tf.int32, tf.int64, tf.float16, tf.float32, tf.float64)

@@ -6,12 +6,17 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet
-from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from horovod_powersgd import PowerSGD
+from horovod_powersgd.accordion import Accordion
+from horovod_powersgd.compressor import Compressor
 from horovod_powersgd.layout import layout_of, trailing_columns
+from horovod_powersgd.randomness import key_of
 from horovod_powersgd.reference import initial_factor
 from horovod_powersgd.statistics import residual
+from horovod_powersgd.tensorflow.adaptation import Adaptation
+from horovod_powersgd.tensorflow.kept import initial_values
+from horovod_powersgd.tensorflow.variable import make_variable, native
 
 # The variable's attribute that holds its states.
 ATTRIBUTE = "_powersgd_states"
@@ -22,38 +27,50 @@ class Clock:
 
     Attributes:
         steps: int64 variable: exchanged with finite results.
-        bytes_sent: int64 variable: handed to allreduce in the last step.
+        bytes_sent: int64 variable: handed to allreduce and allgather in the last step.
+        bytes_received: int64 variable: what those handed back.
         bytes_uncompressed: int64 variable: what plain allreduce would have been handed.
         total_bytes_sent: int64 variable: in all steps.
+        total_bytes_received: int64 variable: in all steps.
         total_bytes_uncompressed: int64 variable: in all steps.
         exchanges: made for these variables, or some of them.
     """
 
     def __init__(self):
         self.steps = make_variable(np.int64(0))
-        self.bytes_sent, self.bytes_uncompressed = make_variable(np.int64(0)), make_variable(np.int64(0))
-        self.total_bytes_sent, self.total_bytes_uncompressed = make_variable(np.int64(0)), make_variable(np.int64(0))
+        self.bytes_sent, self.total_bytes_sent = make_variable(np.int64(0)), make_variable(np.int64(0))
+        self.bytes_received, self.total_bytes_received = make_variable(np.int64(0)), make_variable(np.int64(0))
+        self.bytes_uncompressed, self.total_bytes_uncompressed = make_variable(np.int64(0)), make_variable(np.int64(0))
         self.exchanges: Dict = {}
+
+    def variables(self) -> Dict[str, tf.Variable]:
+        """All, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, tf.Variable)}
 
 
 class VariableState:
-    """One variable's memory and last factor. It lives as long as the variable.
+    """What is kept of one variable. It lives as long as the variable.
 
-    An n x m matrix; factors are kept transposed, P as (r, n) and Q as (r, m). The dtype of all of them is float64 for
-    float64 variables, else float32. Memory and factors are None where the variable is not compressed.
+    The dtype of memory, factors and totals is float64 for float64 variables, else float32. What a variable or its
+    compressor has no use for is None.
 
     Attributes:
         name: of the variable.
-        random_key: a string variable that chooses the starting Q: the seed and the name, or what the variable is called
-            on another worker, if that has gone farther.
         config: with which it is exchanged.
         process_set: with which it is exchanged.
-        layout: of the variable.
+        layout: of the variable, an n x m matrix.
         clock: of the variables that it is exchanged with.
-        memory: (n, m) variable, zeros at first; None without error feedback.
-        factor: the last averaged factor, a variable of (r, m), or of (r, n) where factor_is_q is false.
+        random_key: PowerSGD's: a string variable that chooses the starting Q: the seed and the name, or what the
+            variable is called on another worker, if that has gone farther.
+        factor: PowerSGD's last averaged factor, transposed: a variable of (r, m), or of (r, n) where factor_is_q is
+            false.
         factor_is_q: True, or a boolean variable where P and Q alternate.
-        own: a variable like factor: this worker's last factor; empty before the first step.
+        key: the other compressors': an int64 variable, TensorState.key, made of the same as random_key.
+        kept: the other compressors': variables, by the key that the compressor keeps them under.
+        memory: (n, m) variable, zeros at first; this worker's own.
+        adaptation: Accordion's.
+        norm: float64 variable: of the part of delta that was sent in the last step, for PowerSGD; of delta, for the
+            others. Not a number before the first step.
     """
 
     def __init__(
@@ -61,7 +78,7 @@ class VariableState:
         name: str,
         shape: Sequence[int],
         dtype: tf.DType,
-        config: PowerSGD,
+        config: Compressor,
         process_set: ProcessSet,
         clock: Clock,
     ):
@@ -69,55 +86,106 @@ class VariableState:
         self.layout = layout_of(shape, config, trailing_columns)
         self.variable_dtype = dtype
         self.dtype = tf.float64 if dtype == tf.float64 else tf.float32
-        self.random_key = self.memory = self.factor = self.factor_is_q = self.own = None
-        if self.layout.compressed:
-            key = random_key(name, config.seed)
-            with tf.device("cpu"):
-                self.random_key = make_variable(np.array(key, object))
-            rows, columns = self.layout.matrix_shape
-            alternates = config.num_iters_per_step % 2 == 1
-            shape = (self.layout.amount, None if alternates else columns)
-            random_q = np.ascontiguousarray(random_factor(key, columns, self.layout.amount).T, self.dtype.as_numpy_dtype)
-            self.factor = make_variable(random_q, shape)
-            self.factor_is_q = make_variable(np.bool_(True)) if alternates else True
-            empty = np.zeros((self.layout.amount, 0), self.dtype.as_numpy_dtype)
-            self.own = make_variable(empty, (self.layout.amount, None))
-            if config.error_feedback:
-                self.memory = make_variable(np.zeros((rows, columns), self.dtype.as_numpy_dtype))
+        self.random_key = self.factor = self.factor_is_q = self.key = None
+        self.memory = self.adaptation = self.norm = None
+        self.kept: Dict[str, tf.Variable] = {}
+        if not self.layout.compressed:
+            return
+        if isinstance(config.family, PowerSGD):
+            self._make_factor()
+        else:
+            self.key = make_variable(np.int64(key_of(name, config.seed)))
+            initial = initial_values(config.family, self.layout.matrix_shape, self.layout.amount, self.dtype)
+            self.kept = {key: make_variable(value) for key, value in initial.items()}
+        if config.keeps_memory:
+            self.memory = make_variable(np.zeros(self.layout.matrix_shape, self.dtype.as_numpy_dtype))
+        if config.error_feedback:
+            self.norm = make_variable(np.float64("nan"))
+        if isinstance(config, Accordion):
+            self.adaptation = Adaptation(config, self.layout, self.dtype)
+
+    def _make_factor(self) -> None:
+        key = random_key(self.name, self.config.seed)
+        with tf.device("cpu"):
+            self.random_key = make_variable(np.array(key, object))
+        rank, columns = self.layout.amount, self.layout.matrix_shape[1]
+        alternates = self.config.family.num_iters_per_step % 2 == 1
+        shape = None if isinstance(self.config, Accordion) else rank, None if alternates else columns
+        random_q = np.ascontiguousarray(random_factor(key, columns, rank).T, self.dtype.as_numpy_dtype)
+        self.factor = make_variable(random_q, shape)
+        self.factor_is_q = make_variable(np.bool_(True)) if alternates else True
+
+    def shared(self) -> Dict[str, tf.Variable]:
+        """What is the same on every worker, by name, as a checkpoint holds it."""
+        found = {"factor": self.factor, "factor_is_q": self.factor_is_q}
+        found.update((f"kept.{key}", variable) for key, variable in self.kept.items())
+        if self.adaptation is not None:
+            found.update(self.adaptation.variables())
+        return {name: value for name, value in found.items() if isinstance(value, tf.Variable)}
+
+    def shared_with_keys(self) -> Dict[str, tf.Variable]:
+        """What is to be the same on every worker, by name."""
+        keys = {"random_key": self.random_key, "key": self.key}
+        return {**{name: key for name, key in keys.items() if key is not None}, **self.shared()}
+
+    def variables(self) -> Dict[str, tf.Variable]:
+        """All, by name."""
+        own = {name: value for name, value in vars(self).items() if isinstance(value, tf.Variable)}
+        return {**own, **self.shared()}
 
     def rename(self, name: str) -> None:
         """Gives it the name that it was saved with: Keras can give a variable another path when it loads a model."""
         self.name = name
         if self.random_key is not None:
             self.random_key.assign(random_key(name, self.config.seed))
+        if self.key is not None:
+            self.key.assign(key_of(name, self.config.seed))
+
+    def decisions(self) -> Tuple[Tuple[int, str], ...]:
+        """TensorStats.decisions."""
+        return () if self.adaptation is None else self.adaptation.decided()
 
     def residual(self) -> Optional[float]:
-        """|e| / |delta| of the last step; None where there was none or no memory is kept."""
-        if self.memory is None or self.own.shape[1] == 0 or not tf.size(self.own):
+        """|e| / |delta| of the last step; None where there was none or without error feedback."""
+        if self.norm is None or np.isnan(self.norm):
             return None
-        return residual(*(float(tf.norm(tf.cast(t, tf.float64))) for t in (self.memory, self.own)))
+        left, norm = float(tf.norm(tf.cast(self.memory, tf.float64))), float(self.norm)
+        if self.factor is not None:
+            return residual(left, norm)
+        return left / norm if norm else 0.0
 
     def state_dict(self) -> Dict[str, object]:
         """What is kept, as numpy arrays."""
         state: Dict[str, object] = {"shape": list(self.layout.shape)}
-        if self.layout.compressed:
-            state.update(
-                factor=self.factor.numpy(),
-                factor_is_q=bool(self.factor_is_q),
-                memory=None if self.memory is None else self.memory.numpy(),
-            )
+        if not self.layout.compressed:
+            return state
+        state["memory"] = None if self.memory is None else self.memory.numpy()
+        if self.factor is not None:
+            state.update(factor=self.factor.numpy(), factor_is_q=bool(self.factor_is_q))
+        else:
+            state["kept"] = {key: variable.numpy() for key, variable in self.kept.items()}
+        if self.adaptation is not None:
+            state["regime"] = self.adaptation.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping, memories: Sequence[Mapping], weight: float) -> None:
-        """Takes a saved factor and the sum of saved memories, times `weight`."""
-        if self.layout.compressed:
+        """Takes what was saved, and the sum of saved memories, times `weight`."""
+        if not self.layout.compressed:
+            return
+        if self.factor is not None:
             self.factor.assign(state["factor"])
             if self.factor_is_q is not True:
                 self.factor_is_q.assign(state["factor_is_q"])
-            self.own.assign(self.own[:, :0])
-            if self.memory is not None:
-                memory = sum(saved["memory"] for saved in memories) if memories else 0
-                self.memory.assign(np.broadcast_to(memory * weight, self.memory.shape))
+        else:
+            for key, variable in self.kept.items():
+                variable.assign(state["kept"][key])
+        if self.adaptation is not None:
+            self.adaptation.load_state_dict(state["regime"])
+        if self.norm is not None:
+            self.norm.assign(np.nan)
+        if self.memory is not None:
+            memory = sum(saved["memory"] for saved in memories) if memories else 0
+            self.memory.assign(np.broadcast_to(memory * weight, self.memory.shape))
 
 
 def random_key(name: str, seed: int) -> bytes:
@@ -131,24 +199,7 @@ def random_factor(key: bytes, columns: int, rank: int, step: int = 0) -> np.ndar
     return initial_factor(name, int(columns), int(rank), int(seed), int(step))
 
 
-def make_variable(value, shape: Optional[Tuple] = None) -> tf.Variable:
-    """A variable beside the model's: not trained, and in no collection. Outlives the function that is being traced."""
-    shape = np.shape(value) if shape is None else shape
-    with tf.init_scope():
-        if tf.executing_eagerly():
-            # Not tf.Variable: a tf.function that is traced again lets none be made, for fear that each trace makes one.
-            return ResourceVariable(value, trainable=False, shape=tf.TensorShape(shape))
-        return tf.compat.v1.Variable(
-            value, trainable=False, collections=[], use_resource=True, shape=tf.TensorShape(shape)
-        )
-
-
-def native(variable) -> tf.Variable:
-    """The tf.Variable of a Keras 3 variable, and any other itself."""
-    return variable.value if hasattr(variable, "path") and hasattr(variable, "value") else variable
-
-
-def states_of(variables: Sequence, config: PowerSGD, process_set: ProcessSet) -> List[VariableState]:
+def states_of(variables: Sequence, config: Compressor, process_set: ProcessSet) -> List[VariableState]:
     """The variables' states, made where they have none. In an order that is the same on every worker."""
     key = config, process_set.process_set_id
     kept = [vars(native(variable)).setdefault(ATTRIBUTE, {}) for variable in variables]

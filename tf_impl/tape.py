@@ -1,11 +1,11 @@
-"""hvd.DistributedGradientTape that takes a PowerSGD."""
+"""hvd.DistributedGradientTape that takes a compressor."""
 
 import horovod.tensorflow as horovod
 import tensorflow as tf
 
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.reduction import Reduction, native_groups, scaled, unscaled, variables_of
-from horovod_powersgd.tensorflow.state import native
+from horovod_powersgd.tensorflow.variable import native
 
 
 class _DistributedGradientTape(horovod._DistributedGradientTape):
@@ -14,11 +14,12 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
     Attributes:
         loss_scale: what the loss is multiplied by, a number or a variable: the memory is kept without it, and so
             stays right when the scale changes. None: nothing.
+        learning_rate: of the step, for Accordion: a number, a tensor or a variable. None: not known.
     """
 
     # Horovod's methods say super(self.__class__, self), so the class of a tape is made, as Horovod makes its own, by
     # putting these methods and Horovod's into a direct subclass of the wrapped tape's class.
-    loss_scale = None
+    loss_scale = learning_rate = None
 
     def register_local_source(self, source):
         """The source's gradient stays this worker's own."""
@@ -48,6 +49,7 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
             self._local_sources,
             self.scale_local_gradients,
             use_generic_names,
+            self.learning_rate,
         )
         return tf.nest.pack_sequence_as(sources, scaled(gradients, self.loss_scale))
 
@@ -63,7 +65,7 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
     def compression_stats(self) -> CompressionStats:
         """What compression did to the gradients of the last gradient() call, in the last step and in all steps."""
         if self._allreduce_grads.exchange is None:
-            raise RuntimeError("this tape has compressed nothing: give it a hvd.PowerSGD, and call gradient() first")
+            raise RuntimeError("this tape has compressed nothing: give it a compressor, and call gradient() first")
         return self._allreduce_grads.exchange.stats()
 
 
@@ -81,17 +83,17 @@ def DistributedGradientTape(
     process_set=horovod.global_process_set,
     scale_local_gradients=True,
 ):
-    """horovod.tensorflow.DistributedGradientTape, whose compression can also be a PowerSGD.
+    """horovod.tensorflow.DistributedGradientTape, whose compression can also be a compressor.
 
-    What PowerSGD keeps from step to step belongs to the variables: a tape may be built anew in each step.
+    What that keeps from step to step belongs to the variables: a tape may be built anew in each step.
 
     Args:
         gradtape: a tf.GradientTape to wrap. The result is an instance of its class.
-        compression: a horovod_powersgd.PowerSGD, or Compression.none or .fp16.
+        compression: a compressor such as PowerSGD, a generator function, or Compression.none or .fp16.
         (the others): as Horovod's.
 
     Raises:
-        ValueError: PowerSGD with op=Adasum, or what Horovod refuses.
+        ValueError: a compressor with op=Adasum, or what Horovod refuses.
 
     Example:
         >>> with tf.GradientTape() as tape:

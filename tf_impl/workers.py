@@ -4,7 +4,7 @@ import os
 import pickle
 import re
 from dataclasses import dataclass
-from typing import Callable, Sequence
+from typing import Callable, List, Optional, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -12,6 +12,7 @@ from horovod.tensorflow import mpi_ops
 from horovod.tensorflow.mpi_ops import Average, Max, ProcessSet, Sum
 
 from horovod_powersgd.agreement import MOST_WORKERS, Description, ballot, differences
+from horovod_powersgd.compressor import Compressor, joined
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class Workers:
             return tf.cast(mpi_ops.size_op(process_set_id=self.process_set.process_set_id), dtype)
         return tf.cast(self.process_set.size(), dtype)
 
+    def number(self) -> tf.Tensor:
+        """This worker's, int64. In an elastic job it can change from step to step."""
+        if elastic() and self.process_set.process_set_id == 0:
+            return tf.cast(mpi_ops.rank_op(), tf.int64)
+        return tf.constant(self.process_set.rank(), tf.int64)
+
     def mean(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         """The average of a tensor of a dtype that Horovod reduces."""
         if self.alone:
@@ -60,10 +67,50 @@ class Workers:
             indices = self._allgather(slices.indices, f"{name}.indices")
         return tf.IndexedSlices(values / self.count(values.dtype), indices, slices.dense_shape)
 
-    def from_worker(self, root: tf.Tensor, tensor: tf.Tensor, name: str) -> tf.Tensor:
-        """The root's tensor, where the root, a global number, is known only when the graph runs."""
-        mine = tf.where(tf.equal(root, tf.cast(mpi_ops.rank_op(), root.dtype)), tensor, tf.zeros_like(tensor))
-        return self._allreduce(mine, name, Sum)
+    def gather(self, packed: tf.Tensor, name: str) -> tf.Tensor:
+        """All workers' bytes, (W, size); they all have as many."""
+        if self.alone:
+            return packed[None]
+        with tf.device(self.device):
+            gathered = self._allgather(packed, name)
+        return tf.reshape(gathered, tf.stack([self.count(tf.int32), tf.size(packed)]))
+
+    def all_there(self, name: str, compressor: Optional[Compressor]) -> tf.Operation:
+        """An op that fails with an InvalidArgumentError where a worker has joined (hvd.join). Horovod's allgather would
+        then break down, and the job with it. Costs one small allreduce.
+
+        Args:
+            name: of the message.
+            compressor: that gathers; None where it is sparse gradients that are gathered.
+        """
+        if self.alone:
+            return tf.no_op()
+
+        def refuse():
+            def tell():
+                raise ValueError(str(joined(RuntimeError("Join"), compressor)))
+
+            refused = tf.numpy_function(tell, [], tf.bool)
+            refused.set_shape(())
+            return refused
+
+        # A joined worker's part is zero.
+        there = self._allreduce(_not_constant(tf.ones((1,), tf.int32)), name, Sum)
+        return tf.cond(tf.equal(there[0], self.count(tf.int32)), lambda: tf.constant(True), refuse).op
+
+    def taken(self, root: tf.Tensor, tensors: Sequence[tf.Tensor], name: str) -> List[tf.Tensor]:
+        """The root's tensors, where the root, a global number, is known only when the graph runs. Their shapes can
+        differ among the workers."""
+
+        def pack(root, worker, *arrays):
+            return np.frombuffer(pickle.dumps(arrays) if worker == root else b"", np.uint8)
+
+        def unpack(packed):
+            return pickle.loads(packed.tobytes())
+
+        packed = tf.numpy_function(pack, [root, tf.cast(mpi_ops.rank_op(), tf.int64), *tensors], tf.uint8)
+        packed.set_shape((None,))
+        return tf.numpy_function(unpack, [self._allgather(packed, name)], [tensor.dtype for tensor in tensors])
 
     def agree(
         self,
@@ -100,22 +147,6 @@ class Workers:
 
         return tf.cond((place > MOST_WORKERS) | ~alike, take, lambda: True).op
 
-    def strings_from(self, root: tf.Tensor, strings: Sequence[tf.Tensor], name: str) -> tf.Tensor:
-        """The root's strings, where the root, a global number, is known only when the graph runs."""
-
-        def pack(worker, strings):
-            return np.frombuffer(pickle.dumps((int(worker), list(strings))), np.uint8)
-
-        def pick(root, sizes, packed):
-            parts = np.split(packed, np.cumsum(sizes)[:-1])
-            return np.array(dict(pickle.loads(part.tobytes()) for part in parts)[int(root)], object)
-
-        packed = tf.numpy_function(pack, [mpi_ops.rank_op(), tf.stack(strings)], tf.uint8)
-        packed.set_shape((None,))
-        sizes = self._allgather(tf.shape(packed), f"{name}.sizes")
-        picked = tf.numpy_function(pick, [root, sizes, self._allgather(packed, name)], tf.string)
-        return tf.ensure_shape(picked, (len(strings),))
-
     def _refuse(self, description: Description) -> tf.Tensor:
         def refuse(sizes, pickled):
             parts = np.split(pickled, np.cumsum(sizes)[:-1])
@@ -142,13 +173,17 @@ class Workers:
             )
 
     def _allgather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
-        # Constants, TensorFlow would gather at once, when it optimizes the graph, and whatever branch they are in.
-        tensor = tf.where(mpi_ops.rank_op() >= 0, tensor, tf.zeros_like(tensor))
-        return mpi_ops.allgather(tensor, self._full_name(name), True, self.process_set)
+        return mpi_ops.allgather(_not_constant(tensor), self._full_name(name), True, self.process_set)
 
     def _full_name(self, name: str) -> str:
         """As an operation can be called; Horovod, told to ignore the scope, would drop what is before a slash."""
         return re.sub("[^A-Za-z0-9_.]", ".", f"{self.prefix}.{name}")
+
+
+def _not_constant(tensor: tf.Tensor) -> tf.Tensor:
+    """The tensor. Constants, TensorFlow would exchange at once, when it optimizes the graph, and whatever branch they
+    are in."""
+    return tf.cond(mpi_ops.rank_op() >= 0, lambda: tensor, lambda: tf.zeros_like(tensor))
 
 
 def elastic() -> bool:

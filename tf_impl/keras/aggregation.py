@@ -6,9 +6,10 @@ import numpy as np
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet
 
+from horovod_powersgd.accordion import Accordion
 from horovod_powersgd.tensorflow.compression_state import load_compression_state_dict
 from horovod_powersgd.tensorflow.reduction import Reduction
-from horovod_powersgd.tensorflow.state import make_variable, native
+from horovod_powersgd.tensorflow.variable import make_variable, native
 
 
 class Aggregation:
@@ -47,15 +48,22 @@ class Aggregation:
         self._local.add(native(variable).ref())
 
     @tf.autograph.experimental.do_not_convert
-    def __call__(self, gradients: Sequence, variables: Sequence) -> List:
-        """The averages, in the step's last pass; the gradients, in the others, which are not to be applied."""
+    def __call__(self, gradients: Sequence, variables: Sequence, learning_rate=None) -> List:
+        """The averages, in the step's last pass; the gradients, in the others, which are not to be applied.
+
+        Args:
+            gradients: this pass's.
+            variables: theirs.
+            learning_rate: gives it, for Accordion; None where there is none.
+        """
         self.variables = list(variables)
         if self.saved_states is not None:
             states, self.saved_states = self.saved_states, None
             with tf.init_scope():
-                load_compression_state_dict(states, self.variables, self.process_set)
+                self.load(states)
+        rate = learning_rate() if isinstance(self.reduction.compressor, Accordion) and learning_rate else None
         if self._passes == 1:
-            return self._reduce(gradients, self.variables)
+            return self._reduce(gradients, self.variables, rate)
         places = [i for i, gradient in enumerate(gradients) if gradient is not None]
         dense = [tf.convert_to_tensor(gradients[i]) for i in places]
         present = [self.variables[i] for i in places]
@@ -65,7 +73,7 @@ class Aggregation:
             last = tf.equal(self.counter, self._passes)
 
         def finish():
-            means = self._reduce([tf.convert_to_tensor(total) for total in sums], present)
+            means = self._reduce([tf.convert_to_tensor(total) for total in sums], present, rate)
             with tf.control_dependencies(means):
                 cleared = [total.assign(tf.zeros_like(total)) for total in sums] + [self.counter.assign(0)]
             with tf.control_dependencies(cleared):
@@ -89,8 +97,14 @@ class Aggregation:
         )
         return iterations if tf.executing_eagerly() else applied.op
 
-    def _reduce(self, gradients: Sequence, variables: Sequence) -> List:
-        return self.reduction.of_shared(gradients, variables, self._local, self._scale_local)
+    def load(self, states) -> None:
+        """load_compression_state_dict, of the variables of the last call."""
+        load_compression_state_dict(states, self.variables, self.process_set, self.reduction.compressor)
+
+    def _reduce(self, gradients: Sequence, variables: Sequence, learning_rate) -> List:
+        return self.reduction.of_shared(
+            gradients, variables, self._local, self._scale_local, learning_rate=learning_rate
+        )
 
     def _sum(self, gradient: tf.Tensor, variable) -> tf.Variable:
         key = native(variable).ref()

@@ -1,4 +1,4 @@
-"""horovod.tensorflow.keras.callbacks, for Keras 3 and for Keras 2 (tf_keras), and one that logs what PowerSGD did."""
+"""horovod.tensorflow.keras.callbacks, for Keras 3 and Keras 2 (tf_keras), and one that logs what compression did."""
 
 import numbers
 
@@ -239,7 +239,8 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
 class CompressionCallback(keras.callbacks.Callback):
     """Logs, at the end of each epoch, what compression did in its last step.
 
-    compression_bytes: handed to allreduce. compression_ratio: how many times fewer than without compression.
+    compression_bytes: handed to allreduce and allgather.
+    compression_ratio: how many times fewer than without compression.
     compression_residual: the largest |e| / |delta| of a compressed tensor, which is left out where there is none.
     The history has them, and so has TensorBoard where it stands after this callback.
 

@@ -11,6 +11,7 @@ import sys
 
 import tensorflow as tf
 
+from horovod_powersgd.tensorflow.keras.learning_rate import current_learning_rate
 from horovod_powersgd.tensorflow.reduction import scaled, unscaled
 from horovod_powersgd.tensorflow.which_keras import KERAS_3
 
@@ -34,7 +35,8 @@ def average_before_apply(cls) -> None:
             self.build(variables)
             self.built = True
         scale = self.dynamic_scale.value
-        gradients = scaled(aggregation(unscaled(grads, scale), variables), scale)
+        rate = functools.partial(current_learning_rate, self.inner_optimizer)
+        gradients = scaled(aggregation(unscaled(grads, scale), variables, rate), scale)
         aggregation.exchanged = True
         try:
             aggregation.apply(lambda: original(self, gradients, variables), self.inner_optimizer._iterations)

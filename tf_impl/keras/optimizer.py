@@ -1,4 +1,4 @@
-"""hvd.DistributedOptimizer for Keras 3 and Keras 2 (tf_keras), that takes a PowerSGD."""
+"""hvd.DistributedOptimizer for Keras 3 and Keras 2 (tf_keras), that takes a compressor."""
 
 import warnings
 from typing import Dict, Iterable, Mapping, Union
@@ -7,9 +7,10 @@ import horovod.tensorflow as horovod
 import tensorflow as tf
 
 from horovod_powersgd.statistics import CompressionStats
-from horovod_powersgd.tensorflow.compression_state import compression_state_dict, load_compression_state_dict
+from horovod_powersgd.tensorflow.compression_state import compression_state_dict
 from horovod_powersgd.tensorflow.keras import compilation, loss_scaling
 from horovod_powersgd.tensorflow.keras.aggregation import Aggregation
+from horovod_powersgd.tensorflow.keras.learning_rate import current_learning_rate
 from horovod_powersgd.tensorflow.reduction import Reduction, variables_of
 from horovod_powersgd.tensorflow.which_keras import KERAS_3
 
@@ -42,7 +43,10 @@ class _DistributedOptimizer:
 
     def _allreduce(self, grads, vars):
         self._aggregation.exchanged = True
-        return self._aggregation(grads, vars)
+        return self._aggregate(grads, vars)
+
+    def _aggregate(self, gradients, variables):
+        return self._aggregation(gradients, variables, lambda: current_learning_rate(self))
 
     def compute_gradients(self, loss, var_list, tape=None):
         """The averaged gradients, with their variables.
@@ -62,7 +66,7 @@ class _DistributedOptimizer:
         return self.compute_gradients(loss, var_list, tape)
 
 
-class _PowerSGDOptimizer:
+class _CompressingOptimizer:
     """What comes before that in an optimizer that compresses."""
 
     def compression_stats(self) -> CompressionStats:
@@ -77,7 +81,7 @@ class _PowerSGDOptimizer:
         return exchange.stats()
 
     def compression_state_dict(self) -> Dict[str, object]:
-        """This worker's factors and memory: what a resumed run needs beside model and optimizer.
+        """What the compressor keeps, and this worker's memory: what a resumed run needs beside model and optimizer.
 
         Returns:
             Numbers, strings and numpy arrays, for pickle or numpy.save. Every worker saves its own.
@@ -95,12 +99,12 @@ class _PowerSGDOptimizer:
                 workers than then needs all of them: the memories are shared out so that their mean stays.
 
         Raises:
-            ValueError: another model, or states are missing. It names what differs.
+            ValueError: another model or compressor, or states are missing. It names what differs.
         """
         aggregation = self._aggregation
-        variables = aggregation.variables or getattr(self, "_trainable_variables", ())
-        if variables:
-            load_compression_state_dict(states, variables, aggregation.process_set)
+        aggregation.variables = aggregation.variables or getattr(self, "_trainable_variables", ())
+        if aggregation.variables:
+            aggregation.load(states)
         else:
             aggregation.saved_states = states
 
@@ -115,7 +119,7 @@ class _Keras3Optimizer(_DistributedOptimizer):
             self.built = True
         aggregation = self._aggregation
         exchanged, aggregation.exchanged = aggregation.exchanged, False
-        gradients = list(grads) if exchanged else aggregation(grads, variables)
+        gradients = list(grads) if exchanged else self._aggregate(grads, variables)
         aggregation.apply(lambda: super(_Keras3Optimizer, self).apply(gradients, variables), self._iterations)
 
 
@@ -127,7 +131,7 @@ class _Keras2Optimizer(_DistributedOptimizer):
         if self._aggregation.exchanged or not pairs:
             return pairs
         gradients, variables = zip(*pairs)
-        return list(zip(self._aggregation(gradients, variables), variables))
+        return list(zip(self._aggregate(gradients, variables), variables))
 
     def _aggregate_gradients(self, grads_and_vars):
         return self.aggregate_gradients(grads_and_vars)
@@ -184,12 +188,12 @@ def DistributedOptimizer(
     process_set=horovod.global_process_set,
     scale_local_gradients=True,
 ):
-    """horovod.tensorflow.keras.DistributedOptimizer, for Keras 3 as well, whose compression can also be a PowerSGD.
+    """horovod.tensorflow.keras.DistributedOptimizer, for Keras 3 as well, whose compression can also be a compressor.
 
     Args:
         optimizer: to wrap. The result is another optimizer of its class and configuration; in a saved model it is
             the wrapped optimizer, and loads without Horovod.
-        compression: a horovod_powersgd.PowerSGD, or Compression.none or .fp16.
+        compression: a compressor such as PowerSGD, a generator function, or Compression.none or .fp16.
         (the others): as Horovod's.
 
     Raises:
@@ -324,8 +328,8 @@ def _distribute(optimizer, aggregated_by):
         "__doc__": wrapped.__doc__,
     }
     bases = (_Keras3Optimizer if KERAS_3 else _Keras2Optimizer, wrapped)
-    if aggregated_by[0].compresses:
-        bases = (_PowerSGDOptimizer, *bases)
+    if aggregated_by[0].compressor is not None:
+        bases = (_CompressingOptimizer, *bases)
     distributed = type(wrapped.__name__, bases, members).from_config(optimizer.get_config())
     if KERAS_3 and optimizer.built:
         distributed.build(optimizer._trainable_variables)

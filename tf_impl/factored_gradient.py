@@ -1,0 +1,115 @@
+"""A gradient that travels as factors, by PowerSGD."""
+
+from typing import Callable, Generator, List, Union
+
+import tensorflow as tf
+
+from horovod_powersgd.compressor import AllreduceMean
+from horovod_powersgd.tensorflow.built_once import built_once
+from horovod_powersgd.tensorflow.gradient import MatrixGradient, Step, marked
+from horovod_powersgd.tensorflow.orthogonalization import orthogonalize
+from horovod_powersgd.tensorflow.state import random_factor
+
+# Whether a factor is Q; not known before the graph runs where P and Q alternate.
+Flag = Union[bool, tf.Tensor]
+
+
+class FactoredGradient(MatrixGradient):
+    """reference.powersgd of one matrix. Factors are kept transposed."""
+
+    @property
+    def sent_dtype(self) -> tf.DType:
+        return tf.float16 if self.state.config.family.wire_dtype == "float16" else self.state.dtype
+
+    def _exchange(self, step: Step, amount: Union[int, tf.Tensor]) -> Generator:
+        state, config, key = self.state, self.state.config.family, tf.convert_to_tensor(self.state.random_key)
+        # delta is finite where the small factor is that comes of it.
+        factor, is_q = tf.convert_to_tensor(state.factor), state.factor_is_q
+        if isinstance(is_q, tf.Variable):
+            is_q = tf.convert_to_tensor(is_q)
+        if step.renews or not config.warm_start:
+            columns = state.layout.matrix_shape[1]
+            factor, is_q = self._random(key, columns, amount, step.number), True
+        elif state.adaptation is not None:
+            found = _resized(factor, amount, key)
+            found.set_shape(factor.shape)
+            factor = found
+        for _ in range(config.half_steps(step.renews)):
+            basis = orthogonalize(factor, key)
+            own = _choose(
+                is_q,
+                lambda: tf.matmul(basis, self._delta, transpose_b=True),
+                lambda: tf.matmul(basis, self._delta),
+            )
+            if self.sent_dtype == tf.float16:
+                # By way of float32, as processors do it.
+                own = tf.cast(tf.cast(own, tf.float32), tf.float16)
+            is_q = _not(is_q)
+            mean = yield AllreduceMean(tf.reshape(own, [-1]))
+            factor = tf.cast(tf.reshape(mean, [amount, self._columns(is_q)]), state.dtype)
+        own = tf.cast(own, state.dtype)
+        self._factor, self._factor_is_q, self._own = factor, is_q, own
+        # Error feedback from this worker's own last factor: delta_w - P^ Q_w^T.
+        return _product(basis, marked(factor, self.finite), is_q), _product(basis, own, is_q)
+
+    def _marked_part(self, part: tf.Tensor) -> tf.Tensor:
+        return part
+
+    def _keep(self) -> List[tf.Operation]:
+        state = self.state
+        ops = [state.factor.assign(self._factor, read_value=False)]
+        if isinstance(state.factor_is_q, tf.Variable):
+            ops.append(state.factor_is_q.assign(self._factor_is_q, read_value=False))
+        if state.norm is not None:
+            ops.append(state.norm.assign(tf.norm(tf.cast(self._own, tf.float64)), read_value=False))
+        return ops
+
+    def _random(self, key: tf.Tensor, columns, rank, step) -> tf.Tensor:
+        drawn = tf.numpy_function(random_factor, [key, columns, rank, step], tf.float64)
+        drawn.set_shape((columns if isinstance(columns, int) else None, rank if isinstance(rank, int) else None))
+        return tf.cast(tf.transpose(drawn), self.state.dtype)
+
+    def _columns(self, is_q: Flag) -> int:
+        """Of a factor, transposed; -1 where that is not known."""
+        return self.state.layout.matrix_shape[1 if is_q else 0] if isinstance(is_q, bool) else -1
+
+
+@built_once
+def _resized(factor: tf.Tensor, rank: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
+    """reference.resized of a transposed factor, where it has another rank."""
+    old, length = tf.unstack(tf.shape(factor, tf.int64))
+
+    def shrunk():
+        wide = tf.cast(factor, tf.float64)
+        directions = tf.linalg.eigh(tf.matmul(wide, wide, transpose_b=True))[1][:, old - rank :]
+        return tf.cast(tf.matmul(directions, wide, transpose_a=True), factor.dtype)
+
+    def grown():
+        wide = tf.cast(factor, tf.float64)
+        drawn = tf.numpy_function(random_factor, [key, length, rank], tf.float64)
+        drawn.set_shape((None, None))
+        added = tf.transpose(drawn)[old:]
+        mean = tf.norm(wide) / tf.sqrt(tf.cast(old, tf.float64))
+        scale = tf.where(mean > 0, mean / tf.norm(added, axis=1, keepdims=True), tf.ones_like(mean))
+        return tf.cast(tf.concat([wide, scale * added], 0), factor.dtype)
+
+    return tf.cond(tf.equal(rank, old), lambda: factor, lambda: tf.cond(rank < old, shrunk, grown))
+
+
+def _product(basis: tf.Tensor, factor: tf.Tensor, is_q: Flag) -> tf.Tensor:
+    """P^ Q^T, or P Q^^T where the last half-step made P."""
+    return _choose(
+        is_q,
+        lambda: tf.matmul(basis, factor, transpose_a=True),
+        lambda: tf.matmul(factor, basis, transpose_a=True),
+    )
+
+
+def _not(flag: Flag) -> Flag:
+    return not flag if isinstance(flag, bool) else tf.logical_not(flag)
+
+
+def _choose(flag: Flag, yes: Callable[[], tf.Tensor], no: Callable[[], tf.Tensor]) -> tf.Tensor:
+    if isinstance(flag, bool):
+        return yes() if flag else no()
+    return tf.cond(flag, yes, no)

@@ -1,0 +1,54 @@
+"""What a compressor's generator keeps of a matrix from step to step."""
+
+import functools
+from typing import Dict, Tuple
+
+import numpy as np
+import tensorflow as tf
+
+from horovod_powersgd.compressor import AllreduceMean, Compressor
+from horovod_powersgd.state import TensorState
+from horovod_powersgd.tensorflow import arrays
+
+
+class _Watched(TensorState):
+    """Remembers what is asked for."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.initial: Dict[str, np.ndarray] = {}
+
+    def get(self, key, initial):
+        self.initial[key] = np.asarray(initial)
+        return super().get(key, initial)
+
+
+@functools.cache
+def initial_values(
+    compressor: Compressor, shape: Tuple[int, int], amount: int, dtype: tf.DType
+) -> Dict[str, np.ndarray]:
+    """What is kept of a matrix before the first step, by key: the generator is run once, in a graph that nobody needs.
+
+    Args:
+        compressor: no Accordion.
+        shape: of the matrix.
+        amount: Compressor.amount of it.
+        dtype: of its gradient.
+    """
+    with tf.__internal__.FuncGraph("kept").as_default():
+        zero, one = tf.constant(0, tf.int64), tf.constant(1, tf.int64)
+        state = _Watched(arrays, "", shape, zero, {}, tf.constant)
+        state.begin(zero, amount, zero, one, tf.constant(True))
+        generator, answer = compressor.exchange(tf.zeros(shape, dtype), state), None
+        try:
+            while True:
+                request = generator.send(answer)
+                answer = request.tensors
+                if not isinstance(request, AllreduceMean):
+                    answer = [part[None] for part in answer]
+        except StopIteration:
+            pass
+        for key in state.kept.keys() - state.initial.keys():
+            value = state.kept[key]
+            state.initial[key] = np.zeros(value.shape, value.dtype.as_numpy_dtype)
+    return state.initial

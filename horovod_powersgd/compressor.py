@@ -208,18 +208,15 @@ def compressor_of(compression) -> Optional[Compressor]:
     )
 
 
-def joined(error: Exception, compressor: Optional[Compressor]) -> Optional[RuntimeError]:
-    """What to tell users in place of Horovod's error where a worker has joined; None where that is not the matter.
+def refusal_of_join(compressor: Optional[Compressor]) -> str:
+    """What to tell users where a worker has joined and the others gather.
 
     Args:
-        error: Horovod's, of a gather.
         compressor: that gathers; None where it is sparse gradients that are gathered.
     """
-    if "Join" not in str(error):
-        return None
     who = "sparse gradients are gathered" if compressor is None else f"{compressor!r} gathers what the workers send"
     instead = "Use a compressor whose attribute `linear` is true, such as PowerSGD or RandomK"
-    return RuntimeError(
+    return (
         f"A worker has called hvd.join(), and {who}, which Horovod cannot do then. "
         f"{'Set sparse_as_dense=True' if compressor is None else instead}, or give all workers as many steps."
     )

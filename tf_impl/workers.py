@@ -12,7 +12,7 @@ from horovod.tensorflow import mpi_ops
 from horovod.tensorflow.mpi_ops import Average, Max, ProcessSet, Sum
 
 from horovod_powersgd.agreement import MOST_WORKERS, Description, ballot, differences
-from horovod_powersgd.compressor import Compressor, joined
+from horovod_powersgd.compressor import Compressor, refusal_of_join
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Workers:
 
         def refuse():
             def tell():
-                raise ValueError(str(joined(RuntimeError("Join"), compressor)))
+                raise ValueError(refusal_of_join(compressor))
 
             refused = tf.numpy_function(tell, [], tf.bool)
             refused.set_shape(())

@@ -21,7 +21,7 @@ from horovod.torch.mpi_ops import (
 )
 
 from horovod_powersgd.agreement import MOST_WORKERS, Description, ballot, differences
-from horovod_powersgd.compressor import Compressor, joined
+from horovod_powersgd.compressor import Compressor, refusal_of_join
 from horovod_powersgd.torch.phase import phase
 
 # Known by its identity.
@@ -208,7 +208,10 @@ def _gathered(handle: int, compressor: Optional[Compressor] = None) -> torch.Ten
     try:
         return mpi_ops.synchronize(handle)
     except HorovodInternalError as error:
-        raise joined(error, compressor) or error from None
+        # Horovod says so, in words that are not for users of a compressor.
+        if "Join" in str(error):
+            raise RuntimeError(refusal_of_join(compressor)) from None
+        raise
 
 
 def join(device: int = -1) -> int:

@@ -130,6 +130,11 @@ def error(found, expected, scale=None):
     return np.linalg.norm(found - expected) / (max(np.linalg.norm(expected), scale or 0) or 1)
 
 
+def largest_error_of_a_repetition(workers):
+    """What messages Horovod fuses depends on when they come, and so does the order in which it sums three workers'."""
+    return 0 if workers <= 2 else 1e-5
+
+
 def assert_close(found, expected, largest, what, scales=None):
     """Compares two dicts of arrays; `scales` are arrays next to which a small difference does not count.
 

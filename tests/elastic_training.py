@@ -5,6 +5,7 @@
 Each worker writes what it saw to FOLDER/<process>.jsonl. FOLDER/grow appears when the new worker is to come.
 """
 
+import faulthandler
 import json
 import os
 import sys
@@ -29,6 +30,8 @@ def norms(optimizer):
     return [0.0 if t["memory"] is None else t["memory"].norm().item() for t in tensors if "memory" in t]
 
 
+# A job that hangs tells where each of its workers waits.
+faulthandler.dump_traceback_later(200)
 hvd.init()
 torch.manual_seed(hvd.rank())
 model = torch.nn.Sequential(torch.nn.Linear(40, 48), torch.nn.Tanh(), torch.nn.Linear(48, 32))

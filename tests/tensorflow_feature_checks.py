@@ -362,6 +362,19 @@ def check_a_step_that_is_not_finite_leaves_no_trace_of_any_compressor():
             assert cases.error(step(tf.constant(matrix(i)), zeros)[0].numpy(), update) < 1e-3, config
 
 
+def check_join_with_uneven_data():
+    shapes = {"linear": (48, 64)}
+    for config in (PowerSGD(rank=2), Accordion(PowerSGD(rank=2), PowerSGD(rank=1), interval=1)):
+        trainee = EagerTrainee(config, shapes=shapes)
+        # The first worker has no data at all; the others find their factors without it.
+        for step in range(hvd.rank()):
+            trainee.exchange(cases.gradients(step, hvd.rank(), "float32", shapes))
+        assert hvd.join() == hvd.size() - 1
+        # Those that joined first take their factors from the one that went farthest.
+        trainee.exchange(cases.gradients(9, hvd.rank(), "float32", shapes))
+        assert trainee.state().steps == hvd.size()
+
+
 def check_gathering_while_a_worker_has_joined_is_refused():
     if hvd.size() == 1:
         return

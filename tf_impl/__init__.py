@@ -11,6 +11,7 @@ import functools  # noqa: E402
 
 import horovod.tensorflow  # noqa: E402
 from horovod.tensorflow import *  # noqa: E402, F401, F403
+from tensorflow.python.eager import context  # noqa: E402
 
 # Not "from ... import elastic": that would find Horovod's, which the line above has brought.
 import horovod_powersgd.tensorflow.elastic  # noqa: E402, F401
@@ -60,6 +61,8 @@ def init(*args, **kwargs):
 
 @functools.wraps(horovod.tensorflow.join)
 def join(*args, **kwargs):
+    # TensorFlow takes Horovod's op, which has no inputs, for a constant, and would not run it a second time.
+    context.context().clear_kernel_cache()
     last = horovod.tensorflow.join(*args, **kwargs)
     new_world()
     return last

@@ -100,17 +100,20 @@ class Workers:
 
     def taken(self, root: tf.Tensor, tensors: Sequence[tf.Tensor], name: str) -> List[tf.Tensor]:
         """The root's tensors, where the root, a global number, is known only when the graph runs. Their shapes can
-        differ among the workers."""
+        differ among the workers. By allreduce, which a worker may have joined."""
 
         def pack(root, worker, *arrays):
-            return np.frombuffer(pickle.dumps(arrays) if worker == root else b"", np.uint8)
+            mine = pickle.dumps(arrays) if worker == root else b""
+            return np.frombuffer(mine + bytes(-len(mine) % 4), np.int32)
 
         def unpack(packed):
             return pickle.loads(packed.tobytes())
 
-        packed = tf.numpy_function(pack, [root, tf.cast(mpi_ops.rank_op(), tf.int64), *tensors], tf.uint8)
+        packed = tf.numpy_function(pack, [root, tf.cast(mpi_ops.rank_op(), tf.int64), *tensors], tf.int32)
         packed.set_shape((None,))
-        return tf.numpy_function(unpack, [self._allgather(packed, name)], [tensor.dtype for tensor in tensors])
+        length = self._allreduce(tf.size(packed)[None], f"{name}.length", Max)[0]
+        padded = tf.pad(packed, [[0, length - tf.size(packed)]])
+        return tf.numpy_function(unpack, [self._allreduce(padded, name, Sum)], [tensor.dtype for tensor in tensors])
 
     def agree(
         self,

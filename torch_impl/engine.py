@@ -229,7 +229,7 @@ class Engine:
         """What the worker keeps that is farthest, in an elastic job: others may be new, or have missed a step."""
         compressed = [gradient for gradient in self._gradients if gradient.compressed]
         mine = self._steps, self._turn, [gradient.shared_state() for gradient in compressed]
-        self._steps, self._turn, states = self._workers.broadcast(mine, root)
+        self._steps, self._turn, states = self._workers.from_worker(root, mine)
         for gradient, state in zip(compressed, states):
             gradient.load_shared_state(state)
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
-from horovod.torch.functions import broadcast_object
 from horovod.torch.mpi_ops import (
     Max,
     ProcessSet,
@@ -129,9 +128,14 @@ class Workers:
         items = allgather(pickled, name=name, process_set=self.process_set)
         return [pickle.loads(part.numpy().tobytes()) for part in items.split(sizes.tolist())]
 
-    def broadcast(self, item: object, root: int) -> object:
-        """The root's item; the root is given by its global rank."""
-        return broadcast_object(item, root, name=f"{self.prefix}.broadcast", process_set=self.process_set)
+    def from_worker(self, root: int, item: object) -> object:
+        """The root's item; the root is given by its global rank. By allreduce, which a worker may have joined."""
+        mine = pickle.dumps(item) if mpi_ops.rank() == root else b""
+        mine += bytes(-len(mine) % 4)
+        [length] = self.largest([len(mine)], "state.length")
+        sent = torch.from_numpy(np.frombuffer(mine + bytes(length - len(mine)), np.int32).copy())
+        packed = allreduce(sent, name=f"{self.prefix}.state", op=Sum, process_set=self.process_set)
+        return pickle.loads(packed.numpy().tobytes())
 
 
 class Mean:

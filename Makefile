@@ -29,5 +29,10 @@ bench: setup
 	@trap '.venv/bin/python benchmarks/cluster.py down' EXIT; status=0; \
 	for part in exchange kernels train report; do .venv/bin/python benchmarks/$$part.py || status=1; done; exit $$status
 
+evidence: setup
+	@trap '.venv/bin/python benchmarks/cluster.py down' EXIT; status=0; \
+	for part in tuning ranks compressors accordion time_to_quality ablations region page; do \
+	.venv/bin/python benchmarks/evidence/$$part.py || status=1; done; exit $$status
+
 clean:
 	rm -rf .venv build dist results *.egg-info .pytest_cache .hypothesis

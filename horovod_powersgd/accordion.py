@@ -98,7 +98,7 @@ class Accordion(Compressor):
         return (self.low if is_low else self.high).amount(rows, columns)
 
     def message_bytes(self, rows, columns, itemsize, step=0):
-        """With low compression; ask `high` for what is sent with high compression."""
+        """With low compression. With high compression it is what `high` says, of the matrices that `low` compresses."""
         return self.low.message_bytes(rows, columns, itemsize, step)
 
     def description(self):

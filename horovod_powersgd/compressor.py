@@ -1,10 +1,11 @@
 """What all compressors have in common, and what they ask of the other workers."""
 
+import functools
 import inspect
 import math
 import numbers
 from dataclasses import asdict, dataclass
-from typing import Any, Callable, ClassVar, Dict, Generator, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, ClassVar, Dict, Generator, NamedTuple, Optional, Sequence, Tuple
 
 from horovod_powersgd.layout import layout_of, leading_rows
 
@@ -108,15 +109,17 @@ class Compressor:
         Args:
             shapes: of all tensors.
             workers: how many there are, W. An allreduce hands back as much as it is handed, an allgather W times.
-            itemsize: bytes of a number of the gradients.
+            itemsize: bytes of a number of the gradients; bfloat16, which Horovod does not reduce, travels in 4.
             step: how many were exchanged before.
-            matrix_shape: how a tensor is seen as a matrix.
+            matrix_shape: how a tensor is seen as a matrix: leading_rows in PyTorch, horovod_powersgd.layout's
+                trailing_columns in TensorFlow.
         """
         sent = received = 0
         for shape in shapes if workers > 1 else ():
             layout = layout_of(shape, self, matrix_shape)
             if layout.compressed and step >= self.warmup_steps:
-                size = self.message_bytes(*layout.matrix_shape, itemsize, step)
+                # What is computed from half precision is in single precision.
+                size = self.message_bytes(*layout.matrix_shape, max(itemsize, 4), step)
                 sent, received = sent + size, received + size * (1 if self.linear else workers)
             else:
                 sent, received = (total + math.prod(shape) * itemsize for total in (sent, received))
@@ -166,7 +169,7 @@ class Custom(Compressor):
     seed: int = 0
 
     def __post_init__(self):
-        if not inspect.isgeneratorfunction(self.function):
+        if not inspect.isgeneratorfunction(self.function):  # which a partial of one is, too
             raise TypeError(f"Custom: function must be a generator function, not {self.function!r}")
         self._check_bool("error_feedback")
         self._check_bool("linear")
@@ -187,6 +190,10 @@ class Custom(Compressor):
 
 
 def _name(function: Callable) -> str:
+    """In words that are the same on all workers."""
+    if isinstance(function, functools.partial):
+        arguments = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
+        return f"partial({', '.join([_name(function.func), *arguments])})"
     return f"{function.__module__}.{function.__qualname__}"
 
 

@@ -16,10 +16,11 @@ class GradiVeq(Compressor):
     Steps take turns: in learning_steps the matrix is averaged as it is, and the means' slices of slice_size numbers,
     row after row, are added up as g g^T; the `dimensions` eigenvectors of that sum with the largest eigenvalues are the
     basis B of the compressed_steps that follow, in which B^T g is averaged and B B^T g arrives. Slices that reach
-    beyond the end are filled up with zeros.
+    beyond the end are filled up with zeros. A tensor that is new amid the compressed steps has no basis: nothing of it
+    arrives, and its memory grows, until the next learning_steps.
 
-    Linear: one allreduce of n m numbers, or of `dimensions` for each slice. The basis is the same on all workers
-    without being sent, since it comes from means.
+    Linear: one allreduce of n m numbers, or of `dimensions` for each slice. The basis is not sent: each worker computes
+    it from the same means, which gives the same bits where processors and libraries are the same.
 
     Args:
         slice_size: numbers in a slice, at least 2. A matrix of fewer than two slices is not compressed.

@@ -66,7 +66,7 @@ class RandomBlock(_SharedPlaces):
     PowerSGD paper, appendix).
 
     Linear: one allreduce of floor(ratio n m) numbers, at least one. The entries lie together, which spares looking for
-    them; every start at which the block fits is as likely as any other.
+    them; after the last one comes the first. Every entry is as likely to be sent as any other.
 
     Args:
         ratio: the fraction of the entries that is sent, above 0 and at most 1. They arrive as they are, not scaled.
@@ -84,8 +84,8 @@ class RandomBlock(_SharedPlaces):
 
     def _places(self, state, size):
         xp = state.arrays
-        start = draw(xp, state.key, state.step, xp.arange(1)) % (size - xp.integers(state.amount) + 1)
-        return start + xp.arange(state.amount)
+        start = draw(xp, state.key, state.step, xp.arange(1)) % size
+        return (start + xp.arange(state.amount)) % size
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import cases
 import horovod_powersgd.tensorflow as hvd
 import horovod_powersgd.tensorflow.keras as hvd_keras
 from equivalence import Equivalence
-from horovod_powersgd import Accordion, PowerSGD, RandomK, TopK, reference
+from horovod_powersgd import Accordion, PowerSGD, RandomK, Signum, TopK, reference
 from horovod_powersgd.layout import trailing_columns
 from tensorflow_trainee import KerasTrainee
 
@@ -77,9 +77,9 @@ def numpy_weights(model, config, learning_rate=lambda step: 0.5, passes=1, clip=
             if config is None:
                 update = np.mean(sums, axis=0) / passes
             else:
-                gradients = [{name: total.copy()} for total in sums]
+                gradients = [{name: total / passes} for total in sums]
                 updates = reference.simulate(gradients, states, config, trailing_columns, learning_rate(batch))
-                update = updates[0][name] / passes
+                update = updates[0][name]
             if clip:
                 update = update * min(1, clip / np.linalg.norm(update))
             weights = weights - learning_rate(batch) * update
@@ -187,7 +187,8 @@ def check_error_feedback_sgd_is_algorithm_2():
 
 def check_backward_passes_are_summed_or_averaged():
     for average in (True, False):
-        for compression in (PowerSGD(rank=2), hvd.Compression.none):
+        # Signs do not grow with the sum.
+        for compression in (PowerSGD(rank=2), hvd.Compression.none, *([Signum()] if average else [])):
             optimizer = hvd_keras.DistributedOptimizer(
                 keras.optimizers.SGD(0.5 if average else 0.25),
                 compression=compression,
@@ -196,7 +197,7 @@ def check_backward_passes_are_summed_or_averaged():
             )
             model = linear_model(optimizer)
             fit(model)
-            config = compression if isinstance(compression, PowerSGD) else None
+            config = None if compression is hvd.Compression.none else compression
             assert cases.error(model.get_weights()[0], numpy_weights(model, config, passes=2)) < 1e-3
             assert int(optimizer.iterations) == 6
             if config:

@@ -375,6 +375,19 @@ def check_join_with_uneven_data():
         assert trainee.state().steps == hvd.size()
 
 
+def check_a_compressor_of_ones_own_knows_its_tensors():
+    seen = set()
+
+    def noting(delta, state):
+        seen.add(state.name)
+        mean = yield AllreduceMean(delta)
+        return mean, delta
+
+    trainee = EagerTrainee(noting, shapes={"linear": (48, 64)})
+    trainee.exchange(cases.gradients(0, hvd.rank(), "float32", {"linear": (48, 64)}))
+    assert seen == {kept.name for kept in known_states(trainee.variables.values())}
+
+
 def check_gathering_while_a_worker_has_joined_is_refused():
     if hvd.size() == 1:
         return

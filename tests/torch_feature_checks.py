@@ -295,6 +295,8 @@ def check_sparse_gradients_travel_as_horovods_or_compressed():
         hvd.assert_replicas_equal(embedding)
         stats = optimizer.compression_stats()
         assert stats.tensors[0].reason == "sparse" and not stats.tensors[0].compressed and stats.ratio == 1
+        # One worker's row, and where it is.
+        assert stats.bytes_received == 16 * 4 + 8
 
 
 def check_workers_outside_the_process_set_do_nothing():
@@ -550,23 +552,34 @@ def check_replicas_that_differ_are_found():
 
 def check_mixed_precision_with_a_loss_scale_that_changes():
     scales = [2.0**16, 2.0**16, 2.0**10, 2.0**12, 2.0**12, 2.0**3]
-    plain, scaled = network(), network()
-    by_hand, optimizer = distribute(plain), distribute(scaled)
-    scaler = torch.amp.GradScaler("cpu", growth_interval=10**6)
-    scaler.scale(torch.zeros(1))  # from now on its scale can be set
-    optimizer.follow_loss_scale(scaler)
-    for step, scale in enumerate(scales):
-        train(plain, by_hand, [step])
-        scaler.update(new_scale=scale)
-        optimizer.zero_grad()
-        scaler.scale(loss_of(scaled, step)).backward()
-        optimizer.synchronize()
-        scaler.unscale_(optimizer)
-        with optimizer.skip_synchronize():
-            scaler.step(optimizer)
-        scaler.update()
-        cases.assert_close(values(scaled), values(plain), 1e-5, step)
-    hvd.assert_replicas_equal(scaled)
+    accordion_of_entries = Accordion(TopK(0.2), TopK(0.1), interval=2)
+    for config in (CONFIG, Signum(), GRADIVEQ, accordion_of_entries):
+        plain, scaled = network(), network()
+        by_hand, optimizer = distribute(plain, config=config), distribute(scaled, config=config)
+        scaler = torch.amp.GradScaler("cpu", growth_interval=10**6)
+        scaler.scale(torch.zeros(1))  # from now on its scale can be set
+        optimizer.follow_loss_scale(scaler)
+        for step, scale in enumerate(scales):
+            train(plain, by_hand, [step])
+            scaler.update(new_scale=scale)
+            optimizer.zero_grad()
+            scaler.scale(loss_of(scaled, step)).backward()
+            optimizer.synchronize()
+            scaler.unscale_(optimizer)
+            with optimizer.skip_synchronize():
+                scaler.step(optimizer)
+            scaler.update()
+            cases.assert_close(values(scaled), values(plain), 1e-5, (config, step))
+        hvd.assert_replicas_equal(scaled)
+
+
+def check_an_optimizer_that_knows_its_learning_rate_by_itself():
+    model = network()
+    optimizer = distribute(model)
+    optimizer.param_groups[0]["lr"] = None
+    loss_of(model, 0).backward()
+    optimizer.synchronize()
+    assert optimizer.compression_stats().steps == 1
 
 
 def check_a_step_with_infinity_on_one_worker_is_skipped_by_all():

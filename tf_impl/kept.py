@@ -1,6 +1,5 @@
 """What a compressor's generator keeps of a matrix from step to step."""
 
-import functools
 from typing import Dict, Tuple
 
 import numpy as np
@@ -23,21 +22,21 @@ class _Watched(TensorState):
         return super().get(key, initial)
 
 
-@functools.cache
 def initial_values(
-    compressor: Compressor, shape: Tuple[int, int], amount: int, dtype: tf.DType
+    compressor: Compressor, name: str, shape: Tuple[int, int], amount: int, dtype: tf.DType
 ) -> Dict[str, np.ndarray]:
     """What is kept of a matrix before the first step, by key: the generator is run once, in a graph that nobody needs.
 
     Args:
         compressor: no Accordion.
+        name: of the tensor.
         shape: of the matrix.
         amount: Compressor.amount of it.
         dtype: of its gradient.
     """
     with tf.__internal__.FuncGraph("kept").as_default():
         zero, one = tf.constant(0, tf.int64), tf.constant(1, tf.int64)
-        state = _Watched(arrays, "", shape, zero, {}, tf.constant)
+        state = _Watched(arrays, name, shape, zero, {}, tf.constant)
         state.begin(zero, amount, zero, one, tf.constant(True))
         generator, answer = compressor.exchange(tf.zeros(shape, dtype), state), None
         try:

@@ -95,7 +95,7 @@ class VariableState:
             self._make_factor()
         else:
             self.key = make_variable(np.int64(key_of(name, config.seed)))
-            initial = initial_values(config.family, self.layout.matrix_shape, self.layout.amount, self.dtype)
+            initial = initial_values(config.family, name, self.layout.matrix_shape, self.layout.amount, self.dtype)
             self.kept = {key: make_variable(value) for key, value in initial.items()}
         if config.keeps_memory:
             self.memory = make_variable(np.zeros(self.layout.matrix_shape, self.dtype.as_numpy_dtype))

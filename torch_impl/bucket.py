@@ -31,7 +31,7 @@ class Verdict:
         return len(self._finite) == self._buckets
 
     def result(self) -> bool:
-        """Whether all of them are finite. The one place where the host waits for the device."""
+        """Whether all of them are finite. The host waits for the device here, and where Accordion compares norms."""
         self._finite = [finite.cpu() for finite in self._finite]
         return all(self._finite)
 
@@ -62,11 +62,11 @@ class Step:
     sent: int = 0
     received: int = 0
 
-    def count(self, nbytes: int, gathered: bool) -> None:
-        """Counts a message, of which this worker is handed back as much, or as much by each worker."""
+    def count(self, sent: int, received: int) -> None:
+        """Counts a message's bytes."""
         if self.workers.count > 1:
-            self.sent += nbytes
-            self.received += nbytes * (self.workers.count if gathered else 1)
+            self.sent += sent
+            self.received += received
 
 
 class Bucket:
@@ -83,6 +83,7 @@ class Bucket:
         finite = yield from self._rounds(step, sparse)
         for gradient, gathered in sparse.items():
             average = yield gathered
+            step.count(0, gathered.nbytes)
             finite = torch.isfinite(average.values()).all() & finite
             gradient.receive_sparse(average)
         for gradient in self.gradients:
@@ -98,7 +99,7 @@ class Bucket:
         gradient.begin(step.scale)
         if gradient.is_sparse:
             sparse[gradient], nbytes = gradient.send_sparse(self._workers, step.turn)
-            step.count(nbytes, gathered=True)
+            step.count(nbytes, 0)
 
     def _rounds(self, step: Step, sparse: Dict[PlainGradient, SparseMean]):
         """Averages all gradients but the sparse ones; returns whether the averages are finite, on the device."""
@@ -125,7 +126,7 @@ class Bucket:
             # This worker's last factors are still needed when the mean is there.
             in_place = not matrices or half_step < half_steps - 1
             mean = self._workers.mean(flat, f"{self._name}.{half_step}", in_place)
-            step.count(flat.nbytes, gathered=False)
+            step.count(flat.nbytes, flat.nbytes)
             flat = yield mean
             finite = torch.isfinite(flat).all() & finite
             for gradient, part in zip(senders, flat.split([part.numel() for part in sent])):
@@ -170,12 +171,12 @@ class CompressedBucket(Bucket):
         for dtype, gradients in means.items():
             parts = [gradient.parts() for gradient in gradients]
             flat = torch.cat([part.reshape(-1) for some in parts for part in some])
-            step.count(flat.nbytes, gathered=False)
+            step.count(flat.nbytes, flat.nbytes)
             started.append((gradients, parts, self._workers.mean(flat, f"{name}.{dtype}", in_place=True), _split_mean))
         if gathers:
             parts = [gradient.parts() for gradient in gathers]
             packed = torch.cat([_bytes_of(part) for some in parts for part in some])
-            step.count(packed.nbytes, gathered=True)
+            step.count(packed.nbytes, packed.nbytes * self._workers.count)
             gathered = self._workers.gather(packed, f"{name}.gather", step.turn, self._config)
             started.append((gathers, parts, gathered, _split_gathered))
         return started

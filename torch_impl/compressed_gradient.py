@@ -23,7 +23,6 @@ class CompressedGradient(PlainGradient):
     Attributes:
         memory: (n, m), float64 for float64 parameters, else float32; None before the first step and without error
             feedback.
-        memory_scale: the loss scale of the step that the memory is from.
         kept: what the compressor keeps, the same on every worker.
         adaptation: Accordion's part.
         request: what the generator asks for; None at its end.
@@ -43,7 +42,6 @@ class CompressedGradient(PlainGradient):
         self._config, self._key = config, key_of(name, config.seed)
         self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         self.memory: Optional[torch.Tensor] = None
-        self.memory_scale = 1.0
         self.kept: Dict[str, torch.Tensor] = {}
         self.adaptation = Adaptation(config, layout)
         self.request = None
@@ -63,9 +61,12 @@ class CompressedGradient(PlainGradient):
         super().begin(scale)
         if self.is_sparse:
             return
+        # A compressor sees gradients of the loss as it is: what it keeps, and signs among others, know of no scale.
         delta, self._dense, self._scale = self._dense.to(self.dtype).reshape(self.layout.matrix_shape), None, scale
+        if scale != 1:
+            delta = delta / scale
         if self.memory is not None:
-            delta = torch.add(delta, self.memory, alpha=scale / self.memory_scale)
+            delta = delta + self.memory
         self._finite = self._state.finite = torch.isfinite(delta).all()
         self._delta = torch.where(self._finite, delta, 0)
         self._failed = torch.zeros_like(self._finite)
@@ -99,7 +100,7 @@ class CompressedGradient(PlainGradient):
         return torch.from_numpy(np.array(array)).to(self.parameter.device)
 
     def fits(self, factor: float) -> torch.Tensor:
-        return super().fits(factor) if self.is_sparse else torch.isfinite((self._mean * factor).half()).all()
+        return super().fits(factor) if self.is_sparse else torch.isfinite((self._mean * (factor * self._scale)).half()).all()
 
     def finite(self) -> torch.Tensor:
         """Whether the update is; a boolean on the device, the same on every worker."""
@@ -110,6 +111,7 @@ class CompressedGradient(PlainGradient):
         if not self.is_sparse:
             if finite:
                 self._keep()
+            factor *= self._scale
             self._put((self._mean if factor == 1 else self._mean * factor).view(self.parameter.shape))
             self._delta = self._sent = self._mean = self._state = None
             return
@@ -117,10 +119,9 @@ class CompressedGradient(PlainGradient):
 
     def _keep(self) -> None:
         self.kept = self._state.kept
-        self.adaptation.keep(self._mean, 1 / self._scale)
+        self.adaptation.keep(self._mean, 1.0)
         if self._config.keeps_memory:
             self.memory = self._delta - self._sent.reshape(self._delta.shape)
-            self.memory_scale = self._scale
         if self._config.error_feedback:
             self._norm = torch.linalg.vector_norm(self._delta, dtype=torch.float64)
 
@@ -147,11 +148,11 @@ class CompressedGradient(PlainGradient):
             **super().state_dict(),
             **self.shared_state(),
             "memory": None if self.memory is None else self.memory.cpu().clone(),
-            "memory_scale": self.memory_scale,
+            "memory_scale": 1.0,
         }
 
     def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
         self.load_shared_state(state)
-        self.memory_scale, self._norm = state["memory_scale"], None
+        self._norm = None
         like = torch.empty(0, dtype=self.dtype, device=self.parameter.device)
-        self.memory = sum_of_memories(memories, share * self.memory_scale, like)
+        self.memory = sum_of_memories(memories, share, like)

@@ -44,7 +44,9 @@ class ErrorFeedbackSGD(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                momentum.mul_(group["momentum"]).add_(p.grad)
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(p.grad)
                 p.add_(p.grad, alpha=-group["lr"]).add_(momentum, alpha=-group["lr"])
         return loss

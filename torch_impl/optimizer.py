@@ -10,6 +10,7 @@ import torch
 from horovod.torch.compression import Compression
 from horovod.torch.mpi_ops import Adasum, Average, ProcessSet, Sum, global_process_set, rocm_built, size
 
+from horovod_powersgd.accordion import Accordion
 from horovod_powersgd.compressor import compressor_of
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.torch.engine import Engine, describe
@@ -140,7 +141,7 @@ class _CompressingOptimizer(_DistributedOptimizer):
             sum_gradients=self.op == Sum,
             groups=self._groups,
             sparse_as_dense=self.sparse_as_dense,
-            learning_rates=self._learning_rates,
+            learning_rates=self._learning_rates if isinstance(self._compression, Accordion) else dict,
         )
         # The engine knows the groups; the hooks are those of single parameters.
         self._groups = None
@@ -150,7 +151,7 @@ class _CompressingOptimizer(_DistributedOptimizer):
         self._hook_parameters()
 
     def _learning_rates(self):
-        groups = [group for group in self.param_groups if "lr" in group]
+        groups = [group for group in self.param_groups if group.get("lr") is not None]
         return {p: float(group["lr"]) for group in groups for p in group["params"]}
 
     def add_param_group(self, param_group):

@@ -184,7 +184,11 @@ class Gathered:
 
 
 class SparseMean:
-    """An average of sparse tensors that may still be on its way."""
+    """An average of sparse tensors that may still be on its way.
+
+    Attributes:
+        nbytes: of all workers' parts, when they are here.
+    """
 
     def __init__(self, handles: List[int], shape: torch.Size, count: int, turn: bool):
         self._handles, self._shape, self._count, self._turn = handles, shape, count, turn
@@ -201,6 +205,7 @@ class SparseMean:
             RuntimeError: a worker has joined (hvd.join).
         """
         indices, values = (_gathered(handle) for handle in self._handles)
+        self.nbytes = indices.nbytes + values.nbytes
         if self._turn:
             indices, values = indices.squeeze(-1), values.squeeze(-1)
         return torch.sparse_coo_tensor(

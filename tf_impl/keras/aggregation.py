@@ -73,11 +73,12 @@ class Aggregation:
             last = tf.equal(self.counter, self._passes)
 
         def finish():
-            means = self._reduce([tf.convert_to_tensor(total) for total in sums], present, rate)
+            totals = [total / self._passes if self._average else tf.convert_to_tensor(total) for total in sums]
+            means = self._reduce(totals, present, rate)
             with tf.control_dependencies(means):
                 cleared = [total.assign(tf.zeros_like(total)) for total in sums] + [self.counter.assign(0)]
             with tf.control_dependencies(cleared):
-                return [mean / self._passes if self._average else tf.identity(mean) for mean in means]
+                return [tf.identity(mean) for mean in means]
 
         found = dict(zip(places, tf.nest.flatten(tf.cond(last, finish, lambda: dense))))
         return [found.get(i) for i in range(len(gradients))]

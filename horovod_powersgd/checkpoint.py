@@ -5,7 +5,7 @@ from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Tuple, Union
 import horovod_powersgd
 from horovod_powersgd.compressor import Compressor
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 # One tensor's saved shape, memory, and what else is kept of it.
 TensorState = Mapping[str, Any]

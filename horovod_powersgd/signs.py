@@ -47,10 +47,12 @@ class Signum(Compressor):
     workers are divided.
 
     Not linear: the workers gather each other's n m bits, and one bit that says whether the gradient is finite. The sign
-    of zero is plus. There is no error feedback; in the memory's place the momentum is kept, without the factor
-    1 - momentum, which changes no sign. Use a wrapped optimizer without a momentum of its own, and a learning rate that
-    is small: every entry of an update is 1 (the PowerSGD paper took a 2000th of SGD's). Scalars and vectors, which are
-    averaged as they are, want SGD's own rate and momentum: put them into a parameter group of their own.
+    of zero is plus, so that what has no gradient on any worker moves all the same. There is no error feedback; in the
+    memory's place the momentum is kept, without the factor 1 - momentum, which changes no sign.
+
+    Use a wrapped optimizer without a momentum of its own, and a learning rate that is small: an update's entries are of
+    size 1 (the PowerSGD paper took a 2000th of SGD's). Scalars and vectors, which are averaged as they are, want SGD's
+    own rate and momentum: put them into a parameter group of their own.
 
     Args:
         momentum: at least 0 and below 1.

@@ -68,9 +68,9 @@ RANKS = """PowerSGD's Table 3. "paper" is what the paper gives, for a ResNet-18 
 million parameters on WikiText-2: another scale, to compare the order of the lines with."""
 COMPRESSORS = """PowerSGD's Table 4: sparsifiers that hand over as many bytes as rank 7 ("as rank 7", the paper's
 medium compression) or rank 2 (high compression), and others. Every method but Signum has the hyperparameters of
-plain SGD; so have Signum's vectors, which are not compressed. Top K sends each entry's place with it, and so has half as many entries. What top K, sign and norm,
-Signum and Atomo send does not add up: every worker gathers what all have sent, so that more leaves it the more
-workers there are."""
+plain SGD; so have Signum's vectors, which are not compressed. Top K sends each entry's place with it, and so has
+half as many entries. What top K, sign and norm, Signum and Atomo send does not add up: every worker gathers what
+all have sent, so that more leaves it the more workers there are."""
 ACCORDION = """Accordion's Tables 1 and 2: less compression, more compression, and Accordion, which chooses between
 the two for each matrix, each epoch of the CNN and each quarter epoch of the LSTM, with the paper's threshold of
 0.5. "M floats" is what a worker handed over in the whole training, in millions; "low compression" is the part of
@@ -95,39 +95,41 @@ FOUND = {
     SGD, where the paper's is as good. Both trainings are short: what is left out of one step arrives some steps
     later, and these have 180 and 240 steps in place of tens of thousands. Bytes shrink as in the paper: by the
     model's shapes.""",
-    "compressors": """At high compression, rank 2 and top K are the best of the CNN, then random K, and random block last, as
-    in the paper. At medium compression rank 7 is as good as plain SGD, and top K and sign and norm are close behind;
-    random K and random block are further behind than in the paper, and gain little or nothing from three times as many
-    bytes. **Against the paper, top K learns better than rank 2 from as many bytes handed over, in the LSTM, and as well
-    in the CNN.** But what it sends is gathered: with 4 workers up to twice as much leaves each of them, with more
-    workers more, and a batch takes longer. Sign and norm fails with the LSTM at the learning rate of plain SGD, and so
-    does random K. Signum needs a learning rate of its own, for which the paper's 2000th is too small in trainings as
-    short as these; with a tuned one it is as good as plain SGD.""",
+    "compressors": """At high compression, rank 2 and top K are the best of the CNN, then random K, and random block
+    last, as in the paper. At medium compression rank 7 is as good as plain SGD, and top K and sign and norm are
+    close behind; random K and random block are further behind than in the paper, and gain little or nothing from
+    three times as many bytes. **Against the paper, top K learns better than rank 2 from as many bytes handed over,
+    in the LSTM, and as well in the CNN.** But what it sends is gathered: with 4 workers up to twice as much leaves
+    each of them, with more workers more, and a batch takes longer. Sign and norm fails with the LSTM at the
+    learning rate of plain SGD, and so does random K. Signum needs a learning rate of its own, for which the paper's
+    2000th is too small in trainings as short as these; with a tuned one it is as good as plain SGD.""",
     "accordion": """**Against its paper, Accordion does not reach the quality of its low compression here**: it lies
     between its two levels, in quality as in floats sent. In the CNN it takes an eighth of the steps for critical,
-    where rank 2 would have been needed in more. Of top K, both levels learn equally well within what seeds differ by,
-    so that Accordion has nothing to lose, and sends a fourth of the floats of the lower compression, but more than
-    twice those of the higher one. These trainings have 20 and 12 intervals; the paper's have 30 of 10 epochs each.""",
-    "time_to_quality": """PowerSGD needs more steps to the same quality, and each of them is shorter where the links are slow. At
-    100 Mbit/s the LSTM gets there 9 to 10 times sooner, the CNN, whose gradients take 1 MB, 3 to 5 times. At 1 Gbit/s
-    rank 4 halves the LSTM's time, which fp16 cuts by a third; rank 2 does not get there with every seed, and the CNN
-    gains nothing. **At 10 Gbit/s both are slower than plain Horovod**, and fp16 is what helps the LSTM.""",
-    "ablations": """As in the paper, quality is lost without error feedback, and the unbiased approximation is far behind.
-    The warm start matters less here: in the CNN not at all, in the LSTM by 2 or 3 of perplexity. Four half-steps come
-    close to the best matrix of that rank, and eight are no better. From a random start, four half-steps are as good as
-    two from a warm one, for twice the bytes: that is what `refresh_every` does now and then. A fresh start every 20
-    steps sends at most 3% more, and changes quality by less than seeds do: what it is good for are gradients that the
-    warm start cannot find (compressors.md). One half-step of rank 2 sends as much as rank 1 with two (above), and is as
-    good within what seeds differ by. With the averaged Q in place of the worker's own, quality is the same, as it must
-    be: the mean of the memories is the same. But each is three times as large after 180 steps, and goes on growing
-    (memory.md).""",
-    "region": """**Plain allreduce is faster when the model is small for the link.** PowerSGD's exchange is the faster one
-    from about 30 thousand parameters on at 100 Mbit/s, from about 130 thousand at 1 Gbit/s, and from one or two million
-    at 10 Gbit/s and without a limit, with 2 hosts as with 4; against fp16 it takes about twice as many. With less, an
-    exchange is all waiting, and PowerSGD waits twice in a step. Beside a backward that takes long, the exchange is a
-    smaller part of a step, and no more than that part can be saved. And what is saved in each step has to pay for the
-    steps that compression adds: at 10 Gbit/s the LSTM above, with more than a million parameters, is slower with
-    it.""",
+    where rank 2 would have been needed in more. Of top K, both levels learn equally well within what seeds differ
+    by, so that Accordion has nothing to lose, and sends a fourth of the floats of the lower compression, but more
+    than twice those of the higher one. These trainings have 20 and 12 intervals; the paper's have 30 of 10 epochs
+    each.""",
+    "time_to_quality": """PowerSGD needs more steps to the same quality, and each of them is shorter where the links
+    are slow. At 100 Mbit/s the LSTM gets there 9 to 10 times sooner, the CNN, whose gradients take 1 MB, 3 to 5
+    times. At 1 Gbit/s rank 4 halves the LSTM's time, which fp16 cuts by a third; rank 2 does not get there with
+    every seed, and the CNN gains nothing. **At 10 Gbit/s both are slower than plain Horovod**, and fp16 is what
+    helps the LSTM.""",
+    "ablations": """As in the paper, quality is lost without error feedback, and the unbiased approximation is far
+    behind. The warm start matters less here: in the CNN not at all, in the LSTM by 2 or 3 of perplexity. Four
+    half-steps come close to the best matrix of that rank, and eight are no better. From a random start, four
+    half-steps are as good as two from a warm one, for twice the bytes: that is what `refresh_every` does now and
+    then. A fresh start every 20 steps sends at most 3% more, and changes quality by less than seeds do: what it is
+    good for are gradients that the warm start cannot find (compressors.md). One half-step of rank 2 sends as much
+    as rank 1 with two (above), and is as good within what seeds differ by. With the averaged Q in place of the
+    worker's own, quality is the same, as it must be: the mean of the memories is the same. But each is three times
+    as large after 180 steps, and goes on growing (memory.md).""",
+    "region": """**Plain allreduce is faster when the model is small for the link.** PowerSGD's exchange is the
+    faster one from about 30 thousand parameters on at 100 Mbit/s, from about 130 thousand at 1 Gbit/s, and from one
+    or two million at 10 Gbit/s and without a limit, with 2 hosts as with 4; against fp16 it takes about twice as
+    many. With less, an exchange is all waiting, and PowerSGD waits twice in a step. Beside a backward that takes
+    long, the exchange is a smaller part of a step, and no more than that part can be saved. And what is saved in
+    each step has to pay for the steps that compression adds: at 10 Gbit/s the LSTM above, with more than a million
+    parameters, is slower with it.""",
 }
 
 

@@ -20,7 +20,8 @@ class TensorStats:
         compressed: whether it travels compressed.
         reason: why not; None if it does.
         residual: |e| / |delta|, the part of gradient plus memory that stayed in the memory, between 0 and 1 where
-            what is sent approximates delta; 0 where the tensor is not compressed, None before the first step and without error feedback.
+            what is sent approximates delta; 0 where the tensor is not compressed, None before the first step and
+            without error feedback.
         decisions: Accordion's, each (step, "low" or "high"): the compression from that step on.
     """
 

@@ -18,8 +18,10 @@ from tensorflow_trainee import KerasTrainee
 KERAS_3 = hasattr(keras.optimizers, "LossScaleOptimizer")
 LossScaleOptimizer = keras.optimizers.LossScaleOptimizer if KERAS_3 else keras.mixed_precision.LossScaleOptimizer
 ROWS, COLUMNS, BATCH = 20, 30, 8
-runs = [(config, "float32") for config in cases.CONFIGS]
-equivalence = Equivalence(hvd, KerasTrainee, trailing_columns, lambda: runs[hvd.size() % 2 :: 2])
+RUNS = [(config, "float32") for config in cases.CONFIGS]
+equivalence = Equivalence(
+    hvd, KerasTrainee, trailing_columns, lambda: RUNS[hvd.size() % 2 :: 2 if hvd.size() <= 2 else 4]
+)
 
 
 def data(worker=None, batches=6):

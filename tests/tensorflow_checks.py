@@ -11,15 +11,17 @@ from tensorflow_trainee import EagerTrainee, FunctionTrainee, KerasTrainee, any_
 
 
 def runs():
-    """Those of one precision, and of the other where there is a worker more: TensorFlow needs a second for a graph."""
-    return RUNS[hvd.size() % 2 :: 2]
+    """TensorFlow needs a second for a graph: those of one precision with two workers, of the other with one, and half
+    of the configurations with three, the others with four."""
+    first, every = {1: (1, 2), 2: (0, 2), 3: (1, 4), 4: (2, 4)}[hvd.size()]
+    return RUNS[first::every]
 
 
 def of_these_workers(configs):
-    """Every other configuration in one precision; where there is a worker more the others, where there are two more
-    these in the other precision."""
-    dtype = cases.DTYPES[hvd.size() // 2 % 2]
-    return [(config, dtype) for config in configs[hvd.size() % 2 :: 2]]
+    """Half of the configurations with two workers, the others with three, and some of them with one and with four, in
+    the other precision."""
+    first, every = {1: (1, 4), 2: (0, 2), 3: (1, 2), 4: (0, 4)}[hvd.size()]
+    return [(config, cases.DTYPES[hvd.size() in (1, 4)]) for config in configs[first::every]]
 
 
 equivalence = Equivalence(hvd, any_trainee, trailing_columns, runs)

@@ -3,7 +3,7 @@
 import inspect
 
 import pytest
-from job import assert_passed, checks_in
+from job import assert_passed, checks_in, launched
 
 import horovod_powersgd
 
@@ -15,10 +15,10 @@ KERAS_LAUNCHES = [
     ("horovodrun --gloo", 3, True),
     ("mpirun", 4, True),
 ]
+CALLBACK_LAUNCHES = [("horovodrun --gloo", 2, False), ("mpirun", 2, True)]
 
 
-@pytest.mark.parametrize("launcher, workers", LAUNCHES)
-@pytest.mark.parametrize("check", checks_in("tensorflow_checks"))
+@pytest.mark.parametrize("launcher, workers, check", launched("tensorflow_checks", LAUNCHES))
 def test_tensorflow(launcher, workers, check):
     assert_passed("tensorflow_checks", launcher, workers, check)
 
@@ -28,14 +28,14 @@ def test_tensorflow_features(check):
     assert_passed("tensorflow_feature_checks", "mpirun", 3, check)
 
 
-@pytest.mark.parametrize("launcher, workers, legacy_keras", KERAS_LAUNCHES)
-@pytest.mark.parametrize("check", checks_in("keras_checks"))
+@pytest.mark.parametrize("launcher, workers, legacy_keras, check", launched("keras_checks", KERAS_LAUNCHES))
 def test_keras(launcher, workers, legacy_keras, check):
     assert_passed("keras_checks", launcher, workers, check, legacy_keras)
 
 
-@pytest.mark.parametrize("launcher, workers, legacy_keras", [("horovodrun --gloo", 2, False), ("mpirun", 2, True)])
-@pytest.mark.parametrize("check", checks_in("keras_callback_checks"))
+@pytest.mark.parametrize(
+    "launcher, workers, legacy_keras, check", launched("keras_callback_checks", CALLBACK_LAUNCHES)
+)
 def test_keras_callbacks(launcher, workers, legacy_keras, check):
     assert_passed("keras_callback_checks", launcher, workers, check, legacy_keras)
 

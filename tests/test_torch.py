@@ -1,11 +1,10 @@
 """PyTorch under real Horovod: one worker without a launcher, and 2, 3 and 4 under Gloo and MPI."""
 
 import pytest
-from job import LAUNCHES, assert_passed, checks_in
+from job import LAUNCHES, assert_passed, launched
 
 
-@pytest.mark.parametrize("launcher, workers", LAUNCHES)
-@pytest.mark.parametrize("check", checks_in("torch_checks"))
+@pytest.mark.parametrize("launcher, workers, check", launched("torch_checks", LAUNCHES))
 def test_torch(launcher, workers, check):
     assert_passed("torch_checks", launcher, workers, check)
 

@@ -100,7 +100,9 @@ class CompressedGradient(PlainGradient):
         return torch.from_numpy(np.array(array)).to(self.parameter.device)
 
     def fits(self, factor: float) -> torch.Tensor:
-        return super().fits(factor) if self.is_sparse else torch.isfinite((self._mean * (factor * self._scale)).half()).all()
+        if self.is_sparse:
+            return super().fits(factor)
+        return torch.isfinite((self._mean * (factor * self._scale)).half()).all()
 
     def finite(self) -> torch.Tensor:
         """Whether the update is; a boolean on the device, the same on every worker."""

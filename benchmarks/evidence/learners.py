@@ -4,12 +4,13 @@ The data ship with installed packages: scikit-learn's handwritten digits, and th
 A folder with CIFAR-10 or WikiText-2, in their usual files, takes their place.
 
 Batches are drawn for all workers together, the same on each of them, and shared out: what is learned from does not
-depend on the number of workers.
+depend on the number of workers. A training can be some `times` longer: so many times the epochs of the images, or words.
 """
 
+import functools
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -65,7 +66,8 @@ class Images:
     train_images, test_images = 4992, 1000
     higher_is_better = True
 
-    def __init__(self, folder, whole, seed):
+    def __init__(self, folder, whole, seed, times):
+        self.recipe = replace(self.recipe, epochs=times * self.recipe.epochs)
         if folder:
             sizes = (None, None) if whole else (self.train_images, self.test_images)
             parts = [[tensor[:size] for tensor in part.tensors] for part, size in zip(cifar10(folder), sizes)]
@@ -115,14 +117,9 @@ class Words:
     train_words, valid_words = 40992, 10240
     higher_is_better = False
 
-    def __init__(self, folder, whole, seed):
-        if not hasattr(Words, "_corpus"):
-            corpus = None
-            if hvd.rank() == 0:
-                train, valid, _ = wikitext(folder) if folder else standard_library()
-                corpus = numbered([train, valid] if whole else [train[: self.train_words], valid[: self.valid_words]])
-            Words._corpus = hvd.broadcast_object(corpus, root_rank=0, name="corpus")
-        (train, valid), vocabulary = self._corpus
+    def __init__(self, folder, whole, seed, times):
+        sizes = (None, None) if whole else (times * self.train_words, self.valid_words)
+        (train, valid), vocabulary = _corpus(folder, *sizes)
         self._train, self._valid = _columns(train, self.batch), _columns(valid, self.batch)
         self.steps_per_epoch = (len(self._train) - 1) // self.sequence
         torch.manual_seed(seed)
@@ -159,6 +156,16 @@ def _network(channels, width=32):
 def _mine(tensors):
     """This worker's share."""
     return [tensor[hvd.rank() :: hvd.size()] for tensor in tensors]
+
+
+@functools.cache
+def _corpus(folder, train_words, valid_words):
+    """Words as numbers, to learn and to validate, and how many different ones there are."""
+    corpus = None
+    if hvd.rank() == 0:
+        train, valid, _ = wikitext(folder) if folder else standard_library()
+        corpus = numbered([train[:train_words], valid[:valid_words]])
+    return hvd.broadcast_object(corpus, root_rank=0, name=f"corpus of {train_words}")
 
 
 def _columns(words, batch):

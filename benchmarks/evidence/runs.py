@@ -87,11 +87,11 @@ def plan(args, methods):
     ]
 
 
-def measure(name, args, methods):
-    """Trains with each method, prints the table, and leaves results/evidence/NAME.json."""
+def measure(name, args, methods, rate="1gbit", times=1):
+    """Trains with each method, some times longer, prints the table, and leaves results/evidence/NAME.json."""
     begin = time.time()
     with Hosts() as hosts:
-        rows = hosts.train(plan(args, methods), args)
+        rows = hosts.train([run | {"times": times} for run in plan(args, methods)], args, rate)
         keep(name, rows, args, begin, hosts.obstacle)
     print_table(rows)
     print(f"\nalso in {RESULTS / name}.json, after {(time.time() - begin) / 60:.1f} minutes")

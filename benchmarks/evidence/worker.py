@@ -25,7 +25,7 @@ class Training:
 
     def __init__(self, run, folder, whole):
         self._method = METHODS[run["method"]]
-        self._learner = LEARNERS[run["learner"]](folder, whole, run["seed"])
+        self._learner = LEARNERS[run["learner"]](folder, whole, run["seed"], run.get("times", 1))
         self._interval = self._learner.steps_per_epoch // self._learner.recipe.evaluations
         self._recipe, self._parameters = self._learner.recipe, list(self._learner.model.parameters())
         sgd = torch.optim.SGD(

@@ -4,7 +4,8 @@ The data ship with installed packages: scikit-learn's handwritten digits, and th
 A folder with CIFAR-10 or WikiText-2, in their usual files, takes their place.
 
 Batches are drawn for all workers together, the same on each of them, and shared out: what is learned from does not
-depend on the number of workers. A training can be some `times` longer: so many times the epochs of the images, or words.
+depend on the number of workers. A training can be some `times` longer: so many times the epochs of the images, or
+words.
 """
 
 import functools

@@ -77,6 +77,14 @@ def missing():
     return None if probe.returncode == 0 else probe.stderr.strip()
 
 
+def tell_missing():
+    """missing(), which is also printed, with what follows from it."""
+    obstacle = missing()
+    if obstacle is not None:
+        print(f"All workers share the loopback interface, since there can be no cluster: {obstacle}\n")
+    return obstacle
+
+
 def up(count, rate):
     """Brings up at least `count` hosts, whose links all have this rate; those that are there are kept."""
     try:

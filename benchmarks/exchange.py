@@ -171,10 +171,9 @@ def main():
     args.hosts = args.hosts or ([2, 4, 8] if args.all else [2])
     jobs = product(args) if args.all or chosen else selection(args.rounds, args.launcher)
 
-    obstacle = cluster.missing()
+    obstacle = cluster.tell_missing()
     context = {"obstacle": obstacle, "cores": len(os.sched_getaffinity(0))}
     if obstacle is not None:
-        print(f"All workers share the loopback interface, since there can be no cluster: {obstacle}\n")
         jobs = on_loopback(jobs)
     print(ROW.format("framework", "model", "links", "hosts", "method", "median", "quartiles", "sent a step"))
     begin, found = time.time(), []

@@ -110,16 +110,26 @@ def wire_bytes():
     return int(Path("/sys/class/net", os.environ["GLOO_SOCKET_IFNAME"], "statistics/tx_bytes").read_text())
 
 
-def _row(key, seconds, wire, bytes_sent):
-    slowest = [1000 * max(step) for step in zip(*seconds)]
-    quartiles = statistics.quantiles(slowest, n=4, method="inclusive") if len(slowest) > 1 else slowest * 3
+def of_each(wire):
+    """What a worker has sent, on average, from the wire_bytes() of all of them."""
     # On the loopback interface, each worker sees what all of them send.
     senders = len(wire) if os.environ["GLOO_SOCKET_IFNAME"] == "lo" else 1
+    return statistics.mean(wire) / senders
+
+
+def slowest_ms(seconds):
+    """The slowest worker's milliseconds in each step, from the seconds of all of them."""
+    return [1000 * max(step) for step in zip(*seconds)]
+
+
+def _row(key, seconds, wire, bytes_sent):
+    slowest = slowest_ms(seconds)
+    quartiles = statistics.quantiles(slowest, n=4, method="inclusive") if len(slowest) > 1 else slowest * 3
     return {
         "method": key,
         "median_ms": round(quartiles[1], 2),
         "quartiles_ms": [round(quartiles[0], 2), round(quartiles[2], 2)],
         "steps": len(slowest),
-        "wire_bytes": round(statistics.mean(wire) / senders / len(slowest)),
+        "wire_bytes": round(of_each(wire) / len(slowest)),
         "bytes_sent": bytes_sent,
     }

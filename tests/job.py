@@ -26,8 +26,8 @@ def checks_in(module):
 
 
 def checks_with(module, workers):
-    """A module's checks in a job of so many workers: where four share a few cores, only the comparisons with the
-    reference and with each other."""
+    """A module's checks in a job of so many workers: where four share a few cores, only those that compare, by their
+    names, with the reference, or one worker's bits with another's."""
     checks = checks_in(module)
     return checks if workers < 4 else [check for check in checks if re.search("equals|equal_the|same_bits", check)]
 

@@ -26,7 +26,7 @@ def check_real_workers_and_simulated_ones_give_the_same_bits():
                 assert all((state.memory[name] == memories[me][name]).all() for name in state.memory)
 
 
-def check_algorithm_2_keeps_the_parameters_of_all_workers_equal():
+def check_algorithm_2_gives_all_workers_the_same_bits():
     comm = MPI.COMM_WORLD
     parameters = {name: np.ones(shape) for name, shape in cases.SHAPES.items()}
     state = reference.OptimizerState()

@@ -49,14 +49,14 @@ def rank(r, **options):
     return lambda model: powersgd.PowerSGD(rank=r, **options)
 
 
-def keep(name, rank, bytes_each=1, **options):
+def keep(name, rank, bytes_each=1):
     """A sparsifier that sends as many bytes as PowerSGD of a rank.
 
     Args:
         name: of its class.
         bytes_each: of an entry that is kept, in those of a number; an entry whose place travels with it takes 2.
     """
-    return lambda model: getattr(powersgd, name)(ratio=model.part(rank) / bytes_each, **options)
+    return lambda model: getattr(powersgd, name)(ratio=model.part(rank) / bytes_each)
 
 
 def top(ratio):

@@ -7,9 +7,8 @@ The times are those of the slowest worker, medians over 30 steps, or over 3 wher
 """
 
 import argparse
-import time
 
-from runs import CROWDED, HERE, Hosts, keep
+from runs import CROWDED, HERE, Hosts
 
 import cluster
 from job import JobFailed, results
@@ -51,8 +50,7 @@ def main():
     parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    args.seeds = args.data = None
-    begin, rows = time.time(), []
+    rows = []
     with Hosts() as place:
         for count in args.hosts:
             for rate in args.rates if place.obstacle is None else ["loopback"]:
@@ -67,7 +65,7 @@ def main():
                 measured = [{"hosts": count, "rate": rate, **row} for row in measured]
                 print_rows(measured)
                 rows += measured
-                keep("region", rows, args, begin, place.obstacle)
+                place.keep("region", rows)
     print("\nHow many times faster rank 4 is than plain Horovod; below 1, plain Horovod is faster.\n")
     print(f"{'parameters':<20}" + "".join(f"{MATRICES * width**2:>12,}" for width in args.widths))
     for count, rate in dict.fromkeys((row["hosts"], row["rate"]) for row in rows):

@@ -24,15 +24,14 @@ LONGEST_RUN = 600  # seconds
 CROWDED = 0.3  # cores: where other processes kept more of them busy, a time counts only if there is no better one
 
 
-def parse(description, **more):
-    """The arguments that these programs share; `more` are defaults that take the place of the usual ones."""
+def parse(description):
+    """The arguments that these programs share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--learners", nargs="+", choices=LEARNERS, default=list(LEARNERS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these")
     parser.add_argument("--data", type=Path, help="a folder with CIFAR-10 (for the CNN) or WikiText-2 (for the LSTM)")
     parser.add_argument("--whole", action="store_true", help="learn from all of it, on a larger machine, for hours")
-    parser.set_defaults(**more)
     return parser.parse_args()
 
 
@@ -40,9 +39,7 @@ class Hosts:
     """Four hosts joined by links of a rate, or the loopback interface where there can be none."""
 
     def __enter__(self):
-        self.obstacle = cluster.missing()
-        if self.obstacle is not None:
-            print(f"All workers share the loopback interface, since there can be no cluster: {self.obstacle}\n")
+        self.obstacle, self._begin = cluster.tell_missing(), time.time()
         self._were_there = cluster.hosts()
         return self
 
@@ -65,7 +62,16 @@ class Hosts:
             rows = json.loads(found.read_text()) if found.exists() else []
             if status != 0:
                 print(f"{len(runs) - len(rows)} of {len(runs)} trainings are missing: {failure}", file=sys.stderr)
-        return [row | {"links": rate if self.obstacle is None else "loopback"} for row in rows]
+        links, data = rate if self.obstacle is None else "loopback", args.data.name if args.data else None
+        return [row | {"links": links, "data": data} for row in rows]
+
+    def keep(self, name, rows):
+        """Leaves results/evidence/NAME.json; the minutes since the hosts were asked for."""
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        minutes = round((time.time() - self._begin) / 60, 1)
+        context = {"minutes": minutes, "cores": len(os.sched_getaffinity(0)), "obstacle": self.obstacle}
+        (RESULTS / f"{name}.json").write_text(json.dumps(context | {"rows": rows}, indent=1) + "\n")
+        return minutes
 
     def __exit__(self, *failure):
         if self.obstacle is None and not self._were_there:
@@ -89,24 +95,11 @@ def plan(args, methods):
 
 def measure(name, args, methods, rate="1gbit", times=1):
     """Trains with each method, some times longer, prints the table, and leaves results/evidence/NAME.json."""
-    begin = time.time()
     with Hosts() as hosts:
         rows = hosts.train([run | {"times": times} for run in plan(args, methods)], args, rate)
-        keep(name, rows, args, begin, hosts.obstacle)
+        minutes = hosts.keep(name, rows)
     print_table(rows)
-    print(f"\nalso in {RESULTS / name}.json, after {(time.time() - begin) / 60:.1f} minutes")
-
-
-def keep(name, rows, args, begin, obstacle, **more):
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    context = {
-        "minutes": round((time.time() - begin) / 60, 1),
-        "seeds": args.seeds,
-        "data": args.data.name if args.data else None,
-        "cores": len(os.sched_getaffinity(0)),
-        "obstacle": obstacle,
-    }
-    (RESULTS / f"{name}.json").write_text(json.dumps(context | more | {"rows": rows}, indent=1) + "\n")
+    print(f"\nalso in {RESULTS / name}.json, after {minutes} minutes")
 
 
 def summaries(rows):

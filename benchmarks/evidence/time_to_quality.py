@@ -7,10 +7,8 @@ Every method sees the same batches, which 4 workers share. The time is that of a
 the evaluations in between. A training that does not reach the quality goes on to its end.
 """
 
-import time
-
 from compressions import METHODS as TITLED
-from runs import LEARNERS, Hosts, calm, keep, parse, plan, spread
+from runs import LEARNERS, Hosts, calm, parse, plan, spread
 
 METHODS = ["none", "fp16", "rank-2", "rank-4"]
 RATES = ["100mbit", "1gbit", "10gbit"]
@@ -50,13 +48,13 @@ def cells(rows, learner, links, method):
 
 def main():
     args = parse(__doc__)
-    begin, rows = time.time(), []
+    rows = []
     with Hosts() as hosts:
         for rate in RATES if hosts.obstacle is None else ["loopback"]:
             print(f"\n{rate}", flush=True)
             runs = [run | {"target": TARGETS[run["learner"]]} for run in plan(args, METHODS)]
             rows += hosts.train([run for run in runs if run["seed"] == 0 or rate != "100mbit"], args, rate)
-            keep("time_to_quality", rows, args, begin, hosts.obstacle)
+            hosts.keep("time_to_quality", rows)
     for learner in args.learners:
         print(f"\n{LEARNERS[learner]}, to {TARGETS[learner]}")
         for method in METHODS:

@@ -5,26 +5,23 @@
 4 workers, links without a limit, a seed that the other measurements do not use.
 """
 
-import time
-
-from runs import Hosts, keep, parse
+from runs import Hosts, parse
 
 SEED = 100
 USUAL = [1 / 4, 1 / 2, 1, 2, 4]
 RATES = {("cnn", "none"): USUAL, ("lstm", "none"): USUAL, ("cnn", "signum"): [5, 10, 20, 40, 80]}
 
 if __name__ == "__main__":
-    args = parse(__doc__, seeds=1)
+    args = parse(__doc__)
     runs = [
         {"learner": learner, "method": method, "seed": SEED, "rate": rate}
         for (learner, method), rates in RATES.items()
         if learner in args.learners and (args.methods is None or method in args.methods)
         for rate in rates
     ]
-    begin = time.time()
     with Hosts() as hosts:
         rows = hosts.train(runs, args, rate="unshaped")
-        keep("tuning", rows, args, begin, hosts.obstacle)
+        hosts.keep("tuning", rows)
     print("\nlearning rate, in multiples of the one that the method is listed with, and quality")
     for row in rows:
         print(f"{row['learner']:<6}{row['method']:<10}{row['rate']:>8}{row['quality']:>10.2f}")

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from compressions import METHODS, Model  # noqa: E402
 from learners import LEARNERS  # noqa: E402
-from rounds import wire_bytes  # noqa: E402
+from rounds import of_each, slowest_ms, wire_bytes  # noqa: E402
 
 
 class Training:
@@ -90,10 +90,8 @@ class Training:
     def results(self):
         """Gathered from all workers, and the same on each of them."""
         steps, per_epoch = len(self._seconds), self._learner.steps_per_epoch
-        slowest = [1000 * max(step) for step in zip(*hvd.allgather_object(self._seconds))]
-        # On the loopback interface, each worker sees what all of them send.
-        senders = hvd.size() if os.environ["GLOO_SOCKET_IFNAME"] == "lo" else 1
-        wire = statistics.mean(hvd.allgather_object(self._wire)) / senders
+        slowest = slowest_ms(hvd.allgather_object(self._seconds))
+        wire = of_each(hvd.allgather_object(self._wire))
         numbers = sum(parameter.numel() for parameter in self._parameters)
         found = {
             "quality": self._curve[-1][2],

@@ -1,7 +1,7 @@
-"""Horovod from its source: what of it must be changed to build beside current frameworks, and where wheels are kept.
+"""Horovod from its source: what of it must be changed, and where wheels are kept.
 
 `pip install horovod` fails beside every current torch and TensorFlow. The released source builds with a few lines
-changed, and the wheel that comes out is kept in the user's cache, under a key that says all it was built for, so that
+changed, a few more keep an elastic job from waiting for ever, and the wheel that comes out is kept in the user's cache, under a key that says all it was built for, so that
 a second environment installs it in seconds. Nothing of the build is left in the environment: the tools that it needs
 go into a folder of its own.
 """
@@ -28,7 +28,7 @@ from horovod_powersgd.installation import TENSORFLOW, TORCH, Framework, extensio
 
 HOROVOD_VERSION = "0.28.1"
 # Part of the key of cached wheels: raise it whenever patch_source changes.
-PATCH_VERSION = 1
+PATCH_VERSION = 2
 # Versions that were tried together. Horovod's setup.py fails with later setuptools, its copy of Gloo with CMake 4.
 BUILD_TOOLS = ("setuptools==80.10.2", "wheel==0.48.0", "packaging>=24", "cmake==3.31.10")
 # Measured for both frameworks: nine minutes of one core.
@@ -192,14 +192,15 @@ def install_wheel(wheel: Path, log: Path) -> None:
 
 
 def patch_source(source: Path) -> None:
-    """Change Horovod's unpacked source so that it builds beside current frameworks, and runs wherever it is installed.
+    """Change Horovod's unpacked source so that it builds beside current frameworks, runs wherever it is installed, and
+    loses nothing that it is given while it shuts down.
 
     Raises:
         BuildError: the source is not the one that these changes are for.
     """
 
     def replace(path: Path, pattern: str, replacement: str) -> None:
-        text, count = re.subn(pattern, lambda match: replacement, path.read_text(), flags=re.MULTILINE)
+        text, count = re.subn(pattern, replacement, path.read_text(), flags=re.MULTILINE)
         if count == 0:
             raise BuildError(f"Horovod's source is not as expected: {path.relative_to(source)} lacks {pattern!r}")
         path.write_text(text)
@@ -236,6 +237,25 @@ def patch_source(source: Path) -> None:
         "set(CMAKE_BUILD_WITH_INSTALL_RPATH TRUE)\n"
         'set(CMAKE_INSTALL_RPATH "$ORIGIN/../../../..;$ORIGIN/../../torch/lib;$ORIGIN/../../tensorflow")\n'
         "set(CMAKE_INSTALL_RPATH_USE_LINK_PATH TRUE)",
+    )
+    # After a worker's death the background thread ends every tensor in its queue with an error and stops. Whether it
+    # has stopped is looked at before the queue is locked, and so a tensor could be added behind its back, and be waited
+    # for till the end of days: the queue itself must refuse it.
+    queue = source / "horovod/common/tensor_queue.cc"
+    lock = r"\) {\n  std::lock_guard<std::mutex> guard\(mutex_\);\n"
+    for last_argument in ("TensorTableEntry& e, Request& message", "std::vector<Request>& messages"):
+        replace(queue, last_argument + lock, r"\g<0>  if (finalized_) {\n    return SHUT_DOWN_ERROR;\n  }\n")
+    replace(queue, r"FinalizeTensorQueue\(const Status& status" + lock, r"\g<0>  finalized_ = true;\n")
+    replace(
+        source / "horovod/common/tensor_queue.h",
+        r"^  void FinalizeTensorQueue\(.*\);$",
+        r"\g<0>\n\n  void Reopen() {\n    std::lock_guard<std::mutex> guard(mutex_);\n    finalized_ = false;\n  }\n\n"
+        r"  bool finalized_ = false;",
+    )
+    replace(
+        source / "horovod/common/process_set.cc",
+        r"^  initialization_done = true;$",
+        r"  tensor_queue.Reopen();\n\g<0>",
     )
 
 

@@ -20,6 +20,18 @@ SOURCE = {
         "    set(CMAKE_CXX_STANDARD 14)\n"
     ),
     "horovod/runner/js_run.py": "import os\nfrom distutils.spawn import find_executable\n",
+    "horovod/common/tensor_queue.h": "  void FinalizeTensorQueue(const Status& status);\n",
+    "horovod/common/tensor_queue.cc": "\n".join(
+        f"{signature}) {{\n  std::lock_guard<std::mutex> guard(mutex_);\n  REST\n}}\n"
+        for signature in (
+            "Status TensorQueue::AddToTensorQueue(TensorTableEntry& e, Request& message",
+            "Status TensorQueue::AddToTensorQueueMulti(std::vector<TensorTableEntry>& entries,\n"
+            "                                          std::vector<Request>& messages",
+            "void TensorQueue::FinalizeTensorQueue(const Status& status",
+            "void TensorQueue::PushMessageToQueue(Request& message",
+        )
+    ),
+    "horovod/common/process_set.cc": "  initialization_done = true;\n" * 2,
 }
 
 
@@ -56,6 +68,16 @@ def test_the_source_may_be_in_a_folder_with_any_name(source):
 def test_nothing_needs_distutils(source):
     patch_source(source)
     assert not any("distutils" in (source / name).read_text() for name in SOURCE)
+
+
+def test_a_queue_that_was_ended_refuses_tensors_until_horovod_starts_again(source):
+    patch_source(source)
+    functions = (source / "horovod/common/tensor_queue.cc").read_text().split("\n}\n")
+    refusal = "guard(mutex_);\n  if (finalized_) {\n    return SHUT_DOWN_ERROR;\n  }\n  REST"
+    assert [refusal in function for function in functions[:4]] == [True, True, False, False]
+    assert [name for name in functions if "guard(mutex_);\n  finalized_ = true;\n  REST" in name] == [functions[2]]
+    assert (source / "horovod/common/process_set.cc").read_text().count("Reopen();\n  initialization_done = true;") == 2
+    assert "finalized_ = false;\n  }" in (source / "horovod/common/tensor_queue.h").read_text()
 
 
 @pytest.mark.parametrize("name", SOURCE)

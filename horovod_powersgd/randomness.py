@@ -8,6 +8,8 @@ import zlib
 
 MASK = 2**31 - 1
 ROUNDS = 6
+# A step that no training reaches.
+SPARE = MASK
 
 
 def key_of(name: str, seed: int) -> int:
@@ -41,6 +43,23 @@ def normal(xp, key, step, places):
     """Independent standard normal numbers, float64 (Box and Muller 1958)."""
     radius = xp.sqrt(-2 * xp.log(uniform(xp, key, step, 2 * places)))
     return radius * xp.cos(2 * math.pi * uniform(xp, key, step, 2 * places + 1))
+
+
+def random_factor(xp, key, step, length, rank):
+    """A factor of independent standard normal numbers, (length, rank), float64.
+
+    Args:
+        xp: the operations of the framework.
+        key: from key_of.
+        step: that starts from it; SPARE for columns that take the place of others, or are added to them.
+        length: n of P, m of Q.
+        rank: r.
+    """
+    return _apart(xp, _random_factor, key, step, length, rank)
+
+
+def _random_factor(xp, key, step, length, rank):
+    return xp.reshape(normal(xp, key, step, xp.arange(length * rank)), (length, rank))
 
 
 def subset(xp, key, step, size: int, count):

@@ -19,7 +19,7 @@ from horovod_powersgd.accordion import Accordion, Regime
 from horovod_powersgd.compressor import Allgather, AllreduceMean, Compressor, compressor_of
 from horovod_powersgd.layout import Layout, layout_of, leading_rows
 from horovod_powersgd.powersgd import PowerSGD
-from horovod_powersgd.randomness import key_of
+from horovod_powersgd.randomness import SPARE, key_of, random_factor
 from horovod_powersgd.state import TensorState
 
 # A factor's column counts as dependent on those before it when less than this many roundings of it are its own.
@@ -55,20 +55,19 @@ class State:
     regimes: Dict[str, Regime] = field(default_factory=dict)
 
 
-def initial_factor(name: str, columns: int, rank: int, seed: int, step: int = 0) -> np.ndarray:
-    """The Q that every worker, in every framework, starts from.
+def initial_factor(name: str, columns: int, rank: int, seed: int) -> np.ndarray:
+    """The Q that every worker, in every framework, starts from. What is drawn later is from random_factor.
 
     Args:
         name: of the tensor.
         columns: m of its n x m matrix.
         rank: r.
         seed: PowerSGD.seed.
-        step: with warm_start=False, the number of the step (State.steps) that draws a fresh Q; otherwise 0.
 
     Returns:
         (columns, rank) float64, independent standard normal entries.
     """
-    return np.random.default_rng([seed, step, *name.encode()]).standard_normal((columns, rank))
+    return np.random.default_rng([seed, 0, *name.encode()]).standard_normal((columns, rank))
 
 
 def orthogonalize(matrix: np.ndarray, spare: np.ndarray) -> np.ndarray:
@@ -142,12 +141,13 @@ def powersgd(delta: np.ndarray, state: TensorState, config: PowerSGD) -> Generat
     """
     renews = config.renews(state.step)
     factor = state.get("factor", None)
-    if factor is None or renews or not config.warm_start:
-        step = state.step if renews or not config.warm_start else 0
-        drawn = initial_factor(state.name, delta.shape[1], state.amount, config.seed, step)
+    if renews or not config.warm_start:
+        drawn = random_factor(arrays, state.key, state.step, delta.shape[1], state.amount)
         factor = Factor(drawn.astype(delta.dtype))
+    elif factor is None:
+        factor = Factor(initial_factor(state.name, delta.shape[1], state.amount, config.seed).astype(delta.dtype))
     for _ in range(config.half_steps(renews)):
-        fresh = initial_factor(state.name, len(factor.array), state.amount, config.seed)
+        fresh = random_factor(arrays, state.key, SPARE, len(factor.array), state.amount)
         if factor.array.shape[1] != state.amount:
             factor = Factor(resized(factor.array, state.amount, fresh), factor.is_q)
         basis = orthogonalize(factor.array, fresh)                                      # Q^ (or P^)

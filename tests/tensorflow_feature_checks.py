@@ -65,6 +65,34 @@ def exchange(variables, gradients, config, **options):
     return hvd.DistributedGradientTape(tape, compression=config, **options).gradient(loss, variables)
 
 
+def check_no_python_runs_in_a_step_of_a_graph():
+    # The first check, since what other checks have built before would not be built again.
+    names = []
+    numpy_function = tf.numpy_function
+
+    def told(function, *arguments):
+        def tell(*arrays):
+            names.append(function.__qualname__)
+            return function(*arrays)
+
+        return numpy_function(tell, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf, "numpy_function", told)
+        tf.numpy_function(np.negative, [tf.ones(3)], tf.float32)
+        assert names.pop() == "negative"
+        grows = Accordion(PowerSGD(rank=3), PowerSGD(rank=1), threshold=2, interval=1)
+        for config in (PowerSGD(rank=2, warm_start=False), PowerSGD(rank=2, refresh_every=2), grows, *KEEPING):
+            trainee = FunctionTrainee(config, shapes={"matrix": SHAPE})
+            for step in range(5):
+                # A gradient of zeros takes spare columns; with Accordion, a rate that decays takes the larger rank.
+                trainee.set_rate(1.0 if step < 4 else 0.5)
+                trainee.exchange({"matrix": matrix(step) * (step != 1)})
+            assert trainee.stats().steps == 5 and not names, (config, names)
+            if config is grows:
+                assert [choice for _, choice in trainee.stats().tensors[0].decisions][-2:] == ["high", "low"]
+
+
 def check_the_state_is_the_variables_whatever_the_tape_and_the_function():
     config = PowerSGD(rank=2)
     traces = []

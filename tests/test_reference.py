@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from horovod_powersgd import PowerSGD
+from horovod_powersgd import PowerSGD, arrays
+from horovod_powersgd.randomness import SPARE, key_of, random_factor
 from horovod_powersgd.reference import (
     OptimizerState,
     State,
@@ -174,11 +175,18 @@ def test_without_warm_start_every_step_draws_a_fresh_factor():
     updates = [one_step([matrix], config, states)[0] for _ in range(2)]
     assert not np.allclose(*updates)
     assert not states[0].memory
-    fresh = np.random.default_rng([0, 1, *b"w"]).standard_normal((30, 1))
-    assert (initial_factor("w", 30, 1, seed=0, step=1) == fresh).all()
-    p = matrix @ fresh
-    p /= np.linalg.norm(p)
-    np.testing.assert_allclose(updates[1], p @ (p.T @ matrix), atol=1e-12)
+    for step, update in enumerate(updates):
+        p = matrix @ random_factor(arrays, key_of("w", 0), step, 30, 1)
+        p /= np.linalg.norm(p)
+        np.testing.assert_allclose(update, p @ (p.T @ matrix), atol=1e-12)
+
+
+def test_random_factors_differ_by_key_and_step_and_are_standard_normal():
+    factor = random_factor(arrays, key_of("w", 0), 3, 5000, 4)
+    assert factor.shape == (5000, 4) and factor.dtype == np.float64
+    for other in ((key_of("w", 1), 3), (key_of("v", 0), 3), (key_of("w", 0), 4), (key_of("w", 0), SPARE)):
+        assert (factor != random_factor(arrays, *other, 5000, 4)).all()
+    assert np.abs(factor.mean(0)).max() < 0.05 and np.abs(factor.T @ factor / 5000 - np.eye(4)).max() < 0.1
 
 
 def test_starting_factors_differ_by_name_and_seed_and_are_the_same_everywhere():

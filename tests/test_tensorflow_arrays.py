@@ -95,3 +95,4 @@ def test_random_numbers_equal_numpys(step):
         equal(lambda xp, x, count: randomness.subset(xp, count(key), count(step), size, count(amount)))
     equal(lambda xp, x, count: randomness.normal(xp, count(key), count(step), xp.arange(count(99))))
     equal(lambda xp, x, count: randomness.draw(xp, count(key), count(step), x(PLACES)))
+    equal(lambda xp, x, count: randomness.random_factor(xp, count(key), count(step), count(30), count(4)))

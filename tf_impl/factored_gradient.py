@@ -5,10 +5,11 @@ from typing import Callable, Generator, List, Union
 import tensorflow as tf
 
 from horovod_powersgd.compressor import AllreduceMean
+from horovod_powersgd.randomness import SPARE, random_factor
+from horovod_powersgd.tensorflow import arrays
 from horovod_powersgd.tensorflow.built_once import built_once
 from horovod_powersgd.tensorflow.gradient import MatrixGradient, Step, marked
 from horovod_powersgd.tensorflow.orthogonalization import orthogonalize
-from horovod_powersgd.tensorflow.state import random_factor
 
 # Whether a factor is Q; not known before the graph runs where P and Q alternate.
 Flag = Union[bool, tf.Tensor]
@@ -22,7 +23,7 @@ class FactoredGradient(MatrixGradient):
         return tf.float16 if self.state.config.family.wire_dtype == "float16" else self.state.dtype
 
     def _exchange(self, step: Step, amount: Union[int, tf.Tensor]) -> Generator:
-        state, config, key = self.state, self.state.config.family, tf.convert_to_tensor(self.state.random_key)
+        state, config, key = self.state, self.state.config.family, tf.convert_to_tensor(self.state.key)
         # delta is finite where the small factor is that comes of it.
         factor, is_q = tf.convert_to_tensor(state.factor), state.factor_is_q
         if isinstance(is_q, tf.Variable):
@@ -65,7 +66,7 @@ class FactoredGradient(MatrixGradient):
         return ops
 
     def _random(self, key: tf.Tensor, columns, rank, step) -> tf.Tensor:
-        drawn = tf.numpy_function(random_factor, [key, columns, rank, step], tf.float64)
+        drawn = random_factor(arrays, key, step, columns, rank)
         drawn.set_shape((columns if isinstance(columns, int) else None, rank if isinstance(rank, int) else None))
         return tf.cast(tf.transpose(drawn), self.state.dtype)
 
@@ -86,9 +87,7 @@ def _resized(factor: tf.Tensor, rank: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
 
     def grown():
         wide = tf.cast(factor, tf.float64)
-        drawn = tf.numpy_function(random_factor, [key, length, rank], tf.float64)
-        drawn.set_shape((None, None))
-        added = tf.transpose(drawn)[old:]
+        added = tf.transpose(random_factor(arrays, key, SPARE, length, rank))[old:]
         mean = tf.norm(wide) / tf.sqrt(tf.cast(old, tf.float64))
         scale = tf.where(mean > 0, mean / tf.norm(added, axis=1, keepdims=True), tf.ones_like(mean))
         return tf.cast(tf.concat([wide, scale * added], 0), factor.dtype)

@@ -5,11 +5,12 @@ import functools
 import numpy as np
 import tensorflow as tf
 
+from horovod_powersgd.randomness import SPARE, random_factor
 from horovod_powersgd.reference import DEPENDENT
-from horovod_powersgd.tensorflow.state import random_factor
+from horovod_powersgd.tensorflow import arrays
 
 
-def orthogonalize(factor: tf.Tensor, random_key: tf.Tensor) -> tf.Tensor:
+def orthogonalize(factor: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     """reference.orthogonalize, by Householder QR in double precision, which is exact whatever the factor's condition.
 
     Where a row depends on those before it, QR goes on with an arbitrary direction, and what follows is judged against
@@ -17,12 +18,12 @@ def orthogonalize(factor: tf.Tensor, random_key: tf.Tensor) -> tf.Tensor:
 
     Args:
         factor: (r, n), r <= n, float32 or float64: a factor, transposed; finite.
-        random_key: of the tensor's state; it chooses the spare columns.
+        key: of the tensor's state; it chooses the spare columns.
 
     Returns:
         (r, n) with orthonormal rows, of the factor's dtype.
     """
-    basis = _function(factor.dtype)(factor, random_key)
+    basis = _function(factor.dtype)(factor, key)
     basis.set_shape(factor.shape)
     return basis
 
@@ -30,27 +31,26 @@ def orthogonalize(factor: tf.Tensor, random_key: tf.Tensor) -> tf.Tensor:
 @functools.cache
 def _function(dtype: tf.DType):
     """Traced once and not inlined: a model's graph holds only the calls."""
-    arguments = tf.TensorSpec((None, None), dtype), tf.TensorSpec((), tf.string)
+    arguments = tf.TensorSpec((None, None), dtype), tf.TensorSpec((), tf.int64)
     return tf.function(
         _orthogonalize, input_signature=arguments, autograph=False, experimental_attributes={"_noinline": True}
     )
 
 
-def _orthogonalize(factor, random_key):
+def _orthogonalize(factor, key):
     columns = tf.cast(tf.transpose(factor), tf.float64)
     columns /= tf.maximum(tf.reduce_max(tf.abs(columns)), np.finfo(np.float64).tiny)
     q, r = tf.linalg.qr(columns)
     smallest = DEPENDENT * np.finfo(factor.dtype.as_numpy_dtype).eps * tf.reduce_max(tf.norm(columns, axis=0))
     dependent = tf.reduce_any(tf.abs(tf.linalg.diag_part(r)) <= smallest)
-    basis = tf.cond(dependent, lambda: _gram_schmidt(columns, random_key, smallest), lambda: q)
+    basis = tf.cond(dependent, lambda: _gram_schmidt(columns, key, smallest), lambda: q)
     return tf.cast(tf.transpose(basis), factor.dtype)
 
 
-def _gram_schmidt(columns: tf.Tensor, random_key: tf.Tensor, smallest: tf.Tensor) -> tf.Tensor:
+def _gram_schmidt(columns: tf.Tensor, key: tf.Tensor, smallest: tf.Tensor) -> tf.Tensor:
     """Column by column; one with a part of its own no larger than `smallest` gives its place to a random column."""
     rows, count = tf.unstack(tf.shape(columns))
-    spare = tf.numpy_function(random_factor, [random_key, rows, count], tf.float64)
-    spare.set_shape((None, None))
+    spare = random_factor(arrays, key, SPARE, rows, count)
 
     def add_column(i, basis):
         column = _reject(columns[:, i], basis)

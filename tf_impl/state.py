@@ -60,12 +60,11 @@ class VariableState:
         process_set: with which it is exchanged.
         layout: of the variable, an n x m matrix.
         clock: of the variables that it is exchanged with.
-        random_key: PowerSGD's: a string variable that chooses the starting Q: the seed and the name, or what the
-            variable is called on another worker, if that has gone farther.
+        key: int64 variable: TensorState.key, of the name, or of what the variable is called on another worker, if that
+            has gone farther.
         factor: PowerSGD's last averaged factor, transposed: a variable of (r, m), or of (r, n) where factor_is_q is
             false.
         factor_is_q: True, or a boolean variable where P and Q alternate.
-        key: the other compressors': an int64 variable, TensorState.key, made of the same as random_key.
         kept: the other compressors': variables, by the key that the compressor keeps them under.
         memory: (n, m) variable, zeros at first; this worker's own.
         adaptation: Accordion's.
@@ -86,15 +85,15 @@ class VariableState:
         self.layout = layout_of(shape, config, trailing_columns)
         self.variable_dtype = dtype
         self.dtype = tf.float64 if dtype == tf.float64 else tf.float32
-        self.random_key = self.factor = self.factor_is_q = self.key = None
+        self.key = self.factor = self.factor_is_q = None
         self.memory = self.adaptation = self.norm = None
         self.kept: Dict[str, tf.Variable] = {}
         if not self.layout.compressed:
             return
+        self.key = make_variable(np.int64(key_of(name, config.seed)))
         if isinstance(config.family, PowerSGD):
             self._make_factor()
         else:
-            self.key = make_variable(np.int64(key_of(name, config.seed)))
             initial = initial_values(config.family, name, self.layout.matrix_shape, self.layout.amount, self.dtype)
             self.kept = {key: make_variable(value) for key, value in initial.items()}
         if config.keeps_memory:
@@ -105,14 +104,11 @@ class VariableState:
             self.adaptation = Adaptation(config, self.layout, self.dtype)
 
     def _make_factor(self) -> None:
-        key = random_key(self.name, self.config.seed)
-        with tf.device("cpu"):
-            self.random_key = make_variable(np.array(key, object))
         rank, columns = self.layout.amount, self.layout.matrix_shape[1]
         alternates = self.config.family.num_iters_per_step % 2 == 1
         shape = None if isinstance(self.config, Accordion) else rank, None if alternates else columns
-        random_q = np.ascontiguousarray(random_factor(key, columns, rank).T, self.dtype.as_numpy_dtype)
-        self.factor = make_variable(random_q, shape)
+        starting = initial_factor(self.name, columns, rank, self.config.seed).T
+        self.factor = make_variable(np.ascontiguousarray(starting, self.dtype.as_numpy_dtype), shape)
         self.factor_is_q = make_variable(np.bool_(True)) if alternates else True
 
     def shared(self) -> Dict[str, tf.Variable]:
@@ -125,8 +121,7 @@ class VariableState:
 
     def shared_with_keys(self) -> Dict[str, tf.Variable]:
         """What is to be the same on every worker, by name."""
-        keys = {"random_key": self.random_key, "key": self.key}
-        return {**{name: key for name, key in keys.items() if key is not None}, **self.shared()}
+        return {"key": self.key, **self.shared()} if self.layout.compressed else {}
 
     def variables(self) -> Dict[str, tf.Variable]:
         """All, by name."""
@@ -136,8 +131,6 @@ class VariableState:
     def rename(self, name: str) -> None:
         """Gives it the name that it was saved with: Keras can give a variable another path when it loads a model."""
         self.name = name
-        if self.random_key is not None:
-            self.random_key.assign(random_key(name, self.config.seed))
         if self.key is not None:
             self.key.assign(key_of(name, self.config.seed))
 
@@ -186,17 +179,6 @@ class VariableState:
         if self.memory is not None:
             memory = sum(saved["memory"] for saved in memories) if memories else 0
             self.memory.assign(np.broadcast_to(memory * weight, self.memory.shape))
-
-
-def random_key(name: str, seed: int) -> bytes:
-    """What reference.initial_factor draws from, in one string."""
-    return f"{seed} {name}".encode()
-
-
-def random_factor(key: bytes, columns: int, rank: int, step: int = 0) -> np.ndarray:
-    """reference.initial_factor: (columns, rank) float64."""
-    seed, _, name = key.decode().partition(" ")
-    return initial_factor(name, int(columns), int(rank), int(seed), int(step))
 
 
 def states_of(variables: Sequence, config: Compressor, process_set: ProcessSet) -> List[VariableState]:

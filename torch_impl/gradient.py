@@ -2,10 +2,13 @@
 
 from typing import Dict, Mapping, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 
+from horovod_powersgd import arrays
 from horovod_powersgd.compressor import Compressor
 from horovod_powersgd.layout import Layout
+from horovod_powersgd.randomness import SPARE, key_of, random_factor
 from horovod_powersgd.reference import initial_factor, resized
 from horovod_powersgd.statistics import residual
 from horovod_powersgd.torch.adaptation import Adaptation
@@ -165,7 +168,9 @@ class MatrixGradient(PlainGradient):
         self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         self._memory: Optional[Memory] = None
         self.memory_scale = 1.0
-        self.factor, self.factor_is_q = self._random_q(step=0).to(self.dtype), True
+        self._key = key_of(name, config.seed)
+        starting = initial_factor(name, layout.matrix_shape[1], self._rank, config.seed)
+        self.factor, self.factor_is_q = self._transposed(starting).to(self.dtype), True
         self._spares: Dict[bool, torch.Tensor] = {}
         self._own: Optional[torch.Tensor] = None
 
@@ -178,18 +183,17 @@ class MatrixGradient(PlainGradient):
     def sent_dtype(self) -> torch.dtype:
         return torch.float16 if self._config.wire_dtype == "float16" else self.dtype
 
-    def _random_q(self, step: int) -> torch.Tensor:
-        return self._random(self.layout.matrix_shape[1], step)
+    def _random(self, step: int, length: int) -> torch.Tensor:
+        """(r, length) float64."""
+        return self._transposed(random_factor(arrays, self._key, step, length, self._rank))
 
-    def _random(self, columns: int, step: int = 0) -> torch.Tensor:
-        """(r, columns) float64."""
-        factor = initial_factor(self.name, columns, self._rank, self._config.seed, step)
+    def _transposed(self, factor: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(factor.T.copy()).to(self.parameter.device)
 
     def spare(self) -> torch.Tensor:
         """Random rows (r, n or m) float64, for those of the mean that are not independent."""
         if self._mean_is_q not in self._spares:
-            self._spares[self._mean_is_q] = self._random(self._mean.shape[1])
+            self._spares[self._mean_is_q] = self._random(SPARE, self._mean.shape[1])
         return self._spares[self._mean_is_q]
 
     def start(self, step: int, renews: bool, rate: Optional[float]) -> None:
@@ -206,7 +210,7 @@ class MatrixGradient(PlainGradient):
             self._spares.clear()
         self._mean, self._mean_is_q = self.factor, self.factor_is_q
         if renews or not self._config.warm_start:
-            self._mean, self._mean_is_q = self._random_q(step).to(self.dtype), True
+            self._mean, self._mean_is_q = self._random(step, self.layout.matrix_shape[1]).to(self.dtype), True
         elif len(self._mean) != rank:
             factor = resized(self._mean.t().cpu().numpy(), rank, self.spare().t().cpu().numpy())
             self._mean = torch.from_numpy(factor).t().contiguous().to(self._mean.device)

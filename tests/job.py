@@ -25,16 +25,18 @@ def checks_in(module):
     return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")]
 
 
-def checks_with(module, workers):
-    """A module's checks in a job of so many workers: where four share a few cores, only those that compare, by their
-    names, with the reference, or one worker's bits with another's."""
+def checks_with(module, launcher, workers):
+    """A module's checks in a job of so many workers: where four share a few cores, or three under Gloo, which waits
+    busily, only those that compare, by their names, with the reference, or one worker's bits with another's."""
     checks = checks_in(module)
-    return checks if workers < 4 else [check for check in checks if re.search("equals|equal_the|same_bits", check)]
+    if workers < (4 if launcher == "mpirun" else 3):
+        return checks
+    return [check for check in checks if re.search("equals|equal_the|same_bits", check)]
 
 
 def launched(module, launches):
     """(*launch, check) of every check in every launch, which is (launcher, workers, ...)."""
-    return [(*launch, check) for launch in launches for check in checks_with(module, launch[1])]
+    return [(*launch, check) for launch in launches for check in checks_with(module, *launch[:2])]
 
 
 @functools.cache
@@ -46,7 +48,7 @@ def outcomes(module, launcher, workers, legacy_keras=False, seconds=480):
     """
     with tempfile.TemporaryDirectory() as folder:
         program = [sys.executable, str(HERE / "worker.py"), module, folder, str(seconds)]
-        program += checks_with(module, workers)
+        program += checks_with(module, launcher, workers)
         command = launch_command(launcher, workers, program) if launcher else program
         assert command is not None, f"{launcher} is not installed"
         output = run(command, seconds + 15, {"TF_USE_LEGACY_KERAS": str(int(legacy_keras))})

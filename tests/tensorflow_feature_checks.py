@@ -82,7 +82,7 @@ def check_no_python_runs_in_a_step_of_a_graph():
         tf.numpy_function(np.negative, [tf.ones(3)], tf.float32)
         assert names.pop() == "negative"
         grows = Accordion(PowerSGD(rank=3), PowerSGD(rank=1), threshold=2, interval=1)
-        for config in (PowerSGD(rank=2, warm_start=False), PowerSGD(rank=2, refresh_every=2), grows, *KEEPING):
+        for config in (PowerSGD(rank=2, warm_start=False), PowerSGD(rank=2, refresh_every=2), grows):
             trainee = FunctionTrainee(config, shapes={"matrix": SHAPE})
             for step in range(5):
                 # A gradient of zeros takes spare columns; with Accordion, a rate that decays takes the larger rank.
@@ -526,8 +526,8 @@ def check_a_checkpoint_goes_on_where_it_was():
     import tempfile
 
     of_powersgd = PowerSGD(rank=2), PowerSGD(rank=2, num_iters_per_step=1), PowerSGD(rank=2, warm_start=False)
+    shapes = {name: cases.SHAPES[name] for name in ("linear", "vector")}
     for config in (*of_powersgd, *KEEPING[:3], Custom(shortened)):
-        shapes = cases.SHAPES if config in of_powersgd else {name: cases.SHAPES[name] for name in ("linear", "vector")}
         whole = FunctionTrainee(config, shapes=shapes)
         for step in range(3):
             whole.exchange(cases.gradients(step, hvd.rank(), "float32"))

@@ -11,9 +11,10 @@ LAUNCHES = [(None, 1), ("horovodrun --gloo", 2), ("mpirun", 3), ("horovodrun --g
 # Launcher, workers, whether Keras is Keras 2. Keras 3's optimizer is among the trainees of tensorflow_checks, too.
 KERAS_LAUNCHES = [
     ("mpirun", 2, False),
+    ("horovodrun --gloo", 3, False),
     (None, 1, True),
-    ("horovodrun --gloo", 3, True),
-    ("mpirun", 4, True),
+    ("mpirun", 3, True),
+    ("horovodrun --gloo", 4, True),
 ]
 CALLBACK_LAUNCHES = [("horovodrun --gloo", 2, False), ("mpirun", 2, True)]
 

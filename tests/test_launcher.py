@@ -18,7 +18,7 @@ if "unprepared" not in sys.argv:
     prepare_worker()
 hvd.init()
 check_world(hvd.size())
-print("worker", hvd.rank(), "of", hvd.size())
+sys.stdout.write(f"worker {hvd.rank()} of {hvd.size()}\\n")  # in one piece, which the other's cannot tear
 """
 
 

@@ -1,9 +1,9 @@
 """Horovod from its source: what of it must be changed, and where wheels are kept.
 
 `pip install horovod` fails beside every current torch and TensorFlow. The released source builds with a few lines
-changed, a few more keep an elastic job from waiting for ever, and the wheel that comes out is kept in the user's cache, under a key that says all it was built for, so that
-a second environment installs it in seconds. Nothing of the build is left in the environment: the tools that it needs
-go into a folder of its own.
+changed, and a few more keep an elastic job from waiting for ever. The wheel that comes out is kept in the user's cache,
+under a key that says all it was built for, so that a second environment installs it in seconds. Nothing of the build is
+left in the environment: the tools that it needs go into a folder of its own.
 """
 
 import contextlib

@@ -9,6 +9,7 @@ Words: an n x m matrix has the factors P (n x r) and Q (m x r); `delta` is gradi
 delta with one factor's orthonormal basis to get the other factor.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Dict, Generator, List, Mapping, Optional, Sequence, Union
 
@@ -147,7 +148,7 @@ def powersgd(delta: np.ndarray, state: TensorState, config: PowerSGD) -> Generat
     elif factor is None:
         factor = Factor(initial_factor(state.name, delta.shape[1], state.amount, config.seed).astype(delta.dtype))
     for _ in range(config.half_steps(renews)):
-        fresh = random_factor(arrays, state.key, SPARE, len(factor.array), state.amount)
+        fresh = _spare(state.key, len(factor.array), state.amount)
         if factor.array.shape[1] != state.amount:
             factor = Factor(resized(factor.array, state.amount, fresh), factor.is_q)
         basis = orthogonalize(factor.array, fresh)                                      # Q^ (or P^)
@@ -160,6 +161,12 @@ def powersgd(delta: np.ndarray, state: TensorState, config: PowerSGD) -> Generat
         _product(basis, factor.array, factor.is_q),                                     # P^ Q^T
         _product(basis, own.astype(delta.dtype), factor.is_q),                          # P^ Q_w^T
     )
+
+
+@functools.lru_cache(256)
+def _spare(key: int, length: int, rank: int) -> np.ndarray:
+    """The columns that take the place of others, or are added to them: kept, since they are the same in every step."""
+    return random_factor(arrays, key, SPARE, length, rank)
 
 
 def exchange(

@@ -5,7 +5,7 @@ import inspect
 import math
 import numbers
 from dataclasses import asdict, dataclass
-from typing import Any, Callable, ClassVar, Dict, Generator, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, ClassVar, Dict, Generator, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from horovod_powersgd.layout import layout_of, leading_rows
 
@@ -129,6 +129,20 @@ class Compressor:
         """Its name and fields, for checkpoints: plain numbers and strings."""
         return {"compressor": type(self).__name__, **asdict(self)}
 
+    def compress(self, tensor):
+        """What Horovod's own functions would call; a compressor is not for them.
+
+        Raises:
+            TypeError: always, with what to do.
+        """
+        raise TypeError(
+            f"{type(self).__name__} compresses gradients, from step to step: give it as compression= to a "
+            "DistributedOptimizer or a DistributedGradientTape. hvd.allreduce and its kind take hvd.Compression.none or "
+            "hvd.Compression.fp16"
+        )
+
+    decompress = compress
+
     def _check_integer(self, field: str, at_least: int) -> None:
         value, name = getattr(self, field), type(self).__name__
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
@@ -213,6 +227,20 @@ def compressor_of(compression) -> Optional[Compressor]:
         "compression must be a compressor such as hvd.PowerSGD(...), a generator function, or one of Horovod's, "
         f"hvd.Compression.none or hvd.Compression.fp16, not {compression!r}"
     )
+
+
+def refuse_misplaced(arguments: Mapping[str, Any]) -> None:
+    """Refuses a compressor in an argument's place that is not its own, where it would do nothing without a word.
+
+    Args:
+        arguments: all but `compression`, by name.
+
+    Raises:
+        TypeError: one of them is a compressor.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, Compressor):
+            raise TypeError(f"{value!r} was given as {name}: give a compressor by name, as compression=...")
 
 
 def refusal_of_join(compressor: Optional[Compressor]) -> str:

@@ -1,5 +1,7 @@
 """What users do with tapes, in every worker of a TensorFlow job."""
 
+import gc
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -122,6 +124,59 @@ def check_the_state_is_the_variables_whatever_the_tape_and_the_function():
         assert cases.error(run(tf.constant(matrix(step))).numpy(), update) < 1e-3, step
     assert len(traces) >= 3
     assert hvd.compression_stats([v]).steps == 6
+
+
+def check_a_new_training_begins_with_nothing():
+    def train(run, v, config):
+        v.assign(tf.zeros_like(v))
+        return [run(tf.constant(matrix(step))).numpy() for step in range(3)]
+
+    for config in [PowerSGD(rank=2), *KEEPING]:
+        v = variable()
+        step = tf.function(lambda g, v=v: exchange([v], [g], config)[0])
+        for training in range(2):
+            for found, update in zip(train(step, v, config), expected(config, 3)):
+                assert cases.error(found, update) < 1e-3, (config, training)
+            # Tapes go on with one training until they are told. The same graph serves the next.
+            hvd.forget_compression([v])
+            assert hvd.compression_stats([v]).steps == hvd.compression_stats([v]).total_bytes_sent == 0
+
+
+def check_each_optimizer_has_a_training_of_its_own():
+    config, v1 = PowerSGD(rank=2), tf.compat.v1
+
+    def optimizer():
+        return hvd.DistributedOptimizer(v1.train.GradientDescentOptimizer(1.0), compression=config)
+
+    def steps(optimizer, count):
+        for step in range(count):
+            before = v.numpy()
+            gradient = tf.constant(matrix(step))
+            optimizer.apply_gradients(optimizer.compute_gradients(lambda: tf.reduce_sum(v * gradient), [v]))
+            yield before - v.numpy()
+
+    v = variable()
+    first, second = optimizer(), optimizer()
+    for of_one, of_other, update in zip(steps(first, 3), steps(second, 3), expected(config, 3)):
+        assert cases.error(of_one, update) < 1e-3 and cases.error(of_other, update) < 1e-3
+    for step, update in enumerate(expected(config, 2)):
+        assert cases.error(exchange([v], [tf.constant(matrix(step))], config)[0].numpy(), update) < 1e-3
+    # What is done by the variables is done to the training that began last: the tape's.
+    saved = hvd.compression_state_dict([v])
+    assert saved["steps"] == hvd.compression_stats([v]).steps == 2 and len(known_states([v])) == 3
+    # An optimizer that is gone leaves nothing.
+    del first, second
+    gc.collect()
+    assert len(known_states([v])) == 1
+    # What is loaded before the first exchange is the state of the training that begins next, and of no other.
+    v = variable()
+    hvd.load_compression_state_dict(saved, [v])
+    kept, third = hvd.CompressionState([v], config), optimizer()
+    for found, update in zip(steps(third, 1), expected(config, 3, gradient=lambda s, w, d: matrix(s % 2, w, d))[2:]):
+        assert cases.error(found, update) < 1e-3
+    for found, update in zip(steps(optimizer(), 1), expected(config, 1)):
+        assert cases.error(found, update) < 1e-3
+    assert int(kept.steps) == 3
 
 
 def check_a_function_may_exchange_only_when_traced_again():

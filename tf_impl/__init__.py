@@ -38,6 +38,7 @@ from horovod_powersgd.tensorflow.compression_state import (  # noqa: E402, F401
     CompressionState,
     compression_state_dict,
     compression_stats,
+    forget_compression,
     load_compression_state_dict,
 )
 from horovod_powersgd.tensorflow.exchange import new_world  # noqa: E402

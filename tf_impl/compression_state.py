@@ -1,7 +1,7 @@
 """What resuming needs beside model and optimizer: what compressors keep, and the memories."""
 
 import itertools
-from typing import Callable, Dict, Iterable, Mapping, Sequence, Union
+from typing import Callable, Dict, Iterable, List, Mapping, Sequence, Union
 
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
@@ -9,11 +9,12 @@ from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 from horovod_powersgd import checkpoint
 from horovod_powersgd.compressor import Compressor, compressor_of
 from horovod_powersgd.statistics import CompressionStats
-from horovod_powersgd.tensorflow.state import known_states, states_of
+from horovod_powersgd.tensorflow.state import LOADED, VariableState, known_states, last_training, states_of
 
 
 def compression_stats(variables: Sequence) -> CompressionStats:
-    """What compression did to the gradients of these variables in the last step and in all steps, on this worker.
+    """What compression did to the gradients of these variables in the last step and in all steps of a training (the
+    one that began last), on this worker.
 
     Raises:
         RuntimeError: they were not exchanged together yet.
@@ -22,6 +23,20 @@ def compression_stats(variables: Sequence) -> CompressionStats:
     if not exchanges:
         raise RuntimeError("no gradients of these variables have been compressed yet")
     return exchanges[-1].stats()
+
+
+def forget_compression(variables: Sequence) -> None:
+    """Lets a new training of these variables begin as the first one did: all memories are empty, and what compressors
+    keep, counters and statistics are what they were before the first step. Every worker calls it.
+
+    An optimizer that is made for the new training needs no such call; tapes do, which all go on with one training.
+
+    Args:
+        variables: whose gradients are exchanged.
+    """
+    states = known_states(variables)
+    for holder in {id(holder): holder for state in states for holder in (state, state.clock)}.values():
+        holder.begin_again()
 
 
 def compression_state_dict(variables: Sequence) -> Dict[str, object]:
@@ -36,11 +51,16 @@ def compression_state_dict(variables: Sequence) -> Dict[str, object]:
     Raises:
         RuntimeError: none of them has been compressed yet.
     """
-    known = known_states(variables)
-    if not known:
+    found = last_training(variables)
+    if found is None:
         raise RuntimeError("no gradients of these variables have been compressed yet")
-    config, process_set = known[-1].config, known[-1].process_set
-    states = states_of(variables, config, process_set)
+    training, state = found
+    return saved(states_of(variables, state.config, state.process_set, training))
+
+
+def saved(states: Sequence[VariableState]) -> Dict[str, object]:
+    """compression_state_dict of these states."""
+    config, process_set = states[0].config, states[0].process_set
     tensors = {state.name: state.state_dict() for state in states}
     return checkpoint.state_dict(
         config, process_set.size(), process_set.rank(), int(states[0].clock.steps), tensors
@@ -67,13 +87,24 @@ def load_compression_state_dict(
     Raises:
         ValueError: another model or compressor, or states are missing. It names what differs.
     """
+
+    def mine(first: Mapping) -> List[VariableState]:
+        config = _known(first["config"], variables) if compression is None else compressor_of(compression)
+        return _begun_or_loaded(variables, config, process_set)
+
+    load(states, mine)
+
+
+def load(
+    states: Union[Mapping, Iterable[Mapping]], mine_of: Callable[[Mapping], Sequence[VariableState]]
+) -> None:
+    """load_compression_state_dict into the states that `mine_of` finds for the first of what was saved."""
     alone = isinstance(states, Mapping)
     states = iter([states] if alone else states)
     first = next(states, None)
     if first is None:
         raise ValueError("the compression states of all workers are needed, and none is given")
-    config = _known(first["config"], variables) if compression is None else compressor_of(compression)
-    mine = states_of(variables, config, process_set)
+    mine = mine_of(first)
     shapes = [state.layout.shape for state in mine]
 
     def fits(saved: Mapping) -> bool:
@@ -91,12 +122,18 @@ def load_compression_state_dict(
         first if alone else map(named_as_here, itertools.chain([first], states)),
         mine[0].config,
         dict(zip((state.name for state in mine), shapes)),
-        process_set.size(),
-        process_set.rank(),
+        mine[0].process_set.size(),
+        mine[0].process_set.rank(),
     )
     mine[0].clock.steps.assign(share.steps)
     for state in mine:
         state.load_state_dict(share.tensors[state.name], share.memories.get(state.name, ()), share.weight)
+
+
+def _begun_or_loaded(variables: Sequence, config: Compressor, process_set: ProcessSet) -> List[VariableState]:
+    """The states of the training that began last; where none has begun, of the one that will."""
+    training, _ = last_training(variables, config, process_set) or (LOADED, None)
+    return states_of(variables, config, process_set, training)
 
 
 def _known(description: Mapping, variables: Sequence) -> Compressor:
@@ -108,6 +145,8 @@ def _known(description: Mapping, variables: Sequence) -> Compressor:
 
 class CompressionState(tf.Module):
     """What a compressor keeps, and the memory, of variables, for tf.train.Checkpoint. Every worker saves its own.
+
+    It is of the training of these variables that began last, or, before any exchange, of the one that begins next.
 
     Args:
         variables: whose gradients are exchanged, in the order in which they are.
@@ -130,7 +169,7 @@ class CompressionState(tf.Module):
         process_set: ProcessSet = global_process_set,
     ):
         super().__init__()
-        states = states_of(variables, compressor_of(compression), process_set)
+        states = _begun_or_loaded(variables, compressor_of(compression), process_set)
         self.steps = states[0].clock.steps
         self.tensors = {}
         for state in states:

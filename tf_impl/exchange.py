@@ -19,7 +19,7 @@ from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.tensorflow.factored_gradient import FactoredGradient
 from horovod_powersgd.tensorflow.gradient import MatrixGradient, PlainGradient, Step
 from horovod_powersgd.tensorflow.message import Message, nbytes
-from horovod_powersgd.tensorflow.state import VariableState, plain_name, states_of
+from horovod_powersgd.tensorflow.state import Training, VariableState, plain_name, states_of
 from horovod_powersgd.tensorflow.variable import make_variable, native
 from horovod_powersgd.tensorflow.workers import Workers, transportable
 
@@ -314,15 +314,18 @@ def _initialise(variable: tf.Variable) -> tf.Operation:
     return tf.group(variable.assign(variable.initial_value, read_value=False))
 
 
-def exchange_of(settings: Settings, variables: Sequence, gradients: Sequence[Tensor]) -> Exchange:
+def exchange_of(
+    settings: Settings, training: Training, variables: Sequence, gradients: Sequence[Tensor]
+) -> Exchange:
     """The exchange of these variables, the same as in the last step where they are.
 
     Args:
         settings: how to exchange.
+        training: whose step it is.
         variables: tf.Variable or Keras 3's, each once.
         gradients: theirs; which of them are sparse must not change.
     """
-    states = states_of(variables, settings.config, settings.process_set)
+    states = states_of(variables, settings.config, settings.process_set, training)
     sparse = tuple(isinstance(gradient, tf.IndexedSlices) for gradient in gradients)
     groups: Union[None, int, List[List[int]]] = settings.groups
     if isinstance(groups, tuple):

@@ -1,13 +1,15 @@
 """Gradients in, averages out: what a tape and an optimizer do with all the workers' gradients."""
 
-from typing import Callable, Iterable, List, Optional, Sequence, Set
+from typing import Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Union
 
 import horovod.tensorflow as horovod
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import Average, ProcessSet, Sum
 
 from horovod_powersgd.compressor import compressor_of
+from horovod_powersgd.tensorflow.compression_state import load, saved
 from horovod_powersgd.tensorflow.exchange import Exchange, Settings, exchange_of
+from horovod_powersgd.tensorflow.state import Training, VariableState, states_of
 from horovod_powersgd.tensorflow.variable import native
 from horovod_powersgd.tensorflow.workers import Workers, transportable
 
@@ -19,10 +21,12 @@ class Reduction:
         compression: a compressor, a generator function, or a Horovod compression.
         name: prefix of the operations.
         (the others): of Horovod's DistributedGradientTape.
+        training: that its steps belong to; None: a new one, which begins with nothing in memory.
 
     Attributes:
         compressor: None for Horovod's own compressions.
         exchange: the compressor's last one.
+        training: may be set to another reduction's, whose training goes on.
 
     Raises:
         TypeError: compression is none of these.
@@ -40,8 +44,10 @@ class Reduction:
         gradient_predivide_factor: float,
         groups,
         process_set: ProcessSet,
+        training: Optional[Training] = None,
     ):
         self.compressor = compressor_of(compression)
+        self.training = training or Training()
         self.exchange: Optional[Exchange] = None
         self._settings: Optional[Settings] = None
         self._process_set, self._sparse_as_dense = process_set, sparse_as_dense
@@ -126,6 +132,23 @@ class Reduction:
                 found[i] = _map(lambda values: values / tf.cast(count, values.dtype), found[i])
         return found
 
+    def state_dict(self, variables: Sequence) -> Dict[str, object]:
+        """hvd.compression_state_dict, of this training.
+
+        Raises:
+            RuntimeError: there are no variables, because none has been compressed yet.
+        """
+        if not variables:
+            raise RuntimeError("nothing has been compressed yet")
+        return saved(self._states(variables))
+
+    def load_state_dict(self, states: Union[Mapping, Iterable[Mapping]], variables: Sequence) -> None:
+        """hvd.load_compression_state_dict, into this training."""
+        load(states, lambda first: self._states(variables))
+
+    def _states(self, variables: Sequence) -> List[VariableState]:
+        return states_of(variables, self.compressor, self._process_set, self.training)
+
     def _compressed(self, gradients: Sequence, variables: Sequence, learning_rate) -> Sequence:
         if not gradients:
             return []
@@ -134,7 +157,7 @@ class Reduction:
         # A variable that is given twice has one gradient, and one memory.
         places = {id(native(variable)): i for i, variable in enumerate(variables)}
         gradients, once = _at(places.values(), gradients, variables)
-        self.exchange = exchange_of(self._settings, once, gradients)
+        self.exchange = exchange_of(self._settings, self.training, once, gradients)
         updates = dict(zip(places, self.exchange(gradients, learning_rate)))
         return [updates[id(native(variable))] for variable in variables]
 

@@ -1,7 +1,8 @@
 """What is kept of a variable from step to step."""
 
 import re
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+import weakref
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -20,6 +21,17 @@ from horovod_powersgd.tensorflow.variable import make_variable, native
 
 # The variable's attribute that holds its states.
 ATTRIBUTE = "_powersgd_states"
+
+
+class Training:
+    """What states belong to beside their variable: a new training of the same variables begins with nothing. An
+    optimizer is one."""
+
+
+# Tapes are made anew in each step, and go on with one training.
+TAPES = Training()
+# Has the states that are loaded before anything is exchanged; whatever exchanges first goes on with them.
+LOADED = Training()
 
 
 class Clock:
@@ -43,13 +55,18 @@ class Clock:
         self.bytes_uncompressed, self.total_bytes_uncompressed = make_variable(np.int64(0)), make_variable(np.int64(0))
         self.exchanges: Dict = {}
 
+    def begin_again(self) -> None:
+        """Forgets all steps."""
+        for variable in self.variables().values():
+            variable.assign(0)
+
     def variables(self) -> Dict[str, tf.Variable]:
         """All, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, tf.Variable)}
 
 
 class VariableState:
-    """What is kept of one variable. It lives as long as the variable.
+    """What is kept of one variable in one training. It lives as long as both.
 
     The dtype of memory, factors and totals is float64 for float64 variables, else float32. What a variable or its
     compressor has no use for is None.
@@ -134,6 +151,14 @@ class VariableState:
         if self.key is not None:
             self.key.assign(key_of(name, self.config.seed))
 
+    def begin_again(self) -> None:
+        """Forgets all steps."""
+        new = VariableState(
+            self.name, self.layout.shape, self.variable_dtype, self.config, self.process_set, self.clock
+        ).variables()
+        for name, variable in self.variables().items():
+            variable.assign(new[name])
+
     def decisions(self) -> Tuple[Tuple[int, str], ...]:
         """TensorStats.decisions."""
         return () if self.adaptation is None else self.adaptation.decided()
@@ -181,10 +206,16 @@ class VariableState:
             self.memory.assign(np.broadcast_to(memory * weight, self.memory.shape))
 
 
-def states_of(variables: Sequence, config: Compressor, process_set: ProcessSet) -> List[VariableState]:
-    """The variables' states, made where they have none. In an order that is the same on every worker."""
+def states_of(
+    variables: Sequence, config: Compressor, process_set: ProcessSet, training: Training
+) -> List[VariableState]:
+    """The variables' states in a training, made where they have none. In an order that is the same on every worker."""
     key = config, process_set.process_set_id
-    kept = [vars(native(variable)).setdefault(ATTRIBUTE, {}) for variable in variables]
+    kept = [_states(variable).setdefault(training, {}) for variable in variables]
+    for variable, states in zip(variables, kept):
+        loaded = _states(variable).get(LOADED, {})
+        if key in loaded and key not in states:
+            states[key] = loaded.pop(key)
     clock = next((states[key].clock for states in kept if key in states), None) or Clock()
     names = {states[key].name for states in kept if key in states}
     for variable, states in zip(variables, kept):
@@ -199,8 +230,36 @@ def states_of(variables: Sequence, config: Compressor, process_set: ProcessSet) 
 
 
 def known_states(variables: Sequence) -> List[VariableState]:
-    """The states that variables have already."""
-    return [state for v in variables for state in getattr(native(v), ATTRIBUTE, {}).values()]
+    """The states that variables have already, in whatever training."""
+    return [state for _, state in _known(variables)]
+
+
+def last_training(variables: Sequence, config: Optional[Compressor] = None, process_set: Optional[ProcessSet] = None):
+    """The training of these variables that began last, and a state that it has.
+
+    Args:
+        variables: of TensorFlow or of Keras 3.
+        config, process_set: that they are exchanged with; None: whatever.
+
+    Returns:
+        (Training, VariableState); None where there is none.
+    """
+    found = None
+    for training, state in _known(variables):
+        if config in (None, state.config) and process_set in (None, state.process_set):
+            found = training, state
+    return found
+
+
+def _states(variable) -> Mapping[Training, Dict[Tuple[Compressor, int], VariableState]]:
+    return vars(native(variable)).setdefault(ATTRIBUTE, weakref.WeakKeyDictionary())
+
+
+def _known(variables: Sequence) -> Iterator[Tuple[Training, VariableState]]:
+    for variable in variables:
+        for training, states in getattr(native(variable), ATTRIBUTE, {}).items():
+            for state in states.values():
+                yield training, state
 
 
 def plain_name(name: str) -> str:

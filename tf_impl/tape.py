@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.reduction import Reduction, native_groups, scaled, unscaled, variables_of
+from horovod_powersgd.tensorflow.state import TAPES
 from horovod_powersgd.tensorflow.variable import native
 
 
@@ -119,7 +120,7 @@ def DistributedGradientTape(
     tape.__class__ = type(gradtape.__class__.__name__, (gradtape.__class__,), methods)
     groups = num_groups if num_groups and groups is None else groups
     tape._allreduce_grads = Reduction(
-        compression, "DistributedGradientTape", device_dense, device_sparse, *arguments, groups, process_set
+        compression, "DistributedGradientTape", device_dense, device_sparse, *arguments, groups, process_set, TAPES
     )
     return tape
 

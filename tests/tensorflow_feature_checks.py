@@ -303,6 +303,21 @@ def check_local_layers_stay_the_workers_own():
         hvd.PartialDistributedGradientTape(tf.GradientTape(), local_layers=[3])
 
 
+def check_local_layers_may_be_built_later():
+    shared, local = (tf.keras.layers.Dense(16, kernel_initializer="ones") for _ in range(2))
+    # A layer inside a local one is local.
+    tape = tf.GradientTape(persistent=True)
+    tape = hvd.PartialDistributedGradientTape(
+        tape, compression=PowerSGD(rank=2), local_layers=[tf.keras.Sequential([local])], scale_local_gradients=False
+    )
+    with tape:
+        loss = (hvd.rank() + 1.0) * (tf.reduce_sum(shared(matrix(0, 0))) + tf.reduce_sum(local(matrix(0, 0))))
+    mean, own = tape.gradient(loss, [shared.trainable_weights[0], local.trainable_weights[0]])
+    np.testing.assert_allclose(own / (hvd.rank() + 1), 2 * mean / (hvd.size() + 1), rtol=1e-3, atol=1e-3)
+    locals_, globals_ = tape.get_local_and_global_gradients(loss, [*shared.trainable_weights, *local.trainable_weights])
+    assert (len(locals_), len(globals_)) == (2, 2)
+
+
 def check_keras_variables_are_known_by_their_path():
     layer = tf.keras.layers.Dense(SHAPE[1], use_bias=False, name="some_layer")
     layer.build((None, SHAPE[0]))

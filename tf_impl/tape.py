@@ -4,7 +4,8 @@ import horovod.tensorflow as horovod
 import tensorflow as tf
 
 from horovod_powersgd.statistics import CompressionStats
-from horovod_powersgd.tensorflow.reduction import Reduction, native_groups, scaled, unscaled, variables_of
+from horovod_powersgd.tensorflow.local_variables import LocalVariables
+from horovod_powersgd.tensorflow.reduction import Reduction, native_groups, scaled, unscaled
 from horovod_powersgd.tensorflow.state import TAPES
 from horovod_powersgd.tensorflow.variable import native
 
@@ -24,7 +25,7 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
 
     def register_local_source(self, source):
         """The source's gradient stays this worker's own."""
-        self._local_sources.add(native(source).ref())
+        self._local_sources.add(source)
 
     @tf.autograph.experimental.do_not_convert
     def gradient(
@@ -47,7 +48,7 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
         gradients = self._allreduce_grads.of_shared(
             unscaled(gradients, self.loss_scale),
             flat,
-            self._local_sources,
+            self._local_sources.references(),
             self.scale_local_gradients,
             use_generic_names,
             self.learning_rate,
@@ -57,10 +58,10 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
     def get_local_and_global_gradients(self, target, sources, output_gradients=None, use_generic_names=False):
         """([(source, gradient)] of the local sources, [(source, gradient)] of the others)."""
         gradients = self.gradient(target, sources, output_gradients, use_generic_names)
-        pairs = list(zip(sources, gradients))
+        local, pairs = self._local_sources.references(), list(zip(sources, gradients))
         return (
-            [pair for pair in pairs if native(pair[0]).ref() in self._local_sources],
-            [pair for pair in pairs if native(pair[0]).ref() not in self._local_sources],
+            [pair for pair in pairs if native(pair[0]).ref() in local],
+            [pair for pair in pairs if native(pair[0]).ref() not in local],
         )
 
     def compression_stats(self) -> CompressionStats:
@@ -118,6 +119,7 @@ def DistributedGradientTape(
     )
     methods = {**vars(horovod._DistributedGradientTape), **vars(_DistributedGradientTape)}
     tape.__class__ = type(gradtape.__class__.__name__, (gradtape.__class__,), methods)
+    tape._local_sources = LocalVariables()
     groups = num_groups if num_groups and groups is None else groups
     tape._allreduce_grads = Reduction(
         compression, "DistributedGradientTape", device_dense, device_sparse, *arguments, groups, process_set, TAPES
@@ -143,13 +145,12 @@ def PartialDistributedGradientTape(
     """DistributedGradientTape that leaves the gradients of some layers to each worker.
 
     Args:
-        local_layers: a Keras layer or a list of them.
+        local_layers: a Keras layer or a list of them, built or not.
         (the others): as DistributedGradientTape's.
 
     Raises:
         ValueError: what is in local_layers is no layer; and as DistributedGradientTape.
     """
-    local = variables_of(local_layers)
     tape = DistributedGradientTape(
         gradtape,
         device_dense,
@@ -163,6 +164,5 @@ def PartialDistributedGradientTape(
         process_set,
         scale_local_gradients,
     )
-    for variable in local:
-        tape.register_local_source(variable)
+    tape._local_sources.add_layers(local_layers)
     return tape

@@ -20,9 +20,11 @@ from horovod_powersgd import (
     RandomK,
     Signum,
     TopK,
+    clipping,
     reference,
 )
 from horovod_powersgd.layout import trailing_columns
+from horovod_powersgd.tensorflow.clipping import after_clipping
 from horovod_powersgd.tensorflow.state import known_states
 from tensorflow_trainee import EagerTrainee, FunctionTrainee
 
@@ -393,6 +395,60 @@ def check_the_loss_scale_can_change():
         tape.loss_scale = scale
         found = tape.gradient(loss, scaled) / scale
         np.testing.assert_allclose(found, update, rtol=1e-3, atol=1e-4)
+
+
+def check_a_spike_that_is_clipped_costs_few_steps():
+    rng = np.random.default_rng(0)
+    target = rng.standard_normal((64, 48)) * 0.9 ** np.arange(48) @ rng.standard_normal((48, 96))
+    target = target.astype("float32")
+
+    def train(compression, clip, spike=None):
+        """The losses of least squares."""
+        v, losses = variable(shape=target.shape), []
+
+        @tf.function
+        def step(x, y):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((x @ v - y) ** 2)
+            tape = hvd.DistributedGradientTape(tape, compression=compression)
+            v.assign_sub(0.2 * clip(tape, tape.gradient(loss, [v]))[0])
+            return tf.reduce_mean((v - target) ** 2)
+
+        for i in range(90):
+            rng = np.random.default_rng([i, hvd.rank()])
+            x = rng.standard_normal((16, 64)).astype("float32")
+            y = x @ target
+            if i == spike:
+                y = 1000 * rng.standard_normal(y.shape).astype("float32") * np.abs(y).mean()
+            losses.append(float(step(x, y)))
+        return losses
+
+    def by_global_norm(tape, gradients):
+        clipped, norm = tape.clip_by_global_norm(gradients, 1.0)
+        np.testing.assert_array_equal(norm.shape, ())
+        return clipped
+
+    def by_norm(tape, gradients):
+        clipped = [tf.clip_by_norm(gradient, 1.0) for gradient in gradients]
+        tape.follow_clipping(gradients, clipped)
+        return clipped
+
+    for compression in (hvd.Compression.none, PowerSGD(rank=4), TopK(0.05)):
+        for clip in (by_global_norm, by_norm):
+            usual, losses = train(compression, clip), train(compression, clip, spike=60)
+            behind = next(i for i in range(60, 90) if losses[i] <= usual[59]) - 60
+            assert behind <= 5, (compression, clip, behind)
+
+
+def check_clipping_is_the_same_rule_as_without_tensorflow():
+    usual, usual_here = None, tf.constant(0, tf.float64)
+    for factor in (0.5, 0.6, 1.0, 0.001, 0.3, 0.29, 0.0, 1.0, 1.0, 0.2):
+        of_memory, usual = clipping.after_clipping(factor, usual)
+        of_memory_here, usual_here = after_clipping(tf.constant(factor, tf.float64), usual_here)
+        np.testing.assert_allclose((of_memory_here, usual_here), (of_memory, usual), rtol=1e-12)
+    tape = hvd.DistributedGradientTape(tf.GradientTape(), compression=PowerSGD())
+    with pytest.raises(ValueError, match="0 gradients, not 1"):
+        tape.clip_by_global_norm([tf.zeros(3)], 1.0)
 
 
 def shortened(delta, state):

@@ -7,9 +7,10 @@ import tensorflow as tf
 from horovod.tensorflow.mpi_ops import Average, ProcessSet, Sum
 
 from horovod_powersgd.compressor import compressor_of
+from horovod_powersgd.tensorflow.clipping import clip_memory
 from horovod_powersgd.tensorflow.compression_state import load, saved
 from horovod_powersgd.tensorflow.exchange import Exchange, Settings, exchange_of
-from horovod_powersgd.tensorflow.state import Training, VariableState, states_of
+from horovod_powersgd.tensorflow.state import Training, VariableState, state_in, states_of
 from horovod_powersgd.tensorflow.variable import native
 from horovod_powersgd.tensorflow.workers import Workers, transportable
 
@@ -131,6 +132,20 @@ class Reduction:
             for i in {*range(len(found))}.difference(shared):
                 found[i] = _map(lambda values: values / tf.cast(count, values.dtype), found[i])
         return found
+
+    def follow_clipping(self, variables: Sequence, factors: Sequence) -> None:
+        """Lets the memories know that the last averages are clipped, so that what is cut off a bad batch's does not
+        come back from them (horovod_powersgd.clipping). Adds ops to the graph that is being built, if one is.
+
+        Args:
+            variables: some or all, of whatever kind.
+            factors: what the average of each is multiplied by, scalars of any dtype, 0 or more; not finite where the
+                average is not.
+        """
+        for variable, factor in zip(variables, factors):
+            state = self.compressor and state_in(self.training, variable, self.compressor, self._process_set)
+            if state is not None:
+                clip_memory(state, tf.cast(factor, tf.float64))
 
     def state_dict(self, variables: Sequence) -> Dict[str, object]:
         """hvd.compression_state_dict, of this training.

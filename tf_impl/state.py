@@ -84,6 +84,7 @@ class VariableState:
         factor_is_q: True, or a boolean variable where P and Q alternate.
         kept: the other compressors': variables, by the key that the compressor keeps them under.
         memory: (n, m) variable, zeros at first; this worker's own.
+        usual_clipping: float64 variable: the usual factor of horovod_powersgd.clipping; 0 at first.
         adaptation: Accordion's.
         norm: float64 variable: of the part of delta that was sent in the last step, for PowerSGD; of delta, for the
             others. Not a number before the first step.
@@ -103,7 +104,7 @@ class VariableState:
         self.variable_dtype = dtype
         self.dtype = tf.float64 if dtype == tf.float64 else tf.float32
         self.key = self.factor = self.factor_is_q = None
-        self.memory = self.adaptation = self.norm = None
+        self.memory = self.usual_clipping = self.adaptation = self.norm = None
         self.kept: Dict[str, tf.Variable] = {}
         if not self.layout.compressed:
             return
@@ -115,6 +116,7 @@ class VariableState:
             self.kept = {key: make_variable(value) for key, value in initial.items()}
         if config.keeps_memory:
             self.memory = make_variable(np.zeros(self.layout.matrix_shape, self.dtype.as_numpy_dtype))
+            self.usual_clipping = make_variable(np.float64(0))
         if config.error_feedback:
             self.norm = make_variable(np.float64("nan"))
         if isinstance(config, Accordion):
@@ -130,7 +132,7 @@ class VariableState:
 
     def shared(self) -> Dict[str, tf.Variable]:
         """What is the same on every worker, by name, as a checkpoint holds it."""
-        found = {"factor": self.factor, "factor_is_q": self.factor_is_q}
+        found = {"factor": self.factor, "factor_is_q": self.factor_is_q, "usual_clipping": self.usual_clipping}
         found.update((f"kept.{key}", variable) for key, variable in self.kept.items())
         if self.adaptation is not None:
             found.update(self.adaptation.variables())
@@ -177,7 +179,9 @@ class VariableState:
         state: Dict[str, object] = {"shape": list(self.layout.shape)}
         if not self.layout.compressed:
             return state
-        state["memory"] = None if self.memory is None else self.memory.numpy()
+        state["memory"] = None
+        if self.memory is not None:
+            state.update(memory=self.memory.numpy(), usual_clipping=float(self.usual_clipping))
         if self.factor is not None:
             state.update(factor=self.factor.numpy(), factor_is_q=bool(self.factor_is_q))
         else:
@@ -204,6 +208,7 @@ class VariableState:
         if self.memory is not None:
             memory = sum(saved["memory"] for saved in memories) if memories else 0
             self.memory.assign(np.broadcast_to(memory * weight, self.memory.shape))
+            self.usual_clipping.assign(state.get("usual_clipping", 0))
 
 
 def states_of(
@@ -249,6 +254,11 @@ def last_training(variables: Sequence, config: Optional[Compressor] = None, proc
         if config in (None, state.config) and process_set in (None, state.process_set):
             found = training, state
     return found
+
+
+def state_in(training: Training, variable, config: Compressor, process_set: ProcessSet) -> Optional[VariableState]:
+    """The variable's state in a training; None where it has none."""
+    return getattr(native(variable), ATTRIBUTE, {}).get(training, {}).get((config, process_set.process_set_id))
 
 
 def _states(variable) -> Mapping[Training, Dict[Tuple[Compressor, int], VariableState]]:

@@ -1,9 +1,12 @@
 """hvd.DistributedGradientTape that takes a compressor."""
 
+from typing import Sequence
+
 import horovod.tensorflow as horovod
 import tensorflow as tf
 
 from horovod_powersgd.statistics import CompressionStats
+from horovod_powersgd.tensorflow.clipping import clipping_factors
 from horovod_powersgd.tensorflow.local_variables import LocalVariables
 from horovod_powersgd.tensorflow.reduction import Reduction, native_groups, scaled, unscaled
 from horovod_powersgd.tensorflow.state import TAPES
@@ -22,6 +25,7 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
     # Horovod's methods say super(self.__class__, self), so the class of a tape is made, as Horovod makes its own, by
     # putting these methods and Horovod's into a direct subclass of the wrapped tape's class.
     loss_scale = learning_rate = None
+    _last_sources: Sequence = ()
 
     def register_local_source(self, source):
         """The source's gradient stays this worker's own."""
@@ -44,6 +48,7 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
         """
         flat = tf.nest.flatten(sources)
         variables = [native(source) for source in flat]
+        self._last_sources = flat
         gradients = super(self.__class__, self).gradient(target, variables, output_gradients, unconnected_gradients)
         gradients = self._allreduce_grads.of_shared(
             unscaled(gradients, self.loss_scale),
@@ -63,6 +68,48 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
             [pair for pair in pairs if native(pair[0]).ref() in local],
             [pair for pair in pairs if native(pair[0]).ref() not in local],
         )
+
+    @tf.autograph.experimental.do_not_convert
+    def clip_by_global_norm(self, gradients, clip_norm):
+        """tf.clip_by_global_norm of what gradient() returned last, which lets the memory know: else what it cuts off a
+        bad batch's gradients would come back from there, in many steps.
+
+        Args:
+            gradients: in the structure of gradient()'s sources.
+            clip_norm: a number or a scalar tensor.
+
+        Returns:
+            (clipped, norm): the gradients, in their structure, and their global norm before.
+
+        Raises:
+            ValueError: there are not as many gradients as sources.
+        """
+        flat = tf.nest.flatten(gradients)
+        norm = tf.linalg.global_norm(flat)
+        limit = tf.cast(clip_norm, norm.dtype)
+        factor = tf.where(tf.math.is_finite(norm), limit / tf.maximum(norm, limit), norm)
+        self._let_memory_know([factor] * len(flat))
+        return tf.nest.pack_sequence_as(gradients, tf.clip_by_global_norm(flat, clip_norm, norm)[0]), norm
+
+    @tf.autograph.experimental.do_not_convert
+    def follow_clipping(self, gradients, clipped):
+        """Lets the memory know of clipping of another kind, as clip_by_global_norm does.
+
+        Args:
+            gradients: what gradient() returned last.
+            clipped: the same, clipped: by tf.clip_by_value, tf.clip_by_norm and so on.
+
+        Raises:
+            ValueError: there are not as many as sources.
+        """
+        self._let_memory_know(clipping_factors(tf.nest.flatten(gradients), tf.nest.flatten(clipped)))
+
+    def _let_memory_know(self, factors):
+        if len(factors) != len(self._last_sources):
+            raise ValueError(
+                f"clipping needs what gradient() returned last, {len(self._last_sources)} gradients, not {len(factors)}"
+            )
+        self._allreduce_grads.follow_clipping(self._last_sources, factors)
 
     def compression_stats(self) -> CompressionStats:
         """What compression did to the gradients of the last gradient() call, in the last step and in all steps."""

@@ -1,0 +1,62 @@
+"""What becomes of the memory where an averaged gradient is clipped: horovod_powersgd.clipping, in ops."""
+
+from typing import List, Sequence
+
+import tensorflow as tf
+
+from horovod_powersgd.clipping import SPIKE
+from horovod_powersgd.tensorflow.built_once import built_once
+from horovod_powersgd.tensorflow.state import VariableState
+
+
+@built_once
+def after_clipping(factor: tf.Tensor, usual: tf.Tensor):
+    """horovod_powersgd.clipping.after_clipping, of float64 scalars; `usual` is 0 where nothing is."""
+    one, known = tf.ones_like(factor), usual > 0
+    ratio = factor / tf.where(known, usual, one)
+    of_memory = tf.where(known & (ratio * SPIKE < 1), ratio, one)
+    return of_memory, tf.where(known, usual * tf.sqrt(tf.clip_by_value(ratio, 1 / SPIKE, SPIKE)), factor)
+
+
+def clip_memory(state: VariableState, factor: tf.Tensor) -> None:
+    """Clips what the last step left in the memory, as its update is; adds ops to a graph.
+
+    Args:
+        state: of the variable.
+        factor: what the update is multiplied by, float64, 0 or more. Where it is not finite the step is none.
+    """
+    if state.memory is None:
+        return
+
+    def clip():
+        of_memory, usual = after_clipping(factor, tf.convert_to_tensor(state.usual_clipping))
+        state.usual_clipping.assign(usual)
+
+        def cut():
+            state.memory.assign(state.memory * tf.cast(of_memory, state.dtype))
+            return True
+
+        return tf.cond(of_memory < 1, cut, lambda: False)
+
+    tf.cond(tf.math.is_finite(factor), clip, lambda: False)
+
+
+def clipping_factors(gradients: Sequence, clipped: Sequence) -> List[tf.Tensor]:
+    """By what each gradient was made shorter, float64.
+
+    Args:
+        gradients: tf.Tensor, tf.IndexedSlices or None.
+        clipped: the same after clipping.
+    """
+    pairs = zip(gradients, clipped)
+    return [tf.constant(1, tf.float64) if g is None else _ratio(_length(c), _length(g)) for g, c in pairs]
+
+
+@built_once
+def _ratio(short: tf.Tensor, long: tf.Tensor) -> tf.Tensor:
+    return tf.where(long > 0, short / tf.where(long > 0, long, tf.ones_like(long)), tf.ones_like(long))
+
+
+def _length(gradient) -> tf.Tensor:
+    values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+    return tf.cast(tf.norm(tf.cast(values, tf.float64 if values.dtype == tf.float64 else tf.float32)), tf.float64)

@@ -1,7 +1,7 @@
 """Horovod from its source: what of it must be changed, and where wheels are kept.
 
 `pip install horovod` fails beside every current torch and TensorFlow. The released source builds with a few lines
-changed, and a few more keep an elastic job from waiting for ever. The wheel that comes out is kept in the user's cache,
+changed, and a few more keep jobs from waiting for ever. The wheel that comes out is kept in the user's cache,
 under a key that says all it was built for, so that a second environment installs it in seconds. Nothing of the build is
 left in the environment: the tools that it needs go into a folder of its own.
 """
@@ -24,11 +24,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from horovod_powersgd.installation import TENSORFLOW, TORCH, Framework, extension_path, find_mpi, find_program
+from horovod_powersgd.installation import (
+    PATCHES_KEY,
+    TENSORFLOW,
+    TORCH,
+    Framework,
+    extension_path,
+    find_mpi,
+    find_program,
+)
 
 HOROVOD_VERSION = "0.28.1"
 # Part of the key of cached wheels: raise it whenever patch_source changes.
-PATCH_VERSION = 2
+PATCH_VERSION = 3
 # Versions that were tried together. Horovod's setup.py fails with later setuptools, its copy of Gloo with CMake 4.
 BUILD_TOOLS = ("setuptools==80.10.2", "wheel==0.48.0", "packaging>=24", "cmake==3.31.10")
 # Measured for both frameworks: nine minutes of one core.
@@ -192,8 +200,8 @@ def install_wheel(wheel: Path, log: Path) -> None:
 
 
 def patch_source(source: Path) -> None:
-    """Change Horovod's unpacked source so that it builds beside current frameworks, runs wherever it is installed, and
-    loses nothing that it is given while it shuts down.
+    """Change Horovod's unpacked source so that it builds beside current frameworks and with current compilers, runs
+    wherever it is installed, loses nothing that it is given while it shuts down, and tells of workers that do not come.
 
     Raises:
         BuildError: the source is not the one that these changes are for.
@@ -220,6 +228,20 @@ def patch_source(source: Path) -> None:
         source / "horovod/runner/js_run.py",
         r"^from distutils\.spawn import find_executable$",
         "from shutil import which as find_executable",
+    )
+    # So that an installed Horovod tells which of these changes it has.
+    replace(source / "CMakeLists.txt", r'\\"dummy\\": \\"none\\"', rf'\\"{PATCHES_KEY}\\": {PATCH_VERSION}')
+    # GCC 15's library no longer brings the fixed-width integers along with others.
+    replace(
+        source / "third_party/gloo/gloo/types.h",
+        r"^#include <iostream>$",
+        "#include <cstdint>\n#include <iostream>",
+    )
+    # Clang 19 and later refuse to assign to constants in a template that nobody uses.
+    replace(
+        source / "third_party/flatbuffers/include/flatbuffers/stl_emulation.h",
+        r"(span &operator=\(const span &other\))\s+FLATBUFFERS_NOEXCEPT \{[^}]*\}",
+        r"\1 = delete;",
     )
     # A regular expression made of a folder's name fails where that has a plus sign.
     replace(
@@ -256,6 +278,13 @@ def patch_source(source: Path) -> None:
         source / "horovod/common/process_set.cc",
         r"^  initialization_done = true;$",
         r"  tensor_queue.Reopen();\n\g<0>",
+    )
+    # Gloo's controller writes the workers' ranks into a vector that stays empty, so that none of them ever counts as
+    # missing: who waited for one was never warned, nor the job ended after HOROVOD_STALL_SHUTDOWN_TIME_SECONDS.
+    replace(
+        source / "horovod/common/gloo/gloo_controller.cc",
+        r"global_ranks_\.reserve\(size_\);",
+        "global_ranks_.resize(size_);",
     )
 
 

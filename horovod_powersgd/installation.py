@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INSTALL_COMMAND = "python -m horovod_powersgd install-horovod"
+# Where horovod/metadata.json has the version of the patches that install-horovod built it with.
+PATCHES_KEY = "horovod-powersgd"
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,12 @@ def extension_path(framework: Framework) -> str:
 
 def built_for(framework: Framework) -> str | None:
     """The version of the framework that the installed Horovod was built for; None where it was not or does not say."""
-    if horovod_extension(framework) is None:
-        return None
-    try:
-        recorded = json.loads((_package_directory("horovod") / "metadata.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return recorded.get(framework.metadata_key)
+    return None if horovod_extension(framework) is None else _horovod_metadata().get(framework.metadata_key)
+
+
+def horovod_patches() -> int | None:
+    """The version of install-horovod's patches that the installed Horovod has; None where it does not say."""
+    return _horovod_metadata().get(PATCHES_KEY)
 
 
 def horovod_problem(framework: Framework) -> str | None:
@@ -238,6 +239,14 @@ def _package_directory(name: str) -> Path | None:
     spec = importlib.util.find_spec(name)
     # A folder that merely has the name is a namespace package, without an origin.
     return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+
+
+def _horovod_metadata() -> dict:
+    directory = _package_directory("horovod")
+    try:
+        return {} if directory is None else json.loads((directory / "metadata.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _normalised(version: str) -> str:

@@ -10,7 +10,10 @@ from horovod_powersgd.horovod_build import BuildError, HorovodBuild, patch_sourc
 BUILD = HorovodBuild(torch="2.13.0+cpu", tensorflow="2.21.0", mpi="Open MPI 4.1.8: c++ -IPREFIX/include")
 
 SOURCE = {
-    "CMakeLists.txt": "project(horovod CXX)\n\nset(CMAKE_CXX_STANDARD 14)\n",
+    "CMakeLists.txt": (
+        "project(horovod CXX)\n\nset(CMAKE_CXX_STANDARD 14)\n"
+        'file(APPEND "metadata.json" "\\"dummy\\": \\"none\\"\\n}")\n'
+    ),
     "cmake/Utilities.cmake": (
         'string(REGEX REPLACE "${PROJECT_SOURCE_DIR}(/)?" "" SUB_FOLDER "${CMAKE_CURRENT_SOURCE_DIR}")\n'
     ),
@@ -32,6 +35,16 @@ SOURCE = {
         )
     ),
     "horovod/common/process_set.cc": "  initialization_done = true;\n" * 2,
+    "horovod/common/gloo/gloo_controller.cc": (
+        "  global_ranks_.reserve(size_);\n  opts.setOutput(global_ranks_.data(), size_);\n"
+    ),
+    "third_party/gloo/gloo/types.h": (
+        "#pragma once\n\n#include <iostream>\n\nconstexpr uint8_t kGatherSlotPrefix = 0x01;\n"
+    ),
+    "third_party/flatbuffers/include/flatbuffers/stl_emulation.h": (
+        "  constexpr span &operator=(const span &other)\n      FLATBUFFERS_NOEXCEPT {\n"
+        "    data_ = other.data_;\n    count_ = other.count_;\n  }\n\n  span(int size) { count_ = size; }\n"
+    ),
 }
 
 
@@ -78,6 +91,25 @@ def test_a_queue_that_was_ended_refuses_tensors_until_horovod_starts_again(sourc
     assert [name for name in functions if "guard(mutex_);\n  finalized_ = true;\n  REST" in name] == [functions[2]]
     assert (source / "horovod/common/process_set.cc").read_text().count("Reopen();\n  initialization_done = true;") == 2
     assert "finalized_ = false;\n  }" in (source / "horovod/common/tensor_queue.h").read_text()
+
+
+def test_a_wheel_tells_which_patches_it_has(source):
+    patch_source(source)
+    line = (source / "CMakeLists.txt").read_text().splitlines()[-1]
+    assert line == rf'file(APPEND "metadata.json" "\"horovod-powersgd\": {horovod_build.PATCH_VERSION}\n}}")'
+
+
+def test_newer_compilers_are_given_what_they_want(source):
+    patch_source(source)
+    assert "#include <cstdint>\n#include <iostream>\n" in (source / "third_party/gloo/gloo/types.h").read_text()
+    span = (source / "third_party/flatbuffers/include/flatbuffers/stl_emulation.h").read_text()
+    assert span == "  constexpr span &operator=(const span &other) = delete;\n\n  span(int size) { count_ = size; }\n"
+
+
+def test_the_workers_that_gloo_waits_for_are_known(source):
+    patch_source(source)
+    controller = (source / "horovod/common/gloo/gloo_controller.cc").read_text()
+    assert controller.startswith("  global_ranks_.resize(size_);\n")
 
 
 @pytest.mark.parametrize("name", SOURCE)

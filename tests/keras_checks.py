@@ -1,5 +1,7 @@
 """What users do with Keras models, in every worker; for whichever Keras TF_USE_LEGACY_KERAS chooses."""
 
+import copy
+import importlib
 import tempfile
 
 import numpy as np
@@ -219,14 +221,16 @@ def check_clipping_comes_after_the_exchange():
 
 
 def check_replicas_stay_equal_with_whatever_optimizer():
+    averaged = dict(weight_decay=0.01, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=4)
     optimizers = [
-        keras.optimizers.Adam(0.01, weight_decay=0.01, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=4),
-        keras.optimizers.RMSprop(keras.optimizers.schedules.ExponentialDecay(0.01, 3, 0.9)),
+        lambda: keras.optimizers.Adam(0.01, **averaged),
+        lambda: keras.optimizers.RMSprop(keras.optimizers.schedules.ExponentialDecay(0.01, 3, 0.9)),
     ]
     if not KERAS_3:
-        optimizers.append(keras.optimizers.legacy.Adam(0.01))
-    for optimizer in optimizers:
+        optimizers.append(lambda: keras.optimizers.legacy.Adam(0.01))
+    for make in optimizers:
         for options in ({}, {"backward_passes_per_step": 2}):
+            optimizer = make()
             wrapped = hvd_keras.DistributedOptimizer(optimizer, compression=PowerSGD(rank=2), **options)
             assert isinstance(wrapped, type(optimizer)) and type(wrapped).__name__ == type(optimizer).__name__
             model = mlp(wrapped)
@@ -298,16 +302,115 @@ def check_models_are_saved_with_the_wrapped_optimizer():
         hvd.assert_replicas_equal({str(i): np.asarray(w) for i, w in enumerate(ours.trainable_weights)})
 
 
-def check_an_optimizer_that_has_learned_can_be_wrapped():
+class Decay(keras.optimizers.schedules.LearningRateSchedule):
+    """Without a configuration."""
+
+    def __call__(self, step):
+        return 0.1 / (1.0 + tf.cast(step, tf.float32))
+
+
+class Scaled(keras.optimizers.SGD):
+    """A rate for each variable, which the configuration does not tell."""
+
+    def __init__(self, factors):
+        super().__init__(0.1, momentum=0.9)
+        self.factors = factors
+
+    def update_step(self, gradient, variable, *rest):
+        factor = next((f for part, f in self.factors.items() if part in variable.name), 1.0)
+        super().update_step(factor * tf.convert_to_tensor(gradient), variable, *rest)
+
+
+class Repeated(keras.optimizers.SGD):
+    """Takes each step twice."""
+
+    def apply_gradients(self, grads_and_vars, **options):
+        grads_and_vars = list(grads_and_vars)
+        super().apply_gradients(grads_and_vars, **options)
+        return super().apply_gradients(grads_and_vars, **options)
+
+
+def optimizers_beyond_their_configuration():
+    def set_later():
+        optimizer = Scaled({})
+        optimizer.factors = {"kernel": 0.5}
+        return optimizer
+
+    def excluding():
+        optimizer = keras.optimizers.AdamW(0.01, weight_decay=10.0)
+        optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+        return optimizer
+
+    made = [lambda: keras.optimizers.SGD(Decay()), lambda: keras.optimizers.SGD(lambda: 0.05)]
+    made += [lambda: Scaled({"bias": 0.0}), set_later, excluding, lambda: Repeated(0.1)]
     if not KERAS_3:
-        return
-    model = mlp(keras.optimizers.Adam(0.01))
-    model.fit(*data(0), verbose=0)
-    wrapped = hvd_keras.DistributedOptimizer(model.optimizer, compression=PowerSGD(rank=2))
-    for mine, learned in zip(wrapped.variables, model.optimizer.variables):
-        np.testing.assert_array_equal(mine, learned)
-    again = hvd_keras.DistributedOptimizer(wrapped, compression=PowerSGD(rank=1))
-    assert type(again).__mro__.count(keras.optimizers.Adam) == 1 and wrapped.__class__ is keras.optimizers.Adam
+        made.append(lambda: keras.optimizers.legacy.SGD(Decay(), momentum=0.9))
+    return made
+
+
+def check_the_optimizer_that_is_given_trains():
+    """Whatever its configuration tells, and whatever it has learned: as without Horovod."""
+
+    def trained(make, wrap, learned):
+        model = mlp(make())
+        if learned:
+            fit(model, x=x, y=y)
+            model.compile(wrap(model.optimizer), "mse")
+        else:
+            model = mlp(wrap(model.optimizer))
+        losses = fit(model, x=x, y=y, epochs=2).history["loss"]
+        return model.get_weights(), losses
+
+    def compressing(optimizer):
+        return hvd_keras.DistributedOptimizer(optimizer, compression=PowerSGD(rank=2))
+
+    x, y = data(0)  # the same on all workers
+    for number, make in enumerate(optimizers_beyond_their_configuration()):
+        for learned in (False, True):
+            plain, _ = trained(make, lambda optimizer: optimizer, learned)
+            ours, _ = trained(make, hvd_keras.DistributedOptimizer, learned)
+            for one, other in zip(ours, plain):
+                np.testing.assert_allclose(one, other, atol=1e-5, err_msg=f"{number} {learned}")
+            weights, losses = trained(make, compressing, learned)
+            assert np.isfinite(losses).all() and cases.error(weights[0], plain[0]) < 0.5
+    for optimizer in (keras.optimizers.Adam(0.01), LossScaleOptimizer(keras.optimizers.Adam(0.01))):
+        assert compressing(optimizer) is optimizer
+
+
+def check_a_new_optimizer_begins_with_an_empty_memory():
+    """As in cross-validation, the model's weights are set back; and an optimizer that is wrapped again is a new one."""
+    for kind in [keras.optimizers.SGD] + ([] if KERAS_3 else [keras.optimizers.legacy.SGD]):
+        same = hvd_keras.DistributedOptimizer(kind(0.5), op=hvd.Sum, backward_passes_per_step=2)
+        model = linear_model(same)
+        fit(model)
+        for config in (PowerSGD(rank=1), PowerSGD(rank=1), TopK(0.1), None):
+            for optimizer in (kind(0.5), same):
+                wrapped = hvd_keras.DistributedOptimizer(optimizer, compression=config or hvd.Compression.none)
+                assert wrapped is optimizer and wrapped.__class__ is kind and type(wrapped).__mro__.count(kind) == 1
+                model.set_weights([np.zeros((ROWS, COLUMNS))])
+                model.compile(wrapped, "mse")
+                fit(model)
+                assert cases.error(model.get_weights()[0], numpy_weights(model, config)) < 1e-3, config
+                assert config is None or wrapped.compression_stats().steps == 6
+
+
+def check_copies_and_configurations_of_a_distributed_optimizer():
+    config = PowerSGD(rank=2)
+    for kind in [keras.optimizers.SGD] + ([] if KERAS_3 else [keras.optimizers.legacy.SGD]):
+        optimizer = hvd_keras.DistributedOptimizer(kind(0.5), compression=config)
+        for plain in (optimizer.from_config(optimizer.get_config()), type(optimizer).from_config(optimizer.get_config())):
+            assert type(plain) is kind
+        if not KERAS_3 and kind is keras.optimizers.SGD:
+            with pytest.raises(TypeError, match="from_config"):
+                copy.deepcopy(optimizer)
+            continue
+        fit(linear_model(optimizer))
+        twin = copy.deepcopy(optimizer)
+        assert isinstance(twin, kind) and twin is not optimizer
+        model = linear_model(twin)
+        fit(model)
+        assert cases.error(model.get_weights()[0], numpy_weights(model, config)) < 1e-3
+        assert twin.compression_stats().steps == optimizer.compression_stats().steps == 6
 
 
 def own_mean(delta, state):
@@ -352,6 +455,25 @@ def check_local_variables_stay_the_workers_own():
     optimizer.apply_gradients([(gradient, shared), (gradient, local)])
     np.testing.assert_allclose(shared, -(hvd.size() + 1) / 2, rtol=1e-5)
     np.testing.assert_allclose(local, -(hvd.rank() + 1) / hvd.size(), rtol=1e-5)
+
+
+def check_local_layers_stay_the_workers_own():
+    """Built or not, also inside a loss scale."""
+    for built in (False, True):
+        for scaled in (False, True):
+            keras.utils.set_random_seed(0)
+            local, shared = keras.layers.Dense(40, activation="relu"), keras.layers.Dense(COLUMNS)
+            model = keras.Sequential(([keras.layers.Input((ROWS,))] if built else []) + [local, shared])
+            optimizer = LossScaleOptimizer(keras.optimizers.SGD(0.1)) if scaled else keras.optimizers.SGD(0.1)
+            options = dict(compression=PowerSGD(rank=2), local_layers=[local])
+            model.compile(hvd_keras.PartialDistributedOptimizer(optimizer, **options), "mse")
+            fit(model)
+            everyone = hvd.allgather_object([layer.get_weights() for layer in (local, shared)])
+            (first, together), (last, too) = everyone[0], everyone[-1]
+            assert hvd.size() == 1 or (first[0] != last[0]).any(), (built, scaled)
+            np.testing.assert_array_equal(together[0], too[0])
+    with pytest.raises(ValueError, match="Layer"):
+        hvd_keras.PartialDistributedOptimizer(keras.optimizers.SGD(0.1), local_layers=["dense"])
 
 
 def check_workers_that_disagree_are_told_in_fit():
@@ -404,5 +526,25 @@ def check_misuse_is_told():
             hvd_keras.DistributedOptimizer(keras.optimizers.SGD(), compression=PowerSGD(), **options)
     with pytest.raises(TypeError, match="PowerSGD"):
         hvd_keras.DistributedOptimizer(keras.optimizers.SGD(), compression="powersgd")
+    other = importlib.import_module("tf_keras" if KERAS_3 else "keras")
+    for module in (hvd, hvd_keras):
+        for wrong, match in (
+            ("adam", "the name 'adam'"),
+            (keras.optimizers.Adam, "the class Adam"),
+            (other.optimizers.Adam(), "of the package (tf_)?keras .* TF_USE_LEGACY_KERAS=1"),
+            (None, "None"),
+        ):
+            with pytest.raises(TypeError, match=match):
+                module.DistributedOptimizer(wrong, compression=PowerSGD())
+        with pytest.raises(TypeError, match="compression="):
+            module.DistributedOptimizer(keras.optimizers.SGD(), PowerSGD())
+    with pytest.raises(TypeError, match="compression="):
+        hvd_keras.PartialDistributedOptimizer(keras.optimizers.SGD(), "name", PowerSGD())
+    with pytest.raises(TypeError, match="horovod_powersgd.tensorflow.DistributedOptimizer"):
+        hvd_keras.DistributedOptimizer(tf.compat.v1.train.GradientDescentOptimizer(0.1), compression=PowerSGD())
+    optimizer = keras.optimizers.SGD()
+    optimizer.apply_gradients = lambda pairs: None
+    with pytest.raises(TypeError, match="apply_gradients in a subclass of SGD"):
+        hvd_keras.DistributedOptimizer(optimizer, compression=PowerSGD())
     with pytest.raises(RuntimeError, match="compressed nothing"):
         hvd_keras.DistributedOptimizer(keras.optimizers.SGD(), compression=PowerSGD()).compression_stats()

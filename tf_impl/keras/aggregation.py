@@ -1,5 +1,6 @@
 """What a distributed Keras optimizer does with gradients before it applies them."""
 
+import copy
 from typing import Callable, List, Mapping, Sequence
 
 import numpy as np
@@ -7,8 +8,9 @@ import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet
 
 from horovod_powersgd.accordion import Accordion
-from horovod_powersgd.tensorflow.compression_state import load_compression_state_dict
+from horovod_powersgd.tensorflow.local_variables import LocalVariables
 from horovod_powersgd.tensorflow.reduction import Reduction
+from horovod_powersgd.tensorflow.state import Training
 from horovod_powersgd.tensorflow.variable import make_variable, native
 
 
@@ -24,9 +26,12 @@ class Aggregation:
 
     Attributes:
         counter: variable: passes since the last step.
+        passes: backward passes per step.
         exchanged: whether the gradients that are going to be applied have been averaged. Known when the ops are made.
+        applying: whether averages are being applied: whatever the optimizer calls then is not to average again.
         inside_loss_scaling: whether a LossScaleOptimizer is computing gradients, which are not to be averaged yet.
         process_set: of the workers.
+        local: this worker's own variables.
         variables: those of the last call.
         saved_states: to be loaded when the variables are known.
     """
@@ -34,18 +39,22 @@ class Aggregation:
     def __init__(
         self, reduction: Reduction, passes: int, average: bool, process_set: ProcessSet, scale_local: bool
     ):
-        self.reduction, self._passes, self._average = reduction, passes, average
+        self.reduction, self.passes, self._average = reduction, passes, average
         self.process_set, self._scale_local = process_set, scale_local
         self.counter = make_variable(np.int32(0))
-        self.exchanged = self.inside_loss_scaling = False
+        self.exchanged = self.applying = self.inside_loss_scaling = False
         self.variables: Sequence = ()
         self.saved_states: object = None
-        self._local = set()
+        self.local = LocalVariables()
         self._sums: Mapping = {}
 
-    def add_local(self, variable) -> None:
-        """The variable's gradient stays this worker's own."""
-        self._local.add(native(variable).ref())
+    def __deepcopy__(self, memo) -> "Aggregation":
+        """One for another optimizer, which has summed and exchanged nothing yet."""
+        reduction = copy.copy(self.reduction)
+        reduction.training, reduction.exchange = Training(), None
+        twin = Aggregation(reduction, self.passes, self._average, self.process_set, self._scale_local)
+        twin.local.update(self.local)
+        return twin
 
     @tf.autograph.experimental.do_not_convert
     def __call__(self, gradients: Sequence, variables: Sequence, learning_rate=None) -> List:
@@ -62,7 +71,7 @@ class Aggregation:
             with tf.init_scope():
                 self.load(states)
         rate = learning_rate() if isinstance(self.reduction.compressor, Accordion) and learning_rate else None
-        if self._passes == 1:
+        if self.passes == 1:
             return self._reduce(gradients, self.variables, rate)
         places = [i for i, gradient in enumerate(gradients) if gradient is not None]
         dense = [tf.convert_to_tensor(gradients[i]) for i in places]
@@ -70,10 +79,10 @@ class Aggregation:
         sums = [self._sum(gradient, variable) for gradient, variable in zip(dense, present)]
         added = [total.assign_add(gradient) for total, gradient in zip(sums, dense)]
         with tf.control_dependencies([*added, self.counter.assign_add(1)]):
-            last = tf.equal(self.counter, self._passes)
+            last = tf.equal(self.counter, self.passes)
 
         def finish():
-            totals = [total / self._passes if self._average else tf.convert_to_tensor(total) for total in sums]
+            totals = [total / self.passes if self._average else tf.convert_to_tensor(total) for total in sums]
             means = self._reduce(totals, present, rate)
             with tf.control_dependencies(means):
                 cleared = [total.assign(tf.zeros_like(total)) for total in sums] + [self.counter.assign(0)]
@@ -85,9 +94,13 @@ class Aggregation:
 
     def apply(self, apply: Callable, iterations: tf.Variable):
         """Calls `apply` after a step's last pass; after the others only the iterations are counted."""
-        if self._passes == 1:
-            return apply()
+        self.applying = True
+        try:
+            return apply() if self.passes == 1 else self._apply_in_last_pass(apply, iterations)
+        finally:
+            self.applying = self.exchanged = False
 
+    def _apply_in_last_pass(self, apply: Callable, iterations: tf.Variable):
         def done(operation):
             # Keras 3 returns None.
             with tf.control_dependencies([] if operation is None else [operation]):
@@ -99,12 +112,12 @@ class Aggregation:
         return iterations if tf.executing_eagerly() else applied.op
 
     def load(self, states) -> None:
-        """load_compression_state_dict, of the variables of the last call."""
-        load_compression_state_dict(states, self.variables, self.process_set, self.reduction.compressor)
+        """hvd.load_compression_state_dict, of the variables of the last call."""
+        self.reduction.load_state_dict(states, self.variables)
 
     def _reduce(self, gradients: Sequence, variables: Sequence, learning_rate) -> List:
         return self.reduction.of_shared(
-            gradients, variables, self._local, self._scale_local, learning_rate=learning_rate
+            gradients, variables, self.local.references(), self._scale_local, learning_rate=learning_rate
         )
 
     def _sum(self, gradient: tf.Tensor, variable) -> tf.Variable:

@@ -37,11 +37,7 @@ def average_before_apply(cls) -> None:
         scale = self.dynamic_scale.value
         rate = functools.partial(current_learning_rate, self.inner_optimizer)
         gradients = scaled(aggregation(unscaled(grads, scale), variables, rate), scale)
-        aggregation.exchanged = True
-        try:
-            aggregation.apply(lambda: original(self, gradients, variables), self.inner_optimizer._iterations)
-        finally:
-            aggregation.exchanged = False
+        aggregation.apply(lambda: original(self, gradients, variables), self.inner_optimizer._iterations)
 
     cls.apply = tf.autograph.experimental.do_not_convert(apply)
 

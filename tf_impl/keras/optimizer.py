@@ -1,17 +1,19 @@
 """hvd.DistributedOptimizer for Keras 3 and Keras 2 (tf_keras), that takes a compressor."""
 
+import copy
 import warnings
 from typing import Dict, Iterable, Mapping, Union
 
 import horovod.tensorflow as horovod
 import tensorflow as tf
 
+from horovod_powersgd.compressor import refuse_misplaced
 from horovod_powersgd.statistics import CompressionStats
-from horovod_powersgd.tensorflow.compression_state import compression_state_dict
 from horovod_powersgd.tensorflow.keras import compilation, loss_scaling
 from horovod_powersgd.tensorflow.keras.aggregation import Aggregation
+from horovod_powersgd.tensorflow.keras.eligibility import check_optimizer
 from horovod_powersgd.tensorflow.keras.learning_rate import current_learning_rate
-from horovod_powersgd.tensorflow.reduction import Reduction, variables_of
+from horovod_powersgd.tensorflow.reduction import Reduction
 from horovod_powersgd.tensorflow.which_keras import KERAS_3
 
 LOSS_SCALE_OPTIMIZERS = loss_scaling.loss_scale_optimizers()
@@ -21,25 +23,31 @@ for _cls in LOSS_SCALE_OPTIMIZERS:
 if KERAS_3:
     compilation.interpret_distributed_models(tf.keras.Model)
 
+# An object's real class, whatever a property of that name says.
+_CLASS = vars(object)["__class__"]
+
 
 class _DistributedOptimizer:
-    """What comes before the wrapped optimizer's class in a distributed optimizer's, which has `_aggregated_by`."""
+    """What comes before the class of an optimizer that is made a distributed one.
 
-    @property
-    def _aggregation(self) -> Aggregation:
-        # Not in __init__: from_config makes optimizers without our knowing.
-        if "_made_aggregation" not in vars(self):
-            object.__setattr__(self, "_made_aggregation", Aggregation(*self._aggregated_by))
-        return vars(self)["_made_aggregation"]
+    Attributes:
+        _wrapped: that class.
+        _aggregation: an Aggregation, the optimizer's own.
+    """
 
     @property
     def _agg_helper(self):
         """Horovod's name of what counts backward passes."""
-        return self._aggregation if self._aggregated_by[1] > 1 else None
+        return self._aggregation if self._aggregation.passes > 1 else None
+
+    @classmethod
+    def from_config(cls, config, *args, **kwargs):
+        """A plain optimizer, as saved models have it."""
+        return cls._wrapped.from_config(config, *args, **kwargs)
 
     def register_local_var(self, var) -> None:
         """The variable's gradient stays this worker's own."""
-        self._aggregation.add_local(var)
+        self._aggregation.local.add(var)
 
     def _allreduce(self, grads, vars):
         self._aggregation.exchanged = True
@@ -89,7 +97,7 @@ class _CompressingOptimizer:
         Raises:
             RuntimeError: nothing was compressed yet.
         """
-        return compression_state_dict(self._aggregation.variables)
+        return self._aggregation.reduction.state_dict(self._aggregation.variables)
 
     def load_compression_state_dict(self, states: Union[Mapping, Iterable[Mapping]]) -> None:
         """Goes on where compression_state_dict was called; in the first step, where that is still to come.
@@ -113,14 +121,42 @@ class _Keras3Optimizer(_DistributedOptimizer):
     @tf.autograph.experimental.do_not_convert
     def apply(self, grads, trainable_variables=None):
         """As the wrapped optimizer's, of the averaged gradients."""
-        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
-        if not self.built:
-            self.build(variables)
-            self.built = True
+        if trainable_variables is None and not self.built:
+            return super().apply(grads)  # which says what is missing
+        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
+        self._apply_averages(
+            grads, variables, lambda averages: super(_Keras3Optimizer, self).apply(averages, variables)
+        )
+
+    @tf.autograph.experimental.do_not_convert
+    def apply_gradients(self, grads_and_vars):
+        """As the wrapped optimizer's, of the averaged gradients."""
+        gradients, variables = zip(*grads_and_vars)
+        self._apply_averages(
+            gradients,
+            variables,
+            lambda averages: super(_Keras3Optimizer, self).apply_gradients(list(zip(averages, variables))),
+        )
+        return self._iterations
+
+    def _apply_averages(self, gradients, variables, apply):
         aggregation = self._aggregation
-        exchanged, aggregation.exchanged = aggregation.exchanged, False
-        gradients = list(grads) if exchanged else self._aggregate(grads, variables)
-        aggregation.apply(lambda: super(_Keras3Optimizer, self).apply(gradients, variables), self._iterations)
+        if aggregation.applying:
+            apply(list(gradients))
+            return
+        if not self.built:
+            self.build(list(variables))
+            self.built = True
+        averages = list(gradients) if aggregation.exchanged else self._aggregate(gradients, variables)
+        aggregation.apply(lambda: apply(averages), self._iterations)
+
+    def __deepcopy__(self, memo):
+        """What Keras makes of a copy, distributed, with a memory of its own."""
+        rebuild, arguments = self.__reduce__()
+        return _distribute(rebuild(*arguments), copy.deepcopy(self._aggregation, memo))
+
+    def __copy__(self):
+        return copy.deepcopy(self)
 
 
 class _Keras2Optimizer(_DistributedOptimizer):
@@ -128,7 +164,7 @@ class _Keras2Optimizer(_DistributedOptimizer):
     def aggregate_gradients(self, grads_and_vars):
         """[(averaged gradient, variable)]"""
         pairs = list(grads_and_vars)
-        if self._aggregation.exchanged or not pairs:
+        if self._aggregation.exchanged or self._aggregation.applying or not pairs:
             return pairs
         gradients, variables = zip(*pairs)
         return list(zip(self._aggregate(gradients, variables), variables))
@@ -163,13 +199,18 @@ class _Keras2Optimizer(_DistributedOptimizer):
         aggregation, pairs = self._aggregation, list(grads_and_vars)
         if kwargs.get("experimental_aggregate_gradients", True) and not kwargs.get("skip_gradients_aggregation"):
             pairs = self.aggregate_gradients(pairs)
-        aggregation.exchanged = True
-        try:
-            return aggregation.apply(
-                lambda: super(_Keras2Optimizer, self).apply_gradients(pairs, *args, **kwargs), self.iterations
-            )
-        finally:
-            aggregation.exchanged = False
+
+        def apply():
+            return super(_Keras2Optimizer, self).apply_gradients(pairs, *args, **kwargs)
+
+        return apply() if aggregation.applying else aggregation.apply(apply, self.iterations)
+
+    def __deepcopy__(self, memo):
+        """The copy is distributed, too, with a memory of its own."""
+        base = super()
+        if not hasattr(base, "__deepcopy__"):
+            raise TypeError("Keras 2 cannot copy its optimizers: wrap optimizer.from_config(optimizer.get_config())")
+        return _distribute(base.__deepcopy__(memo), copy.deepcopy(self._aggregation, memo))
 
 
 def DistributedOptimizer(
@@ -191,18 +232,23 @@ def DistributedOptimizer(
     """horovod.tensorflow.keras.DistributedOptimizer, for Keras 3 as well, whose compression can also be a compressor.
 
     Args:
-        optimizer: to wrap. The result is another optimizer of its class and configuration; in a saved model it is
-            the wrapped optimizer, and loads without Horovod.
+        optimizer: to wrap. The result is this same object, made a distributed optimizer: whatever was set, built or
+            learned stays. In a saved model it is an optimizer of its class, and loads without Horovod. One that is
+            distributed already is wrapped anew, and begins with an empty memory.
         compression: a compressor such as PowerSGD, a generator function, or Compression.none or .fp16.
         (the others): as Horovod's.
 
     Raises:
+        TypeError: it is no optimizer, or one of the Keras that tf.keras is not, or has a method set on the object
+            itself that has to exchange; or compression is none.
         ValueError: what Horovod refuses.
 
     Example:
         >>> optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), compression=hvd.PowerSGD(rank=4))
         >>> model.compile(optimizer=optimizer, loss=...)
     """
+    refuse_misplaced({name: value for name, value in locals().items() if name != "compression"})
+    check_optimizer(optimizer)
     if gradient_predivide_factor != 1.0 and horovod.rocm_built():
         raise ValueError("gradient_predivide_factor not supported yet with ROCm")
     if gradient_predivide_factor != 1.0 and op != horovod.Average:
@@ -227,7 +273,7 @@ def DistributedOptimizer(
         groups,
         process_set,
     )
-    aggregated_by = (
+    aggregation = Aggregation(
         reduction,
         backward_passes_per_step,
         average_aggregated_gradients,
@@ -235,10 +281,9 @@ def DistributedOptimizer(
         scale_local_gradients,
     )
     if isinstance(optimizer, LOSS_SCALE_OPTIMIZERS):
-        distributed = _distribute(optimizer.inner_optimizer, aggregated_by)
-        config = {key: value for key, value in optimizer.get_config().items() if key != "inner_optimizer"}
-        return _expose(type(optimizer)(distributed, **config))
-    return _distribute(optimizer, aggregated_by)
+        _distribute(optimizer.inner_optimizer, aggregation)
+        return _expose(optimizer)
+    return _distribute(optimizer, aggregation)
 
 
 def PartialDistributedOptimizer(
@@ -258,13 +303,12 @@ def PartialDistributedOptimizer(
     """horovod.keras.PartialDistributedOptimizer: DistributedOptimizer that leaves some layers to each worker.
 
     Args:
-        local_layers: a Keras layer or a list of them, built.
+        local_layers: a Keras layer or a list of them, built or not.
         (the others): as DistributedOptimizer's.
 
     Raises:
         ValueError: what is in local_layers is no layer; and as DistributedOptimizer.
     """
-    local = variables_of(local_layers)
     distributed = DistributedOptimizer(
         optimizer,
         name,
@@ -278,8 +322,8 @@ def PartialDistributedOptimizer(
         process_set=process_set,
         scale_local_gradients=scale_local_gradients,
     )
-    for variable in local:
-        distributed.register_local_var(variable)
+    aggregation = loss_scaling.aggregation_inside(distributed) or distributed._aggregation
+    aggregation.local.add_layers(local_layers)
     return distributed
 
 
@@ -297,13 +341,10 @@ def load_model(
     """
     custom_objects = {**{cls.__name__: cls for cls in custom_optimizers or ()}, **(custom_objects or {})}
     model = tf.keras.models.load_model(filepath, custom_objects=custom_objects)
-    optimizer = model.optimizer
-    if isinstance(optimizer, LOSS_SCALE_OPTIMIZERS):
-        optimizer = optimizer.inner_optimizer
     # Custom objects may have made it one already.
-    if optimizer is not None and not isinstance(optimizer, _DistributedOptimizer):
-        like = DistributedOptimizer(optimizer, compression=compression)
-        object.__setattr__(optimizer, "__class__", type(like))
+    distributed = isinstance(getattr(model.optimizer, "inner_optimizer", model.optimizer), _DistributedOptimizer)
+    if model.optimizer is not None and not distributed:
+        DistributedOptimizer(model.optimizer, compression=compression)
     return model
 
 
@@ -316,23 +357,31 @@ def _expose(loss_scale_optimizer):
     return loss_scale_optimizer
 
 
-def _distribute(optimizer, aggregated_by):
-    """A distributed optimizer of the optimizer's class and configuration; with Keras 3 also of its state."""
+def _distribute(optimizer, aggregation):
+    """Makes an optimizer a distributed one, of which all else stays: its state, its attributes, its configuration.
+
+    Raises:
+        TypeError: the optimizer itself, not its class, has a method that has to exchange.
+    """
     wrapped = optimizer.__class__
+    bases = (_Keras3Optimizer if KERAS_3 else _Keras2Optimizer, wrapped)
+    if aggregation.reduction.compressor is not None:
+        bases = (_CompressingOptimizer, *bases)
+    hiding = sorted(vars(optimizer).keys() & (vars(_DistributedOptimizer).keys() | vars(bases[-2]).keys()))
+    if hiding:
+        raise TypeError(
+            f"This {wrapped.__name__} has its own {' and '.join(hiding)}, set on the object, which would be called in "
+            f"place of those that exchange gradients. Define {' and '.join(hiding)} in a subclass of {wrapped.__name__}."
+        )
     members = {
-        "_aggregated_by": aggregated_by,
+        "_wrapped": wrapped,
         # Keras writes the class that an optimizer says it has into saved models: there it is the wrapped one.
         "__class__": property(lambda self: wrapped),
         # As Horovod's.
         "__module__": "horovod._keras",
         "__doc__": wrapped.__doc__,
     }
-    bases = (_Keras3Optimizer if KERAS_3 else _Keras2Optimizer, wrapped)
-    if aggregated_by[0].compressor is not None:
-        bases = (_CompressingOptimizer, *bases)
-    distributed = type(wrapped.__name__, bases, members).from_config(optimizer.get_config())
-    if KERAS_3 and optimizer.built:
-        distributed.build(optimizer._trainable_variables)
-        for mine, learned in zip(distributed.variables, optimizer.variables):
-            mine.assign(learned)
-    return distributed
+    # Keras tracks what is assigned to an optimizer, and would save it.
+    object.__setattr__(optimizer, "_aggregation", aggregation)
+    _CLASS.__set__(optimizer, type(wrapped.__name__, bases, members))
+    return optimizer

@@ -26,7 +26,7 @@ from horovod_powersgd import (
 from horovod_powersgd.layout import trailing_columns
 from horovod_powersgd.tensorflow.clipping import after_clipping
 from horovod_powersgd.tensorflow.state import known_states
-from tensorflow_trainee import EagerTrainee, FunctionTrainee
+from tensorflow_trainee import EagerTrainee, FunctionTrainee, KerasTrainee
 
 SHAPE = (24, 32)
 
@@ -776,3 +776,28 @@ def check_other_compressors_in_a_session():
                 after = session.run(v)
                 assert cases.error((before - after) / np.float32(now), update) < 1e-3, (config, step)
                 before = after
+
+
+def check_numerics_are_found_sound_where_they_are():
+    # The last check: functions that are built now keep asking. It takes its time: each op is asked.
+    tf.debugging.enable_check_numerics(stack_height_limit=2)
+    try:
+        for config, wrap in (
+            (KEEPING[1], lambda f: f),
+            (PowerSGD(rank=2, warmup_steps=1), tf.function),
+            (Signum(), tf.function),
+            (Custom(shortened), tf.function),
+        ):
+            v, bias = variable("v"), variable("bias", shape=(7,))
+            step = wrap(lambda g, b, v=v, bias=bias: exchange([v, bias], [g, b], config))
+            for i in range(3):
+                step(tf.constant(matrix(i)), tf.zeros(7))
+            assert hvd.compression_stats([v, bias]).steps == 3
+        trainee = KerasTrainee(PowerSGD(rank=2), shapes={"matrix": SHAPE})
+        for i in range(2):
+            trainee.exchange({"matrix": matrix(i)})
+        # What is not finite is told of, as it is without a compressor.
+        with pytest.raises(tf.errors.InvalidArgumentError, match="Inf|NaN"):
+            step(tf.constant(matrix(3) + np.float32("inf")), tf.zeros(7))
+    finally:
+        tf.debugging.disable_check_numerics()

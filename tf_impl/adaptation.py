@@ -1,6 +1,6 @@
 """What Accordion decides for one variable, from step to step: ops in a graph."""
 
-from typing import Dict, List, Mapping, NamedTuple, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 import tensorflow as tf
@@ -9,6 +9,11 @@ from horovod_powersgd.accordion import Accordion, Regime
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.tensorflow.built_once import built_once
 from horovod_powersgd.tensorflow.variable import make_variable
+
+
+# The learning rate where it is not known: none is lower. (What is not a number, tf.debugging.enable_check_numerics would
+# tell of.)
+UNKNOWN = np.finfo(np.float64).min
 
 
 class Decision(NamedTuple):
@@ -20,7 +25,7 @@ class Decision(NamedTuple):
         is_new: whether that was decided in this step.
         begins: whether the step is the first of an interval.
         norm: of the sum of the last interval.
-        rate: the learning rate; not a number where it is not known.
+        rate: the learning rate; UNKNOWN where it is not known.
     """
 
     step: tf.Tensor
@@ -37,7 +42,7 @@ class Adaptation:
     Attributes:
         total: (n, m); zeros for None.
         last_norm: float64; -1 for None.
-        rate: float64; not a number for None.
+        rate: float64; UNKNOWN for None.
         is_low: bool.
         decisions: (k, 2), int64: step, and 1 for low or 0 for high.
     """
@@ -45,7 +50,7 @@ class Adaptation:
     def __init__(self, config: Accordion, layout: Layout, dtype: tf.DType):
         self._config, self._layout = config, layout
         self.total = make_variable(np.zeros(layout.matrix_shape, dtype.as_numpy_dtype))
-        self.last_norm, self.rate = make_variable(np.float64(-1)), make_variable(np.float64("nan"))
+        self.last_norm, self.rate = make_variable(np.float64(-1)), make_variable(UNKNOWN)
         self.is_low = make_variable(np.bool_(True))
         self.decisions = make_variable(np.zeros((0, 2), np.int64), (None, 2))
 
@@ -53,8 +58,9 @@ class Adaptation:
         """All, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, tf.Variable)}
 
-    def decide(self, step: tf.Tensor, rate: tf.Tensor) -> Decision:
+    def decide(self, step: tf.Tensor, rate: Optional[tf.Tensor]) -> Decision:
         """Regime.decided."""
+        rate = tf.constant(UNKNOWN) if rate is None else rate
         regime = [tf.convert_to_tensor(v) for v in (self.total, self.last_norm, self.rate, self.is_low)]
         config = tf.constant(self._config.interval, tf.int64), tf.constant(self._config.threshold, tf.float64)
         return Decision(step, *_decide(*regime, *config, step, rate), rate)
@@ -83,7 +89,7 @@ class Adaptation:
     def state_dict(self) -> Dict[str, object]:
         """Regime.state_dict."""
         last_norm = float(self.last_norm) if self.last_norm >= 0 else None
-        rate = None if np.isnan(self.rate) else float(self.rate)
+        rate = None if float(self.rate) == UNKNOWN else float(self.rate)
         regime = Regime(self.total.numpy(), last_norm, rate, bool(self.is_low), self.decided())
         return regime.state_dict(lambda total: total)
 
@@ -92,7 +98,7 @@ class Adaptation:
         regime = Regime.from_state_dict(state, lambda total: total)
         self.total.assign(tf.zeros_like(self.total) if regime.total is None else regime.total)
         self.last_norm.assign(-1 if regime.last_norm is None else regime.last_norm)
-        self.rate.assign(np.nan if regime.rate is None else regime.rate)
+        self.rate.assign(UNKNOWN if regime.rate is None else regime.rate)
         self.is_low.assign(regime.is_low)
         decisions = [(step, is_low == "low") for step, is_low in regime.decisions]
         self.decisions.assign(np.array(decisions, np.int64).reshape(-1, 2))
@@ -104,7 +110,7 @@ def _decide(total, last, last_rate, was_low, interval, threshold, step, rate):
     begins = tf.equal(tf.math.floormod(step, interval), 0)
     norm = tf.cond(begins, lambda: tf.norm(tf.cast(total, tf.float64)), lambda: last)
     critical = (last <= 0) | tf.logical_not(tf.math.is_finite(norm)) | (tf.abs(last - norm) >= threshold * last)
-    decays = rate < last_rate
+    decays = (rate < last_rate) & (rate > UNKNOWN)
     is_low = decays | tf.where(begins, critical, was_low)
     return is_low, begins | (decays & tf.logical_not(was_low)), begins, norm
 

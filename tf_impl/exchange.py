@@ -5,7 +5,7 @@ import itertools
 import weakref
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Callable, List, Sequence, Tuple, Union
+from typing import Callable, List, Optional, Sequence, Tuple, Union
 
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet
@@ -94,7 +94,7 @@ class Exchange:
                 something is to be gathered; an InvalidArgumentError with the same message where that is found out
                 inside a tf.function.
         """
-        rate = tf.cast(float("nan") if learning_rate is None else learning_rate, tf.float64)
+        rate = None if learning_rate is None else tf.cast(learning_rate, tf.float64)
         if not tf.executing_eagerly():
             return self._build(list(gradients), rate)
         try:

@@ -7,8 +7,8 @@ import tensorflow as tf
 from horovod_powersgd.compressor import AllreduceMean
 from horovod_powersgd.randomness import SPARE, random_factor
 from horovod_powersgd.tensorflow import arrays
-from horovod_powersgd.tensorflow.built_once import built_once
-from horovod_powersgd.tensorflow.gradient import MatrixGradient, Step, marked
+from horovod_powersgd.tensorflow.built_once import built_once, marked
+from horovod_powersgd.tensorflow.gradient import MatrixGradient, Step
 from horovod_powersgd.tensorflow.orthogonalization import orthogonalize
 
 # Whether a factor is Q; not known before the graph runs where P and Q alternate.

@@ -1,13 +1,13 @@
 """What one variable's gradient goes through in a step: ops in a graph."""
 
-from typing import Generator, List, NamedTuple, Sequence, Tuple, Union
+from typing import Generator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import tensorflow as tf
 
 from horovod_powersgd.compressor import Allgather, AllreduceMean
 from horovod_powersgd.state import TensorState
 from horovod_powersgd.tensorflow import arrays
-from horovod_powersgd.tensorflow.built_once import zeros_unless
+from horovod_powersgd.tensorflow.built_once import marked, zeros_unless
 from horovod_powersgd.tensorflow.state import VariableState, plain_name
 from horovod_powersgd.tensorflow.workers import transportable
 
@@ -19,14 +19,14 @@ class Step(NamedTuple):
         number: int64: how many were exchanged before.
         worker: int64: this one's number.
         workers: int64: how many there are.
-        learning_rate: float64; not a number where it is not known.
+        learning_rate: float64; None where it is not known.
         renews: whether it renews PowerSGD's subspaces.
     """
 
     number: tf.Tensor
     worker: tf.Tensor
     workers: tf.Tensor
-    learning_rate: tf.Tensor
+    learning_rate: Optional[tf.Tensor]
     renews: bool
 
 
@@ -174,8 +174,3 @@ def all_finite(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
     """Whether there are only numbers in them."""
     finite = [tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors if tensor.dtype.is_floating]
     return tf.reduce_all(tf.stack(finite)) if finite else tf.constant(True)
-
-
-def marked(tensor: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
-    """The tensor; not a number where `finite`, a boolean, is false."""
-    return tensor + tf.where(finite, tf.constant(0, tensor.dtype), tf.constant(float("nan"), tensor.dtype))

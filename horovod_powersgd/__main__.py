@@ -12,9 +12,10 @@ from horovod_powersgd import doctor, horovod_build
 from horovod_powersgd.installation import (
     FEATURES,
     INSTALL_COMMAND,
+    Problem,
+    examine_horovod,
     find_mpi,
-    horovod_features,
-    horovod_problem,
+    horovod_patches,
     horovod_version,
 )
 
@@ -74,13 +75,20 @@ def _install_horovod(options: argparse.Namespace) -> int:
     build = horovod_build.HorovodBuild.for_environment(no_mpi=options.no_mpi, torch_only=options.torch_only)
     if not options.force:
         problems, features = _examine(build)
-        if not problems:
+        for problem in problems:
+            if problem.command != INSTALL_COMMAND:
+                raise horovod_build.BuildError(str(problem))
+        outdated = horovod_build.missing_patches()
+        # One that somebody else built, with settings of their own, is theirs to replace.
+        if not problems and (outdated is None or horovod_patches() is None):
             _say(f"Horovod {horovod_version()} works already, for {_titles(build)}, with {_names(features)}.")
             if build.mpi and not features["mpi"]:
                 _say(f"It was built without MPI, and {find_mpi().version} is here: {INSTALL_COMMAND} --force uses it.")
+            if outdated is not None:
+                _say(f"{outdated}: {INSTALL_COMMAND} --force builds one that has all of it.")
             return 0
-        for problem in problems:
-            _say(f"{problem}.")
+        for what in [problem.what for problem in problems] or [outdated]:
+            _say(f"{what}.")
 
     wheel = None if options.force else build.cached_wheel()
     if wheel is None:
@@ -92,25 +100,20 @@ def _install_horovod(options: argparse.Namespace) -> int:
     problems, features = _examine(build)
     if problems:
         raise horovod_build.BuildError(
-            f"{problems[0]}, although it was just installed: {INSTALL_COMMAND} --force builds it afresh "
+            f"{problems[0].what}, although it was just installed: {INSTALL_COMMAND} --force builds it afresh "
             f"(log: {build.folder / 'build.log'})"
         )
     _say(f"Horovod {horovod_version()} is installed, for {_titles(build)}, with {_names(features)}.")
     return 0
 
 
-def _examine(build: horovod_build.HorovodBuild) -> tuple[list[str], dict[str, bool]]:
+def _examine(build: horovod_build.HorovodBuild) -> tuple[list[Problem], dict[str, bool]]:
     """What keeps the installed Horovod from serving a build's frameworks, and what it has for all of them."""
     importlib.invalidate_caches()
     problems, features = [], {}
     for framework in build.frameworks:
-        problem = horovod_problem(framework)
-        if problem is None:
-            try:
-                found = horovod_features(framework)
-                features = {name: found[name] and features.get(name, True) for name in found}
-            except OSError as error:
-                problem = f"Horovod's module for {framework.title} does not load: {error}"
+        problem, found = examine_horovod(framework)
+        features.update({name: there and features.get(name, True) for name, there in found.items()})
         if problem is not None and problem not in problems:
             problems.append(problem)
     return problems, features

@@ -15,15 +15,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from horovod_powersgd.horovod_build import missing_patches
 from horovod_powersgd.installation import (
     FEATURES,
     FRAMEWORKS,
     INSTALL_COMMAND,
     built_for,
     distribution_version,
+    examine_horovod,
     find_mpi,
-    horovod_features,
-    horovod_problem,
     horovod_version,
 )
 from horovod_powersgd.launcher import GLOO_CHOICES, LAUNCHERS, launch_command, launch_environment
@@ -74,22 +74,20 @@ def main(as_json: bool) -> int:
 
 
 def find_facts() -> dict:
-    """What is installed and what loads: the report, with no jobs and problems yet."""
-    frameworks, horovod = {}, {"version": horovod_version(), **dict.fromkeys(FEATURES)}
+    """What is installed and what loads: the report, with no jobs yet, and of the problems those of the frameworks."""
+    problems, frameworks, horovod = [], {}, {"version": horovod_version(), **dict.fromkeys(FEATURES)}
     for name, framework in FRAMEWORKS.items():
-        problem = horovod_problem(framework)
-        if problem is None:
-            try:
-                features = horovod_features(framework)
-                horovod.update({feature: there or bool(horovod[feature]) for feature, there in features.items()})
-            except OSError as error:
-                problem = f"Horovod's module for {framework.title} does not load: {error}"
+        problem, features = examine_horovod(framework)
+        horovod.update({feature: there or bool(horovod[feature]) for feature, there in features.items()})
         frameworks[name] = {
             "version": framework.version(),
             "horovod_built_for": built_for(framework),
             "usable": problem is None,
-            "problem": problem,
+            "problem": problem and problem.what,
         }
+        if problem is not None and framework.directory() is not None:
+            found = {"what": problem.what, "command": problem.command, "optional": False}
+            problems += [found] if found not in problems else []
     mpi = find_mpi()
     return {
         "works": False,
@@ -105,7 +103,7 @@ def find_facts() -> dict:
         "kernels": importlib.util.find_spec("horovod_powersgd._kernels") is not None,
         "horovod": horovod,
         "jobs": [],
-        "problems": [],
+        "problems": problems,
     }
 
 
@@ -131,18 +129,18 @@ def run_jobs(report: dict) -> Iterator[dict]:
 
 def find_problems(report: dict) -> list[dict]:
     """What is wrong or could be better, each with the command that mends it."""
-    problems = []
+    usable = any(framework["usable"] for framework in report["frameworks"].values())
+    problems = [{**problem, "optional": usable} for problem in report["problems"]]
 
     def add(what: str, command: str, optional: bool = False) -> None:
         problems.append({"what": what, "command": command, "optional": optional})
 
-    frameworks, horovod, mpi = report["frameworks"], report["horovod"], report["mpi"]
-    usable = any(framework["usable"] for framework in frameworks.values())
-    installed = [framework for framework in frameworks.values() if framework["version"] is not None]
-    if not installed:
+    horovod, mpi = report["horovod"], report["mpi"]
+    if all(framework["version"] is None for framework in report["frameworks"].values()):
         add("Neither PyTorch nor TensorFlow is installed", "python -m pip install torch")
-    for problem in dict.fromkeys(framework["problem"] for framework in installed if not framework["usable"]):
-        add(problem, INSTALL_COMMAND, optional=usable)
+    outdated = missing_patches()
+    if usable and outdated is not None:
+        add(outdated, f"{INSTALL_COMMAND} --force", optional=True)
 
     if usable and not horovod["mpi"]:
         if mpi["mpicxx"] is not None:

@@ -32,6 +32,8 @@ from horovod_powersgd.installation import (
     extension_path,
     find_mpi,
     find_program,
+    horovod_patches,
+    horovod_version,
 )
 
 HOROVOD_VERSION = "0.28.1"
@@ -197,6 +199,16 @@ def install_wheel(wheel: Path, log: Path) -> None:
     # Forced, because pip takes the same version for the same build; alone, because force would reinstall all it needs.
     for options in (["--force-reinstall", "--no-deps"], []):
         run("Installing Horovod failed", _pip("install", *options, str(wheel)))
+
+
+def missing_patches() -> str | None:
+    """What is wrong with the installed Horovod where it does not have all of patch_source's changes; else None."""
+    if horovod_version() is None or (horovod_patches() or 0) >= PATCH_VERSION:
+        return None
+    return (
+        "Horovod was built without the latest of what install-horovod mends: with Gloo nobody is told of a worker "
+        "that does not come, and an elastic job can wait for ever"
+    )
 
 
 def patch_source(source: Path) -> None:

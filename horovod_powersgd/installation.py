@@ -24,6 +24,17 @@ PATCHES_KEY = "horovod-powersgd"
 
 
 @dataclass(frozen=True)
+class Problem:
+    """What is wrong, and the command that mends it."""
+
+    what: str
+    command: str = INSTALL_COMMAND
+
+    def __str__(self) -> str:
+        return f"{self.what}. Run: {self.command}"
+
+
+@dataclass(frozen=True)
 class Framework:
     """A framework that Horovod can be built for."""
 
@@ -49,8 +60,15 @@ class Framework:
             match = re.search(r"^__version__\s*=\s*['\"](.+?)['\"]", stated.read_text(), re.MULTILINE)
             if match:
                 return match.group(1)
-        versions = (distribution_version(distribution) for distribution in self.distributions)
-        return next((version for version in versions if version is not None), "unknown")
+        return (self._distribution() or (None, "unknown"))[1]
+
+    def requirement(self) -> str:
+        """What pip is told to get the one that is installed, as in torch==2.13.0."""
+        return "==".join(self._distribution() or (self.name,))
+
+    def _distribution(self) -> tuple[str, str] | None:
+        found = ((name, distribution_version(name)) for name in self.distributions)
+        return next(((name, version) for name, version in found if version is not None), None)
 
 
 TORCH = Framework(
@@ -108,18 +126,35 @@ def horovod_patches() -> int | None:
     return _horovod_metadata().get(PATCHES_KEY)
 
 
-def horovod_problem(framework: Framework) -> str | None:
+def horovod_problem(framework: Framework) -> Problem | None:
     """Why the installed Horovod cannot serve a framework, as far as files tell; None where nothing is wrong."""
     if framework.directory() is None:
-        return f"{framework.title} is not installed"
+        return Problem(f"{framework.title} is not installed", f"pip install {framework.name}")
     if horovod_version() is None:
-        return "Horovod is not installed"
+        return Problem("Horovod is not installed")
     if horovod_extension(framework) is None:
-        return f"Horovod was built without {framework.title}"
+        return Problem(f"Horovod was built without {framework.title}")
     wanted, found = built_for(framework), framework.version()
     if wanted is not None and _normalised(wanted) != _normalised(found):
-        return f"Horovod was built for {framework.title} {wanted}, but {found} is installed"
+        return Problem(f"Horovod was built for {framework.title} {wanted}, but {found} is installed")
     return None
+
+
+def examine_horovod(framework: Framework) -> tuple[Problem | None, dict[str, bool]]:
+    """Why the installed Horovod cannot serve a framework, which is looked for by loading it, or else what it has.
+
+    Returns:
+        (None where nothing is wrong, what horovod_features says or an empty dictionary)
+    """
+    problem = horovod_problem(framework)
+    if problem is None:
+        try:
+            return None, horovod_features(framework)
+        except ImportError as error:
+            problem = _broken(framework.title, str(error), framework.requirement())
+        except OSError as error:
+            problem = Problem(f"Horovod's module for {framework.title} does not load: {error}")
+    return problem, {}
 
 
 # The extension is linked against the framework's libraries, but may not know where they are. Loading them takes a
@@ -131,10 +166,15 @@ try:
     for library in libraries:
         ctypes.CDLL(library)
 except OSError:
-    importlib.import_module(framework)
+    try:
+        importlib.import_module(framework)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+        sys.exit(FRAMEWORK_FAILS)
 loaded = ctypes.CDLL(extension)
 print(json.dumps({name: bool(getattr(loaded, f"horovod_{name}_built")()) for name in features.split()}))
 """
+_FRAMEWORK_FAILS = 3
 # What Horovod can be built with, as its functions call it and as people write it.
 FEATURES = {"mpi": "MPI", "gloo": "Gloo", "nccl": "NCCL", "cuda": "CUDA", "rocm": "ROCm", "ddl": "DDL", "ccl": "oneCCL"}
 
@@ -143,13 +183,15 @@ def horovod_features(framework: Framework) -> dict[str, bool]:
     """What Horovod's compiled module for a framework was built with: FEATURES, each true or false.
 
     Raises:
+        ImportError: it cannot be loaded because the framework itself cannot; the message is what that says.
         OSError: the module is missing or cannot be loaded; the message is the loader's.
     """
     extension = horovod_extension(framework)
     if extension is None:
         raise OSError(f"Horovod was built without {framework.title}")
     libraries = [framework.directory() / library for library in framework.libraries]
-    command = [sys.executable, "-c", _LOAD_EXTENSION, framework.name, extension, " ".join(FEATURES), *libraries]
+    program = _LOAD_EXTENSION.replace("FRAMEWORK_FAILS", str(_FRAMEWORK_FAILS))
+    command = [sys.executable, "-c", program, framework.name, extension, " ".join(FEATURES), *libraries]
     try:
         # A module that was built for something else can crash or hang whoever loads it.
         outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -157,6 +199,8 @@ def horovod_features(framework: Framework) -> dict[str, bool]:
         raise OSError("loading it takes more than two minutes") from None
     if outcome.returncode < 0:
         raise OSError(f"loading it ends the process with signal {-outcome.returncode}")
+    if outcome.returncode == _FRAMEWORK_FAILS:
+        raise ImportError(_reason(outcome.stdout))
     if outcome.returncode != 0:
         raise OSError((outcome.stderr.strip() or "no reason is given").splitlines()[-1])
     return json.loads(outcome.stdout.splitlines()[-1])
@@ -166,22 +210,84 @@ def require_horovod(framework: str) -> None:
     """Import Horovod's module for 'torch' or 'tensorflow', or say why that is impossible and what to do.
 
     Raises:
-        ImportError: the framework or Horovod is missing, Horovod was built without the framework or for another
-            version of it, or its compiled module does not load. The message names the command that mends it.
+        ImportError: the framework, its Keras or Horovod is missing or cannot be imported, or Horovod was built without
+            the framework or for another version of it. The message says which, and names the command that mends it.
     """
     wanted = FRAMEWORKS[framework]
     if wanted.directory() is None:
         raise ImportError(f"horovod_powersgd.{framework} needs {wanted.title}. Run: pip install {framework}")
-    problem = horovod_problem(wanted)
+    problem = _import_problem(wanted.name)
     if problem is not None:
-        raise ImportError(f"{problem}. Run: {INSTALL_COMMAND}")
+        raise ImportError(str(_broken(wanted.title, problem, wanted.requirement()))) from problem
+    found = horovod_problem(wanted)
+    if found is not None:
+        raise ImportError(str(found))
+    problem = _import_problem(f"horovod.{framework}")
+    if problem is not None:
+        # Building Horovod anew mends what was compiled, and nothing else.
+        cause = examine_horovod(wanted)[0] or _missing_package(problem) or _keras_problem(wanted)
+        raise ImportError(str(cause or _unexplained(wanted, problem))) from problem
+
+
+def _import_problem(module: str) -> Exception | None:
     try:
-        importlib.import_module(f"horovod.{framework}")
-    except Exception as error:  # TensorFlow's loader raises its own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ImportError(
-            f"Horovod's module for {wanted.title} does not load: {reason}. Run: {INSTALL_COMMAND}"
-        ) from error
+        importlib.import_module(module)
+    except Exception as error:  # TensorFlow's loader raises its own kinds, and whatever is broken any other
+        return error
+    return None
+
+
+def _broken(title: str, error: Exception | str, requirement: str) -> Problem:
+    what = f"{title} itself cannot be imported, with or without Horovod ({_reason(error)}); pip brings what it needs"
+    return Problem(what, f"pip install --force-reinstall {requirement}")
+
+
+# The modules that Horovod imports beside a framework, and the distributions that have them.
+_NEEDS = {
+    "_cffi_backend": "cffi",
+    "cffi": "cffi",
+    "cloudpickle": "cloudpickle",
+    "packaging": "packaging",
+    "psutil": "psutil",
+    "yaml": "pyyaml",
+}
+
+
+def _missing_package(error: Exception) -> Problem | None:
+    if isinstance(error, ModuleNotFoundError) and error.name in _NEEDS:
+        return Problem(f"Horovod needs {error.name}, which is not installed", f"pip install {_NEEDS[error.name]}")
+    return None
+
+
+def _keras_problem(framework: Framework) -> Problem | None:
+    """Why tf.keras does not load, which by itself recurses until Python ends it."""
+    if framework is not TENSORFLOW:
+        return None
+    legacy = os.environ.get("TF_USE_LEGACY_KERAS")
+    keras = "tf_keras" if legacy in ("true", "True", "1") else "keras"  # as TensorFlow reads it
+    if keras == "tf_keras" and importlib.util.find_spec(keras) is None:
+        release = ".".join(framework.version().split(".")[:2])  # another tf-keras would bring another TensorFlow
+        what = f"TF_USE_LEGACY_KERAS={legacy} asks for Keras 2, which is not installed (without it, it is Keras 3)"
+        return Problem(what, f"pip install 'tf-keras=={release}.*'")
+    error = _import_problem(keras)
+    if error is None:
+        return None
+    backend = os.environ.get("KERAS_BACKEND") or getattr(error, "name", None)  # which ~/.keras can ask for, too
+    if keras == "keras" and backend in ("jax", "openvino", "torch"):
+        what = f"Keras cannot be imported with the backend {backend} ({_reason(error)})"
+        return Problem(what, "export KERAS_BACKEND=tensorflow")
+    return _broken("Keras", error, keras.replace("_", "-"))
+
+
+def _unexplained(framework: Framework, error: Exception) -> Problem:
+    module = f"horovod.{framework.name}"
+    what = f"{module} cannot be imported, although what was compiled for it loads ({_reason(error)})"
+    return Problem(f"{what}; the command says where it fails", f"python -c 'import {module}'")
+
+
+def _reason(error: Exception | str) -> str:
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return text.strip().splitlines()[0].strip() if text.strip() else "no reason is given"
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,38 @@ def test_a_horovod_for_another_version_is_named_and_replaced(environment):
     assert "C++ compiler" in error_of(outcome)  # it went on to build
 
 
+def test_a_horovod_with_older_patches_is_replaced(monkeypatch, capsys):
+    def build(*arguments, **options):
+        raise horovod_build.BuildError("it goes on to build")
+
+    monkeypatch.setattr(horovod_build, "PATCH_VERSION", horovod_build.PATCH_VERSION + 1)
+    monkeypatch.setattr(horovod_build.HorovodBuild, "cached_wheel", lambda self: None)
+    monkeypatch.setattr(horovod_build, "build_wheel", build)
+    assert command_line.main(["install-horovod"]) == 1
+    output, errors = capsys.readouterr()
+    assert output.startswith("Horovod was built without the latest of what install-horovod mends")
+    assert errors == "error: it goes on to build\n"
+
+
+def test_a_horovod_that_somebody_else_built_is_left_alone_with_a_word_on_what_it_lacks(monkeypatch, capsys):
+    for module in (horovod_build, command_line):
+        monkeypatch.setattr(module, "horovod_patches", lambda: None)
+    assert command_line.main(["install-horovod"]) == 0
+    assert f"{COMMAND} --force builds one that has all of it." in capsys.readouterr().out
+
+
+def test_a_framework_that_does_not_load_is_not_for_horovod_to_mend(environment):
+    environment.add_framework("torch", "2.13.0+cpu")
+    environment.add_horovod(torch="2.13.0+cpu")
+    (environment.packages / "torch/__init__.py").write_text("raise OSError('libcudart.so.12: cannot open')")
+    command = "pip install --force-reinstall torch"
+    message = error_of(run(environment, "install-horovod"))
+    assert message.startswith("error: PyTorch itself cannot be imported, with or without Horovod (OSError: libcudart")
+    assert message.endswith(f"Run: {command}")
+    (problem,) = json.loads(run(environment, "doctor", "--json").stdout)["problems"]
+    assert "libcudart.so.12" in problem["what"] and problem["command"] == command
+
+
 def test_without_a_framework_there_is_nothing_to_build_for(environment):
     assert "Neither PyTorch nor TensorFlow is installed" in error_of(run(environment, "install-horovod"))
     assert "PyTorch is not installed" in error_of(run(environment, "install-horovod", "--torch-only"))
@@ -188,6 +220,15 @@ def test_doctor_names_a_variable_that_keeps_jobs_from_mpi(monkeypatch):
     (problem,) = doctor.find_problems(report)
     assert "HOROVOD_CONTROLLER=gloo is set" in problem["what"]
     assert problem["command"] == "unset HOROVOD_CONTROLLER"
+
+
+def test_doctor_names_a_horovod_without_the_latest_patches(monkeypatch):
+    monkeypatch.setattr(horovod_build, "horovod_patches", lambda: None)
+    report = doctor.find_facts()
+    report["jobs"] = [{"launcher": "mpirun", "framework": "torch", "works": True, "seconds": 1.0, "error": None}]
+    (problem,) = doctor.find_problems(report)
+    assert "nobody is told of a worker that does not come" in problem["what"]
+    assert problem["command"] == f"{COMMAND} --force" and problem["optional"]
 
 
 @pytest.mark.parametrize(

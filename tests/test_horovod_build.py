@@ -1,11 +1,14 @@
 """Horovod's source is changed as it must be, and a cached wheel is used for exactly what it was built for."""
 
 import dataclasses
+import sys
 
 import pytest
+from job import run
 
 from horovod_powersgd import horovod_build
 from horovod_powersgd.horovod_build import BuildError, HorovodBuild, patch_source
+from horovod_powersgd.launcher import launch_command
 
 BUILD = HorovodBuild(torch="2.13.0+cpu", tensorflow="2.21.0", mpi="Open MPI 4.1.8: c++ -IPREFIX/include")
 
@@ -110,6 +113,25 @@ def test_the_workers_that_gloo_waits_for_are_known(source):
     patch_source(source)
     controller = (source / "horovod/common/gloo/gloo_controller.cc").read_text()
     assert controller.startswith("  global_ranks_.resize(size_);\n")
+
+
+WORKER = """
+import time, torch, horovod.torch as hvd
+hvd.init()
+if hvd.rank() == 1:
+    time.sleep(20)
+    raise SystemExit("the job was not ended")
+hvd.allreduce(torch.ones(1), name="lonely")
+"""
+
+
+def test_a_worker_that_does_not_come_is_told_of_under_gloo_and_ends_the_job():
+    command = launch_command("horovodrun --gloo", 2, [sys.executable, "-c", WORKER])
+    times = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "3"}
+    output = run(command, 120, times)
+    assert "waiting for remainder of ranks for more than 1 seconds" in output
+    assert "1: [allreduce.lonely]" in output and "1!: [allreduce.lonely]" in output
+    assert "HorovodInternalError" in output and "the job was not ended" not in output
 
 
 @pytest.mark.parametrize("name", SOURCE)

@@ -5,7 +5,7 @@ import time
 import pytest
 from environments import Environment
 
-from horovod_powersgd import installation
+from horovod_powersgd import horovod_build, installation
 
 COMMAND = "python -m horovod_powersgd install-horovod"
 
@@ -15,9 +15,9 @@ def environment(tmp_path):
     return Environment.make(tmp_path)
 
 
-def import_error(environment, framework="torch"):
-    code = f"from horovod_powersgd.installation import require_horovod; require_horovod({framework!r})"
-    outcome = environment.run("-c", code)
+def import_error(environment, framework="torch", before="pass", **variables):
+    code = f"from horovod_powersgd import installation; {before}; installation.require_horovod({framework!r})"
+    outcome = environment.run("-c", code, **variables)
     assert outcome.returncode == 1
     return outcome.stderr.splitlines()[-1]
 
@@ -62,6 +62,72 @@ def test_a_horovod_that_does_not_load_is_named(environment):
     assert message.endswith(f"Run: {COMMAND}")
 
 
+BROKEN = {
+    "OSError: libcudart.so.12: cannot open shared object file": ("torch", "raise OSError(REASON)"),
+    "ModuleNotFoundError: No module named 'typing_extensions'": ("torch", "import typing_extensions"),
+    "ImportError: numpy.core.multiarray failed to import": ("tensorflow", "raise ImportError(REASON)"),
+    "TypeError: Descriptors cannot be created directly.": ("tensorflow", "raise TypeError(REASON + '\\nMore here')"),
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_a_framework_that_does_not_load_is_not_for_horovod_to_mend(environment, reason):
+    framework, program = BROKEN[reason]
+    environment.add_framework(framework, "2.13.0")
+    environment.add_horovod(**{framework: "2.13.0"})
+    program = program.replace("REASON", repr(reason.partition(": ")[2]))
+    (environment.packages / framework / "__init__.py").write_text(program)
+    assert import_error(environment, framework) == (
+        f"ImportError: {installation.FRAMEWORKS[framework].title} itself cannot be imported, with or without Horovod "
+        f"({reason}); pip brings what it needs. Run: pip install --force-reinstall {framework}"
+    )
+
+
+def fails_without_its_fault(environment, framework, program, **variables):
+    """What require_horovod says where Horovod's compiled module loads, and importing horovod.FRAMEWORK fails."""
+    environment.add_framework(framework, "2.21.0")
+    environment.add_horovod(**{framework: "2.21.0"})
+    (environment.packages / "horovod" / framework / "__init__.py").write_text(program)
+    loads = "installation.horovod_features = lambda framework: {}"
+    return import_error(environment, framework, before=loads, **variables)
+
+
+def test_a_missing_tf_keras_is_named(environment):
+    message = fails_without_its_fault(environment, "tensorflow", "raise RecursionError", TF_USE_LEGACY_KERAS="1")
+    assert message == (
+        "ImportError: TF_USE_LEGACY_KERAS=1 asks for Keras 2, which is not installed (without it, it is Keras 3). "
+        "Run: pip install 'tf-keras==2.21.*'"
+    )
+
+
+@pytest.mark.parametrize("variables", [{}, {"KERAS_BACKEND": "jax"}])
+def test_a_keras_whose_backend_is_missing_is_named(environment, variables):
+    (environment.packages / "keras.py").write_text("import jax")
+    message = fails_without_its_fault(environment, "tensorflow", "import keras", **variables)
+    assert message == (
+        "ImportError: Keras cannot be imported with the backend jax (ModuleNotFoundError: No module named 'jax'). "
+        "Run: export KERAS_BACKEND=tensorflow"
+    )
+
+
+def test_a_keras_that_does_not_load_is_not_for_horovod_to_mend(environment):
+    (environment.packages / "keras.py").write_text("raise AttributeError('no ml_dtypes')")
+    message = fails_without_its_fault(environment, "tensorflow", "raise RecursionError")
+    assert "Keras itself cannot be imported, with or without Horovod (AttributeError: no ml_dtypes)" in message
+    assert message.endswith("Run: pip install --force-reinstall keras")
+
+
+def test_a_missing_package_that_horovod_needs_is_named(environment):
+    message = fails_without_its_fault(environment, "torch", "import yaml")
+    assert message == "ImportError: Horovod needs yaml, which is not installed. Run: pip install pyyaml"
+
+
+def test_what_nobody_foresaw_is_not_for_horovod_to_mend(environment):
+    message = fails_without_its_fault(environment, "torch", "raise ValueError('odd')")
+    assert "although what was compiled for it loads (ValueError: odd)" in message
+    assert message.endswith("Run: python -c 'import horovod.torch'")
+
+
 def test_two_spellings_of_a_version_are_the_same_version(environment):
     environment.add_framework("tensorflow", "2.22.0-rc1")
     environment.add_horovod(tensorflow="2.22.0rc1")
@@ -82,6 +148,10 @@ def test_the_real_horovod_is_found_usable_quickly():
     for framework in installation.FRAMEWORKS.values():
         assert installation.horovod_problem(framework) is None
     assert time.monotonic() - began < 1
+
+
+def test_the_real_horovod_tells_which_patches_it_has():
+    assert installation.horovod_patches() == horovod_build.PATCH_VERSION
 
 
 @pytest.mark.parametrize("framework", installation.FRAMEWORKS.values(), ids=lambda framework: framework.name)

@@ -86,7 +86,8 @@ def optimizers():
 
 
 def everything(model):
-    return [*model.variables, *replicas.optimizer_variables(model.optimizer)]
+    """That workers share."""
+    return [*model.weights, *replicas.optimizer_variables(model.optimizer)]
 
 
 def values(variables):
@@ -189,11 +190,27 @@ def check_local_variables_are_not_broadcast():
     broadcast.register_local_var(bias)
     model.fit(*data(8), verbose=0, callbacks=[before, broadcast, after])
     assert_same(after.weights[0][:2], before.weights[0][:2])
-    replicas.assert_replicas_equal([v for v in model.variables if v is not kernel and v is not bias])
+    replicas.assert_replicas_equal([v for v in model.weights if v is not kernel and v is not bias])
     with pytest.raises(AssertionError, match="kernel"):
         replicas.assert_replicas_equal([kernel])
     with pytest.raises(ValueError, match="'kernel'"):
         callbacks.BroadcastGlobalVariablesCallback(0, local_variables=["kernel"])
+
+
+def check_workers_that_were_seeded_differently_draw_different_numbers():
+    def broadcast(model):
+        model.fit(*data(8), verbose=0, callbacks=[callbacks.BroadcastGlobalVariablesCallback(0)])
+
+    def synchronize(model):
+        elastic.KerasState(model).sync()
+
+    for share in (broadcast, synchronize):
+        model = network("sgd", seed=hvd.rank())
+        share(model)
+        replicas.assert_replicas_equal(everything(model))
+        dropped = np.asarray(model.layers[2](np.ones((4, 200), "float32"), training=True)) == 0
+        everyone = hvd.allgather_object(dropped.tolist(), name="dropped")
+        assert everyone[0] != everyone[-1], share
 
 
 # MetricAverageCallback
@@ -284,10 +301,10 @@ def check_what_cannot_be_scheduled_is_an_error():
     model.fit(endless, callbacks=[callbacks.LearningRateWarmupCallback(0.1, steps_per_epoch=2)], verbose=0)
 
 
-def slope(optimizer):
+def slope(optimizer, **options):
     """A model of one weight, 0 at first, whose gradient is always 1."""
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
-    model.compile(optimizer, lambda y, prediction: tf.reduce_mean(prediction))
+    model.compile(optimizer, lambda y, prediction: tf.reduce_mean(prediction), **options)
     return model
 
 
@@ -359,6 +376,21 @@ def check_the_momentum_stays_where_it_is_not_to_be_corrected():
         rates, weights = climb(slope(optimizer), [callbacks.LearningRateScheduleCallback(0.4, 0.5)], 3)
         np.testing.assert_allclose(rates, np.repeat([0.4, 0.2, 0.1], STEPS), rtol=1e-6)
         assert np.isfinite(weights).all() and (np.diff(weights) < 0).all()
+
+
+def check_the_momentum_is_not_corrected_for_several_steps_at_once():
+    makes = [lambda: SGD(0.4, momentum=0.9), lambda: LossScaleOptimizer(SGD(0.4, momentum=0.9))]
+    if LEGACY:
+        makes.append(lambda: keras.optimizers.legacy.SGD(0.4, momentum=0.9))
+    for make in makes:
+        used = [
+            callbacks.LearningRateWarmupCallback(0.4, warmup_epochs=2),
+            callbacks.LearningRateScheduleCallback(0.4, 0.1, start_epoch=3),
+        ]
+        rates, weights = climb(slope(make(), steps_per_execution=STEPS), used, 5)
+        assert len(set(rates)) == 4
+        expected = expected_climb(np.repeat(rates, STEPS), 0.4, corrected=False)
+        np.testing.assert_allclose(weights, expected[STEPS - 1 :: STEPS], rtol=1e-5)
 
 
 # BestModelCheckpoint

@@ -127,7 +127,8 @@ class TensorFlowKerasState(_VariablesState):
         super().__init__(kwargs)
 
     def _variables(self):
-        return [*self.model.variables, *optimizer_variables(self.optimizer)]
+        # Not model.variables, in which Keras 3 has the random states, too: each worker has its own.
+        return [*self.model.weights, *optimizer_variables(self.optimizer)]
 
 
 def _build(optimizer, variables):

@@ -3,7 +3,7 @@
 import horovod.tensorflow as horovod
 import tensorflow as tf
 
-from horovod_powersgd.compressor import compressor_of
+from horovod_powersgd.compressor import compressor_of, refuse_misplaced
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.reduction import Reduction
 
@@ -63,8 +63,10 @@ def DistributedOptimizer(
         (the others): as Horovod's.
 
     Raises:
+        TypeError: what horovod_powersgd.tensorflow.keras's refuses.
         ValueError: a compressor with op=Adasum, or what Horovod refuses.
     """
+    refuse_misplaced({name: value for name, value in locals().items() if name != "compression"})
     options = dict(
         name=name,
         device_dense=device_dense,

@@ -8,10 +8,13 @@ from horovod.tensorflow.mpi_ops import rank, size
 from tensorflow import keras
 
 from horovod_powersgd.tensorflow.replicas import broadcast_variables, optimizer_variables
+from horovod_powersgd.tensorflow.which_keras import KERAS_3
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     """Gives all workers the root's variables after the first batch: the model's and the optimizer's.
+
+    Not the states of random layers: workers that were seeded differently go on drawing different numbers.
 
     Args:
         root_rank: the worker that has the right ones.
@@ -43,7 +46,8 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         if self.broadcast_done:
             return
         local = {id(variable) for variable in self._local}
-        variables = [*self.model.variables, *optimizer_variables(self.model.optimizer)]
+        # In Keras 3, model.variables has the random states, too.
+        variables = [*self.model.weights, *optimizer_variables(self.model.optimizer)]
         with tf.device(self.device):
             broadcast_variables([v for v in variables if id(v) not in local], self.root_rank)
         self.broadcast_done = True
@@ -84,7 +88,8 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
     """Sets the learning rate to initial_lr * multiplier(epoch), and logs it as lr at the end of each epoch.
 
     In the batch in which the rate changes from old to new, the optimizer's momentum is multiplied by new / old, because
-    the velocity that it multiplies holds gradients times the old rate (Goyal et al., arXiv 1706.02677, section 3).
+    the velocity that it multiplies holds gradients times the old rate (Goyal et al., arXiv 1706.02677, section 3). With
+    steps_per_execution above 1, where Keras calls callbacks once for several batches, the momentum stays what it is.
 
     Args:
         initial_lr: the rate for multiplier 1.
@@ -168,7 +173,8 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         optimizer = self._optimizer
         old, new = _value(optimizer.learning_rate), self.initial_lr * self.multiplier(epoch)
         optimizer.learning_rate.assign(new)
-        if self.momentum_correction and hasattr(optimizer, "momentum") and old:
+        corrects = self.momentum_correction and _steps_per_execution(self.model) == 1
+        if corrects and hasattr(optimizer, "momentum") and old:
             self.restore_momentum = _value(optimizer.momentum)
             optimizer.momentum.assign(self.restore_momentum * new / old)
 
@@ -293,6 +299,12 @@ class _Momentum(float):
 
 def _value(variable):
     return float(tf.convert_to_tensor(variable))
+
+
+def _steps_per_execution(model):
+    """How many batches a compiled model trains on between two calls of its callbacks."""
+    # In Keras 2 it is a variable, which Keras may tune as it trains.
+    return int(model.steps_per_execution if KERAS_3 else model._steps_per_execution)
 
 
 def _layers(optimizer):

@@ -5,6 +5,7 @@ Open MPI when that was installed by pip, and a job that mpirun or srun started c
 each of which trains alone. The first is prevented here, the second is turned into an error.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
@@ -25,8 +26,8 @@ _PLACES = ("OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE", "PMIX_RANK", "HOROVOD
 
 
 def prepare_worker() -> None:
-    """Call before Horovod's init(): let MPI leave the processor to the training, make one worker without a launcher
-    work, and refuse what would abort.
+    """Call before Horovod's init(): let MPI leave the processor to the training and find its files, make one worker
+    without a launcher work, and refuse what would abort.
 
     Raises:
         RuntimeError: mpirun started several workers and HOROVOD_CONTROLLER or HOROVOD_CPU_OPERATIONS says gloo. Horovod
@@ -39,6 +40,9 @@ def prepare_worker() -> None:
         # Open MPI starts a daemon for a process without a launcher, from the folder in which it was compiled: with a
         # pip-installed one that folder does not exist. A worker that is alone needs no daemon.
         os.environ.setdefault("OMPI_MCA_ess_singleton_isolated", "1")
+    if _open_mpi_is_here():
+        # mpirun tells its workers, srun does not: without, they fill the screen with the help that is not found.
+        os.environ.setdefault("OPAL_PREFIX", sys.prefix)
     launcher, workers = _started_by(os.environ)
     if launcher is not None and workers > 1:
         _refuse_gloo(launcher, workers)
@@ -93,6 +97,14 @@ def launch_environment() -> dict[str, str]:
         environment.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
         environment.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
     return environment
+
+
+def _open_mpi_is_here() -> bool:
+    """Whether the Open MPI that Horovod has loaded is this environment's: pip puts it elsewhere than it was built for."""
+    library = f" {os.path.realpath(sys.prefix)}/lib/libopen-pal.so"
+    with contextlib.suppress(OSError):
+        return library in Path("/proc/self/maps").read_text()
+    return False
 
 
 def _refuse_gloo(launcher: str, workers: int) -> None:

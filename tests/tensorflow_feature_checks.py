@@ -397,6 +397,66 @@ def check_the_loss_scale_can_change():
         np.testing.assert_allclose(found, update, rtol=1e-3, atol=1e-4)
 
 
+def check_a_step_that_is_discarded_leaves_no_trace():
+    for config in (PowerSGD(rank=2), *KEEPING[:3]):
+        v = variable()
+
+        @tf.function
+        def step(gradient, is_taken, v=v, config=config):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(v * gradient)
+            tape = hvd.DistributedGradientTape(tape, compression=config)
+            tape.discardable = True
+            update = tape.gradient(loss, v)
+            if not is_taken:
+                tape.discard()
+            return update
+
+        for i, update in enumerate(expected(config, 4)):
+            for _ in range(2 if i else 1):
+                step(tf.constant(100 * matrix(i + 7)), tf.constant(False))
+            assert cases.error(step(tf.constant(matrix(i)), tf.constant(True)).numpy(), update) < 1e-3, (config, i)
+            assert hvd.compression_stats([v]).steps == i + 1
+
+
+def check_all_that_a_tape_has_exchanged_is_discarded():
+    v, w, config = variable(), variable(), PowerSGD(rank=2)
+
+    def exchange(gradient):
+        with tf.GradientTape(persistent=True) as tape:
+            one, other = tf.reduce_sum(v * gradient), tf.reduce_sum(w * gradient)
+        tape = hvd.DistributedGradientTape(tape, compression=config)
+        tape.discardable = True
+        return tape, tape.gradient(one, v), tape.gradient(other, w), tape.gradient(one, v)
+
+    exchange(tf.constant(matrix(7)))[0].discard()
+    update, second = expected(config, 2, gradient=lambda s, w, d: matrix(0, w, d))
+    for found, right in zip(exchange(tf.constant(matrix()))[1:], (update, update, second)):
+        assert cases.error(found.numpy(), right) < 1e-3
+    with pytest.raises(RuntimeError, match="discardable = True"):
+        hvd.DistributedGradientTape(tf.GradientTape(), compression=config).discard()
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(v)
+    tape = hvd.DistributedGradientTape(tape)
+    tape.discardable = True
+    tape.gradient(loss, v)
+    tape.discard()
+
+
+def check_a_tape_that_is_used_again_discards_its_last_step():
+    v, config = variable(), PowerSGD(rank=2)
+    tape = hvd.DistributedGradientTape(tf.GradientTape(persistent=True), compression=config)
+    tape.discardable = True
+    for i, update in enumerate(expected(config, 3)):
+        for is_taken in (False, True):
+            with tape:
+                loss = tf.reduce_sum(v * matrix(i if is_taken else 9))
+            found = tape.gradient(loss, v)
+            if not is_taken:
+                tape.discard()
+        assert cases.error(found.numpy(), update) < 1e-3, i
+
+
 def check_a_spike_that_is_clipped_costs_few_steps():
     rng = np.random.default_rng(0)
     target = rng.standard_normal((64, 48)) * 0.9 ** np.arange(48) @ rng.standard_normal((48, 96))

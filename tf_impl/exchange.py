@@ -19,6 +19,7 @@ from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.tensorflow.factored_gradient import FactoredGradient
 from horovod_powersgd.tensorflow.gradient import MatrixGradient, PlainGradient, Step
 from horovod_powersgd.tensorflow.message import Message, nbytes
+from horovod_powersgd.tensorflow.snapshot import Snapshot
 from horovod_powersgd.tensorflow.state import Training, VariableState, plain_name, states_of
 from horovod_powersgd.tensorflow.variable import make_variable, native
 from horovod_powersgd.tensorflow.workers import Workers, transportable
@@ -82,12 +83,15 @@ class Exchange:
         if tf.compat.v1.executing_eagerly_outside_functions():
             _all.add(self)
 
-    def __call__(self, gradients: Sequence[Tensor], learning_rate=None) -> List[Tensor]:
+    def __call__(
+        self, gradients: Sequence[Tensor], learning_rate=None, snapshots: Tuple[Snapshot, ...] = ()
+    ) -> List[Tensor]:
         """Their averages (or sums), after compression. The states are kept for the next step where it is finite.
 
         Args:
             gradients: the variables'.
             learning_rate: of this step, a number, a tensor or a variable; None where it is not known.
+            snapshots: to be taken before anything changes.
 
         Raises:
             RuntimeError: the workers do not agree on the model or the configuration, or one of them has joined where
@@ -96,9 +100,9 @@ class Exchange:
         """
         rate = None if learning_rate is None else tf.cast(learning_rate, tf.float64)
         if not tf.executing_eagerly():
-            return self._build(list(gradients), rate)
+            return self._build(list(gradients), rate, snapshots)
         try:
-            return self._eagerly(list(gradients), rate)
+            return self._eagerly(list(gradients), rate, snapshots)
         except tf.errors.InvalidArgumentError as error:
             _, ours, message = error.message.partition("ValueError: ")
             if not ours:
@@ -127,7 +131,9 @@ class Exchange:
             ),
         )
 
-    def _build(self, gradients: List[Tensor], learning_rate: tf.Tensor) -> List[Tensor]:
+    def _build(
+        self, gradients: List[Tensor], learning_rate: Optional[tf.Tensor], snapshots: Tuple[Snapshot, ...]
+    ) -> List[Tensor]:
         """Adds the ops of one step to the graph."""
         graph = tf.compat.v1.get_default_graph()
         if control_flow_util.GraphOrParentsInXlaContext(graph):
@@ -135,7 +141,7 @@ class Exchange:
                 "Horovod's operations cannot be compiled by XLA. Set jit_compile=False in model.compile or tf.function."
             )
         # Horovod's ops are known by their names: without a scope, TensorFlow makes them differ in one graph.
-        with graph.name_scope(None), tf.control_dependencies([self._prepare()]):
+        with graph.name_scope(None), tf.control_dependencies([self._prepare(snapshots)]):
             number = tf.identity(self.clock.steps)
             dense = [i for i, is_sparse in enumerate(self._sparse) if not is_sparse]
             sparse = {i: self._exchange_sparse(i, gradients[i]) for i, s in enumerate(self._sparse) if s}
@@ -168,10 +174,10 @@ class Exchange:
             return after_warmup()
         return tf.cond(number < self._config.warmup_steps, lambda: exchange("warmup"), after_warmup)
 
-    def _prepare(self) -> tf.Operation:
+    def _prepare(self, snapshots: Tuple[Snapshot, ...]) -> tf.Operation:
         """What comes before a step: in a graph of TensorFlow 1 it makes the variables' initial values, so that no job
-        has to initialise or restore variables that it does not know of; and in the first step of a world, the
-        workers' agreement."""
+        has to initialise or restore variables that it does not know of; in the first step of a world, the workers'
+        agreement; and the snapshots."""
         initialised = []
         if not tf.compat.v1.executing_eagerly_outside_functions():
             kept = [v for holder in (self.clock, *self.states) for v in holder.variables().values()]
@@ -179,9 +185,9 @@ class Exchange:
                 there = tf.compat.v1.is_variable_initialized(variable)
                 initialised.append(tf.cond(there, tf.no_op, functools.partial(_initialise, variable)))
         with tf.control_dependencies(initialised):
-            if self._workers.alone:
-                return tf.no_op()
-            return tf.cond(self.agreed, lambda: tf.constant(True), self._agree).op
+            agreed = tf.constant(True) if self._workers.alone else tf.cond(self.agreed, lambda: True, self._agree)
+        with tf.control_dependencies([agreed]):
+            return tf.group([snapshot.take() for snapshot in snapshots])
 
     def _agree(self) -> tf.Tensor:
         agreement = {

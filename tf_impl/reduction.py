@@ -10,6 +10,7 @@ from horovod_powersgd.compressor import compressor_of
 from horovod_powersgd.tensorflow.clipping import clip_memory
 from horovod_powersgd.tensorflow.compression_state import load, saved
 from horovod_powersgd.tensorflow.exchange import Exchange, Settings, exchange_of
+from horovod_powersgd.tensorflow.snapshot import Snapshot
 from horovod_powersgd.tensorflow.state import Training, VariableState, state_in, states_of
 from horovod_powersgd.tensorflow.variable import native
 from horovod_powersgd.tensorflow.workers import Workers, transportable
@@ -28,6 +29,7 @@ class Reduction:
         compressor: None for Horovod's own compressions.
         exchange: the compressor's last one.
         training: may be set to another reduction's, whose training goes on.
+        discardable: whether steps are taken so that they can be discarded.
 
     Raises:
         TypeError: compression is none of these.
@@ -49,6 +51,8 @@ class Reduction:
     ):
         self.compressor = compressor_of(compression)
         self.training = training or Training()
+        self.discardable = False
+        self._snapshots: List[Snapshot] = []
         self.exchange: Optional[Exchange] = None
         self._settings: Optional[Settings] = None
         self._process_set, self._sparse_as_dense = process_set, sparse_as_dense
@@ -133,6 +137,16 @@ class Reduction:
                 found[i] = _map(lambda values: values / tf.cast(count, values.dtype), found[i])
         return found
 
+    def begin(self) -> None:
+        """What is exchanged from now on is one step."""
+        self._snapshots = []
+
+    def discard(self) -> None:
+        """Lets what has been exchanged since begin() leave no trace. Adds ops to the graph that is being built, if one
+        is."""
+        for snapshot in self._snapshots:
+            snapshot.restore()
+
     def follow_clipping(self, variables: Sequence, factors: Sequence) -> None:
         """Lets the memories know that the last averages are clipped, so that what is cut off a bad batch's does not
         come back from them (horovod_powersgd.clipping). Adds ops to the graph that is being built, if one is.
@@ -173,7 +187,12 @@ class Reduction:
         places = {id(native(variable)): i for i, variable in enumerate(variables)}
         gradients, once = _at(places.values(), gradients, variables)
         self.exchange = exchange_of(self._settings, self.training, once, gradients)
-        updates = dict(zip(places, self.exchange(gradients, learning_rate)))
+        new = []
+        if self.discardable:
+            kept = [holder.snapshot for holder in (self.exchange.clock, *self.exchange.states)]
+            new = [snapshot for snapshot in kept if snapshot not in self._snapshots]
+            self._snapshots += new
+        updates = dict(zip(places, self.exchange(gradients, learning_rate, tuple(new))))
         return [updates[id(native(variable))] for variable in variables]
 
     def _plain(self, gradients: Sequence, variables: Sequence, use_generic_names: bool) -> Sequence:

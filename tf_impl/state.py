@@ -1,5 +1,6 @@
 """What is kept of a variable from step to step."""
 
+import functools
 import re
 import weakref
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
@@ -17,6 +18,7 @@ from horovod_powersgd.reference import initial_factor
 from horovod_powersgd.statistics import residual
 from horovod_powersgd.tensorflow.adaptation import Adaptation
 from horovod_powersgd.tensorflow.kept import initial_values
+from horovod_powersgd.tensorflow.snapshot import Snapshot
 from horovod_powersgd.tensorflow.variable import make_variable, native
 
 # The variable's attribute that holds its states.
@@ -54,6 +56,11 @@ class Clock:
         self.bytes_received, self.total_bytes_received = make_variable(np.int64(0)), make_variable(np.int64(0))
         self.bytes_uncompressed, self.total_bytes_uncompressed = make_variable(np.int64(0)), make_variable(np.int64(0))
         self.exchanges: Dict = {}
+
+    @functools.cached_property
+    def snapshot(self) -> Snapshot:
+        """Of what a step that is not taken must not change: the bytes have been sent all the same."""
+        return Snapshot([self.steps])
 
     def begin_again(self) -> None:
         """Forgets all steps."""
@@ -152,6 +159,11 @@ class VariableState:
         self.name = name
         if self.key is not None:
             self.key.assign(key_of(name, self.config.seed))
+
+    @functools.cached_property
+    def snapshot(self) -> Snapshot:
+        """Of all."""
+        return Snapshot(self.variables().values())
 
     def begin_again(self) -> None:
         """Forgets all steps."""

@@ -20,12 +20,19 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
         loss_scale: what the loss is multiplied by, a number or a variable: the memory is kept without it, and so
             stays right when the scale changes. None: nothing.
         learning_rate: of the step, for Accordion: a number, a tensor or a variable. None: not known.
+        discardable: whether discard() is going to be called, perhaps. It costs memory of the gradients' size, and a
+            copy in each step.
     """
 
     # Horovod's methods say super(self.__class__, self), so the class of a tape is made, as Horovod makes its own, by
     # putting these methods and Horovod's into a direct subclass of the wrapped tape's class.
     loss_scale = learning_rate = None
+    discardable = False
     _last_sources: Sequence = ()
+
+    def __enter__(self):
+        self._allreduce_grads.begin()
+        return super(self.__class__, self).__enter__()
 
     def register_local_source(self, source):
         """The source's gradient stays this worker's own."""
@@ -48,7 +55,7 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
         """
         flat = tf.nest.flatten(sources)
         variables = [native(source) for source in flat]
-        self._last_sources = flat
+        self._last_sources, self._allreduce_grads.discardable = flat, self.discardable
         gradients = super(self.__class__, self).gradient(target, variables, output_gradients, unconnected_gradients)
         gradients = self._allreduce_grads.of_shared(
             unscaled(gradients, self.loss_scale),
@@ -68,6 +75,18 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
             [pair for pair in pairs if native(pair[0]).ref() in local],
             [pair for pair in pairs if native(pair[0]).ref() not in local],
         )
+
+    @tf.autograph.experimental.do_not_convert
+    def discard(self):
+        """Lets the step leave no trace, where its gradients are not applied: memory, what the compressor keeps and the
+        number of steps are what they were before this tape's gradient(). All workers call it, or none.
+
+        Raises:
+            RuntimeError: `discardable` was not set before gradient() was called.
+        """
+        if not self._allreduce_grads.discardable:
+            raise RuntimeError("set tape.discardable = True before gradient(), so that the step can be discarded")
+        self._allreduce_grads.discard()
 
     @tf.autograph.experimental.do_not_convert
     def clip_by_global_norm(self, gradients, clip_norm):

@@ -41,8 +41,12 @@ def prepare_worker() -> None:
         # pip-installed one that folder does not exist. A worker that is alone needs no daemon.
         os.environ.setdefault("OMPI_MCA_ess_singleton_isolated", "1")
     if _open_mpi_is_here():
-        # mpirun tells its workers, srun does not: without, they fill the screen with the help that is not found.
+        # mpirun tells its workers where Open MPI's files are, srun does not.
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
+        # Slurm names munge first, which pip's Open MPI lacks: it takes the next, after screens of complaints.
+        security = os.environ.get("PMIX_SECURITY_MODE", "").split(",")
+        if "native" in security:
+            os.environ["PMIX_SECURITY_MODE"] = "native"
     launcher, workers = _started_by(os.environ)
     if launcher is not None and workers > 1:
         _refuse_gloo(launcher, workers)

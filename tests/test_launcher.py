@@ -43,13 +43,19 @@ def test_a_plain_python_script_runs_as_one_worker():
     assert outcome.stdout == "worker 0 of 1\n", outcome.stderr
 
 
-@pytest.mark.parametrize("mpi, told", [("here", True), ("of the system", False)])
-def test_a_worker_that_no_mpirun_started_tells_an_mpi_of_this_environment_where_it_is(mpi, told):
+@pytest.mark.parametrize("mpi", ["here", "elsewhere"])
+def test_under_srun_an_mpi_of_this_environment_is_told_what_keeps_it_silent(mpi):
     program = "import os, sys, horovod.torch\nfrom horovod_powersgd.launcher import prepare_worker\n"
-    program += "" if mpi == "here" else "sys.prefix = '/elsewhere'\n"
-    program += "prepare_worker(); print(os.environ.get('OPAL_PREFIX'))"
-    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert outcome.stdout == f"{sys.prefix if told else None}\n", outcome.stderr
+    program += "sys.prefix = '/elsewhere'\n" if mpi == "elsewhere" else ""
+    program += "prepare_worker(); print(os.environ.get('OPAL_PREFIX'), os.environ['PMIX_SECURITY_MODE'])"
+    outcome = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PMIX_RANK": "0", "PMIX_SECURITY_MODE": "munge,native"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert outcome.stdout.split() == ([sys.prefix, "native"] if mpi == "here" else ["None", "munge,native"])
 
 
 def test_workers_under_mpirun_are_one_job():

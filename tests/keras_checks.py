@@ -220,6 +220,39 @@ def check_clipping_comes_after_the_exchange():
     assert cases.error(model.get_weights()[0], numpy_weights(model, PowerSGD(rank=2), clip=0.1)) < 1e-3
 
 
+def steps_behind(optimizer, spike=25, steps=50):
+    """How many steps later a training with one bad batch is where the other one was before it."""
+    rng = np.random.default_rng(0)
+    target = rng.standard_normal((ROWS, ROWS)) * 0.9 ** np.arange(ROWS) @ rng.standard_normal((ROWS, COLUMNS))
+    x, noise = data(batches=steps)
+    y = (x @ target).astype("float32")
+    losses = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            losses[-1].append(np.mean((self.model.get_weights()[0] - target) ** 2))
+
+    for bad in (False, True):
+        if bad:
+            y[spike * BATCH : (spike + 1) * BATCH] = 1000 * noise[:BATCH]
+        losses.append([])
+        wrapped = hvd_keras.DistributedOptimizer(optimizer(), compression=PowerSGD(rank=2))
+        fit(linear_model(wrapped), x=x, y=y, callbacks=[Look()])
+    usual, spoilt = losses
+    return next((i for i in range(spike + 1, steps) if spoilt[i] <= usual[spike]), steps) - spike
+
+
+def check_a_clipped_bad_batch_costs_few_steps():
+    sgd = keras.optimizers.SGD
+    makes = [lambda: sgd(2.0, global_clipnorm=1.0), lambda: sgd(2.0, clipvalue=0.05)]
+    makes += [lambda: LossScaleOptimizer(sgd(2.0, clipnorm=1.0))]
+    if not KERAS_3:
+        makes += [lambda: keras.optimizers.legacy.SGD(2.0, global_clipnorm=1.0)]
+    for number, make in enumerate(makes):
+        behind = steps_behind(make)
+        assert behind <= 5, (number, behind)
+
+
 def check_replicas_stay_equal_with_whatever_optimizer():
     averaged = dict(weight_decay=0.01, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=4)
     optimizers = [
@@ -398,8 +431,8 @@ def check_copies_and_configurations_of_a_distributed_optimizer():
     config = PowerSGD(rank=2)
     for kind in [keras.optimizers.SGD] + ([] if KERAS_3 else [keras.optimizers.legacy.SGD]):
         optimizer = hvd_keras.DistributedOptimizer(kind(0.5), compression=config)
-        for plain in (optimizer.from_config(optimizer.get_config()), type(optimizer).from_config(optimizer.get_config())):
-            assert type(plain) is kind
+        for from_config in (optimizer.from_config, type(optimizer).from_config):
+            assert type(from_config(optimizer.get_config())) is kind
         if not KERAS_3 and kind is keras.optimizers.SGD:
             with pytest.raises(TypeError, match="from_config"):
                 copy.deepcopy(optimizer)
@@ -511,6 +544,9 @@ def check_xla_is_left_out_or_told():
         tf.config.list_physical_devices = lambda kind=None: [tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU")]
         assert keras.Sequential([keras.layers.Dense(1)]).jit_compile
         assert not compiled("auto").jit_compile
+        with tempfile.TemporaryDirectory() as folder:
+            linear_model("sgd").save(f"{folder}/model.keras")
+            assert not hvd_keras.load_model(f"{folder}/model.keras").jit_compile
     finally:
         tf.config.list_physical_devices = devices
 
@@ -536,8 +572,9 @@ def check_misuse_is_told():
         ):
             with pytest.raises(TypeError, match=match):
                 module.DistributedOptimizer(wrong, compression=PowerSGD())
-        with pytest.raises(TypeError, match="compression="):
-            module.DistributedOptimizer(keras.optimizers.SGD(), PowerSGD())
+        for misplaced in ((PowerSGD(),), ("name", PowerSGD())):
+            with pytest.raises(TypeError, match="compression="):
+                module.DistributedOptimizer(keras.optimizers.SGD(), *misplaced)
     with pytest.raises(TypeError, match="compression="):
         hvd_keras.PartialDistributedOptimizer(keras.optimizers.SGD(), "name", PowerSGD())
     with pytest.raises(TypeError, match="horovod_powersgd.tensorflow.DistributedOptimizer"):
@@ -546,5 +583,12 @@ def check_misuse_is_told():
     optimizer.apply_gradients = lambda pairs: None
     with pytest.raises(TypeError, match="apply_gradients in a subclass of SGD"):
         hvd_keras.DistributedOptimizer(optimizer, compression=PowerSGD())
+    backend = keras.backend.backend
+    try:
+        keras.backend.backend = lambda: "torch"
+        with pytest.raises(ImportError, match="torch .* KERAS_BACKEND=tensorflow"):
+            importlib.reload(hvd_keras)
+    finally:
+        keras.backend.backend = backend
     with pytest.raises(RuntimeError, match="compressed nothing"):
         hvd_keras.DistributedOptimizer(keras.optimizers.SGD(), compression=PowerSGD()).compression_stats()

@@ -3,12 +3,20 @@
     import horovod_powersgd.tensorflow.keras as hvd     # was: import horovod.tensorflow.keras as hvd
 """
 
-from horovod.tensorflow.keras import *  # noqa: F401, F403
+from tensorflow import keras
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        f"Keras computes with {keras.backend.backend()} here, and Horovod averages the gradients of TensorFlow. Set "
+        "KERAS_BACKEND=tensorflow in the environment of all workers, or in ~/.keras/keras.json"
+    )
+
+from horovod.tensorflow.keras import *  # noqa: E402, F401, F403
 
 # Not "from ... import callbacks": that would find Horovod's, which the line above has brought.
-import horovod_powersgd.tensorflow.keras.callbacks
-import horovod_powersgd.tensorflow.keras.elastic  # noqa: F401
-from horovod_powersgd import (  # noqa: F401
+import horovod_powersgd.tensorflow.keras.callbacks  # noqa: E402
+import horovod_powersgd.tensorflow.keras.elastic  # noqa: E402, F401
+from horovod_powersgd import (  # noqa: E402, F401
     Accordion,
     Allgather,
     AllreduceMean,
@@ -26,9 +34,9 @@ from horovod_powersgd import (  # noqa: F401
     TopK,
     UnbiasedRank,
 )
-from horovod_powersgd.tensorflow import CompressionState, assert_replicas_equal, init  # noqa: F401
-from horovod_powersgd.tensorflow.keras.error_feedback_sgd import ErrorFeedbackSGD  # noqa: F401
-from horovod_powersgd.tensorflow.keras.optimizer import (  # noqa: F401
+from horovod_powersgd.tensorflow import CompressionState, assert_replicas_equal, init  # noqa: E402, F401
+from horovod_powersgd.tensorflow.keras.error_feedback_sgd import ErrorFeedbackSGD  # noqa: E402, F401
+from horovod_powersgd.tensorflow.keras.optimizer import (  # noqa: E402, F401
     DistributedOptimizer,
     PartialDistributedOptimizer,
     load_model,

@@ -8,6 +8,7 @@ import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet
 
 from horovod_powersgd.accordion import Accordion
+from horovod_powersgd.tensorflow.clipping import clipping_factors
 from horovod_powersgd.tensorflow.local_variables import LocalVariables
 from horovod_powersgd.tensorflow.reduction import Reduction
 from horovod_powersgd.tensorflow.state import Training
@@ -33,6 +34,7 @@ class Aggregation:
         process_set: of the workers.
         local: this worker's own variables.
         variables: those of the last call.
+        applied: those whose averages are being applied.
         saved_states: to be loaded when the variables are known.
     """
 
@@ -43,7 +45,7 @@ class Aggregation:
         self.process_set, self._scale_local = process_set, scale_local
         self.counter = make_variable(np.int32(0))
         self.exchanged = self.applying = self.inside_loss_scaling = False
-        self.variables: Sequence = ()
+        self.variables = self.applied = ()
         self.saved_states: object = None
         self.local = LocalVariables()
         self._sums: Mapping = {}
@@ -110,6 +112,11 @@ class Aggregation:
             tf.equal(self.counter, 0), lambda: done(apply()), lambda: done(iterations.assign_add(1))
         )
         return iterations if tf.executing_eagerly() else applied.op
+
+    def follow_clipping(self, averages: Sequence, clipped: Sequence) -> None:
+        """Lets the memories follow what the optimizer does to averages, those of the variables being applied."""
+        if self.reduction.compressor is not None:
+            self.reduction.follow_clipping(self.applied, clipping_factors(averages, clipped))
 
     def load(self, states) -> None:
         """hvd.load_compression_state_dict, of the variables of the last call."""

@@ -56,6 +56,12 @@ class _DistributedOptimizer:
     def _aggregate(self, gradients, variables):
         return self._aggregation(gradients, variables, lambda: current_learning_rate(self))
 
+    def _clip_gradients(self, grads):
+        clipped = super()._clip_gradients(grads)
+        if clipped is not grads:
+            self._aggregation.follow_clipping(grads, clipped)
+        return clipped
+
     def compute_gradients(self, loss, var_list, tape=None):
         """The averaged gradients, with their variables.
 
@@ -150,6 +156,10 @@ class _Keras3Optimizer(_DistributedOptimizer):
         averages = list(gradients) if aggregation.exchanged else self._aggregate(gradients, variables)
         aggregation.apply(lambda: apply(averages), self._iterations)
 
+    def _backend_apply_gradients(self, grads, trainable_variables):
+        self._aggregation.applied = trainable_variables
+        super()._backend_apply_gradients(grads, trainable_variables)
+
     def __deepcopy__(self, memo):
         """What Keras makes of a copy, distributed, with a memory of its own."""
         rebuild, arguments = self.__reduce__()
@@ -201,9 +211,18 @@ class _Keras2Optimizer(_DistributedOptimizer):
             pairs = self.aggregate_gradients(pairs)
 
         def apply():
+            aggregation.applied = [variable for gradient, variable in pairs if gradient is not None]
             return super(_Keras2Optimizer, self).apply_gradients(pairs, *args, **kwargs)
 
         return apply() if aggregation.applying else aggregation.apply(apply, self.iterations)
+
+    def _transform_gradients(self, grads_and_vars):
+        """Where tf.keras.optimizers.legacy clips."""
+        clipped = super()._transform_gradients(grads_and_vars)
+        if clipped is not grads_and_vars:
+            averages, gradients = ([gradient for gradient, _ in pairs] for pairs in (grads_and_vars, clipped))
+            self._aggregation.follow_clipping(averages, gradients)
+        return clipped
 
     def __deepcopy__(self, memo):
         """The copy is distributed, too, with a memory of its own."""
@@ -345,6 +364,9 @@ def load_model(
     distributed = isinstance(getattr(model.optimizer, "inner_optimizer", model.optimizer), _DistributedOptimizer)
     if model.optimizer is not None and not distributed:
         DistributedOptimizer(model.optimizer, compression=compression)
+        if KERAS_3:
+            # Keras has compiled it when its optimizer was a plain one.
+            model.jit_compile = False
     return model
 
 
@@ -369,9 +391,10 @@ def _distribute(optimizer, aggregation):
         bases = (_CompressingOptimizer, *bases)
     hiding = sorted(vars(optimizer).keys() & (vars(_DistributedOptimizer).keys() | vars(bases[-2]).keys()))
     if hiding:
+        names = " and ".join(hiding)
         raise TypeError(
-            f"This {wrapped.__name__} has its own {' and '.join(hiding)}, set on the object, which would be called in "
-            f"place of those that exchange gradients. Define {' and '.join(hiding)} in a subclass of {wrapped.__name__}."
+            f"{names} of this {wrapped.__name__} was set on the object, and would be called in place of the one that "
+            f"exchanges gradients. Define {names} in a subclass of {wrapped.__name__}."
         )
     members = {
         "_wrapped": wrapped,

@@ -462,7 +462,7 @@ def check_a_spike_that_is_clipped_costs_few_steps():
     target = rng.standard_normal((64, 48)) * 0.9 ** np.arange(48) @ rng.standard_normal((48, 96))
     target = target.astype("float32")
 
-    def train(compression, clip, spike=None):
+    def train(compression, clip, discardable, spike=None):
         """The losses of least squares."""
         v, losses = variable(shape=target.shape), []
 
@@ -471,6 +471,7 @@ def check_a_spike_that_is_clipped_costs_few_steps():
             with tf.GradientTape() as tape:
                 loss = tf.reduce_mean((x @ v - y) ** 2)
             tape = hvd.DistributedGradientTape(tape, compression=compression)
+            tape.discardable = discardable
             v.assign_sub(0.2 * clip(tape, tape.gradient(loss, [v]))[0])
             return tf.reduce_mean((v - target) ** 2)
 
@@ -493,11 +494,15 @@ def check_a_spike_that_is_clipped_costs_few_steps():
         tape.follow_clipping(gradients, clipped)
         return clipped
 
-    for compression in (hvd.Compression.none, PowerSGD(rank=4), TopK(0.05)):
-        for clip in (by_global_norm, by_norm):
-            usual, losses = train(compression, clip), train(compression, clip, spike=60)
-            behind = next(i for i in range(60, 90) if losses[i] <= usual[59]) - 60
-            assert behind <= 5, (compression, clip, behind)
+    for compression, *options in (
+        (hvd.Compression.none, by_global_norm, False),
+        (PowerSGD(rank=4), by_global_norm, False),
+        (PowerSGD(rank=4), by_norm, True),
+        (TopK(0.05), by_norm, False),
+    ):
+        usual, losses = train(compression, *options), train(compression, *options, spike=60)
+        behind = next(i for i in range(60, 90) if losses[i] <= usual[59]) - 60
+        assert behind <= 5, (compression, options, behind)
 
 
 def check_clipping_is_the_same_rule_as_without_tensorflow():
@@ -783,6 +788,52 @@ def check_misuse_is_told():
     compiled = tf.function(lambda g: exchange([v], [g], PowerSGD(rank=2)), jit_compile=True)
     with pytest.raises(RuntimeError, match="jit_compile=False"):
         compiled(tf.constant(matrix()))
+
+
+def check_a_compressor_in_the_wrong_place_is_told():
+    x, config = tf.ones(SHAPE), PowerSGD(rank=4)
+    for wrap in (hvd.DistributedGradientTape, hvd.PartialDistributedGradientTape):
+        with pytest.raises(TypeError, match="device_dense.*compression="):
+            wrap(tf.GradientTape(), config)
+    for function in (hvd.allreduce, hvd.grouped_allreduce, hvd.reducescatter, hvd.grouped_reducescatter):
+        tensors = [x] if "grouped" in function.__name__ else x
+        for arguments, options in (((config,), {}), ((), {"compression": config})):
+            with pytest.raises(TypeError, match="PowerSGD.*compresses gradients"):
+                function(tensors, *arguments, **options)
+    np.testing.assert_array_equal(tf.function(lambda: hvd.allreduce(x, compression=hvd.Compression.fp16))(), x)
+
+
+def check_a_jacobian_is_told_where_to_come_from():
+    v = variable(shape=(3,))
+    with tf.GradientTape(persistent=True) as inner:
+        y = v**2
+    tape = hvd.DistributedGradientTape(inner, compression=PowerSGD(rank=2))
+    for jacobian in (tape.jacobian, tape.batch_jacobian):
+        with pytest.raises(RuntimeError, match="tf.GradientTape that you wrap"):
+            jacobian(y, v)
+    # As it says.
+    np.testing.assert_array_equal(inner.jacobian(y, v), np.zeros((3, 3)))
+    np.testing.assert_array_equal(tape.gradient(y, v), np.zeros(3))
+
+
+def check_replicas_are_equal_whatever_batch_normalization_saw():
+    model = tf.keras.Sequential(
+        [
+            tf.keras.layers.Input((4,)),
+            tf.keras.layers.BatchNormalization(),
+            tf.keras.Sequential([tf.keras.layers.Dropout(0.5), tf.keras.layers.BatchNormalization(scale=False)]),
+            tf.keras.layers.Dense(3, kernel_initializer="ones"),
+        ]
+    )
+    model(np.full((5, 4), hvd.rank() + 1.0, "float32"), training=True)
+    hvd.assert_replicas_equal(model)
+    if hvd.size() == 1:
+        return
+    with pytest.raises(AssertionError, match="moving_mean"):
+        hvd.assert_replicas_equal(model.weights)
+    model.layers[0].beta.assign(tf.fill([4], float(hvd.rank())))
+    with pytest.raises(AssertionError, match="1 variables.*beta"):
+        hvd.assert_replicas_equal(model)
 
 
 def check_tensors_are_averaged_as_they_are():

@@ -1,6 +1,6 @@
 """What becomes of the memory where an averaged gradient is clipped: horovod_powersgd.clipping, in ops."""
 
-from typing import List, Sequence
+from typing import List, Optional, Sequence
 
 import tensorflow as tf
 
@@ -18,22 +18,25 @@ def after_clipping(factor: tf.Tensor, usual: tf.Tensor):
     return of_memory, tf.where(known, usual * tf.sqrt(tf.clip_by_value(ratio, 1 / SPIKE, SPIKE)), factor)
 
 
-def clip_memory(state: VariableState, factor: tf.Tensor) -> None:
+def clip_memory(state: VariableState, factor: tf.Tensor, before: Optional[tf.Variable]) -> None:
     """Clips what the last step left in the memory, as its update is; adds ops to a graph.
+
+    Where the memory before the step is still there, it comes back in the place of what is cut off.
 
     Args:
         state: of the variable.
         factor: what the update is multiplied by, float64, 0 or more. Where it is not finite the step is none.
+        before: the memory before the step; None where nobody kept it.
     """
-    if state.memory is None:
-        return
 
     def clip():
         of_memory, usual = after_clipping(factor, tf.convert_to_tensor(state.usual_clipping))
         state.usual_clipping.assign(usual)
 
         def cut():
-            state.memory.assign(state.memory * tf.cast(of_memory, state.dtype))
+            part = tf.cast(of_memory, state.dtype)
+            memory = part * state.memory
+            state.memory.assign(memory if before is None else memory + (1 - part) * before)
             return True
 
         return tf.cond(of_memory < 1, cut, lambda: False)

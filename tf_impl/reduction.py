@@ -158,8 +158,10 @@ class Reduction:
         """
         for variable, factor in zip(variables, factors):
             state = self.compressor and state_in(self.training, variable, self.compressor, self._process_set)
-            if state is not None:
-                clip_memory(state, tf.cast(factor, tf.float64))
+            if state is not None and state.memory is not None:
+                kept = self.discardable and state.snapshot in self._snapshots
+                before = state.snapshot.copy_of(state.memory) if kept else None
+                clip_memory(state, tf.cast(factor, tf.float64), before)
 
     def state_dict(self, variables: Sequence) -> Dict[str, object]:
         """hvd.compression_state_dict, of this training.

@@ -66,18 +66,27 @@ def assert_replicas_equal(model):
     """Checks that all workers hold the same bits. Costs a hash of the model, and a few bytes.
 
     Args:
-        model: a Keras model, whose weights are compared; or a list of variables or arrays, compared in their order,
-            whatever their names are; or a dict of them, compared by name.
+        model: a Keras model, whose weights are compared, trained or not, but for the moving statistics of its
+            BatchNormalization layers, which are each worker's own by nature; or a list of variables or arrays, compared
+            in their order, whatever their names are; or a dict of them, compared by name.
 
     Raises:
         AssertionError: on every worker, naming the variables that differ, and from which worker on.
     """
     names, arrays = {}, model
     if not isinstance(model, dict):
-        arrays = dict(enumerate(getattr(model, "weights", model)))
+        arrays = dict(enumerate(_replicated(model) if hasattr(model, "weights") else model))
         names = {i: getattr(v, "path", getattr(v, "name", f"number {i}")) for i, v in arrays.items()}
     mine = {key: _hash(array) for key, array in arrays.items()}
     check_replicas(allgather_object(mine, name="replicas"), names, "variables")
+
+
+def _replicated(model):
+    """The weights of a Keras model that are the same on all workers."""
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, tf.keras.layers.BatchNormalization)]
+    statistics = {id(v) for layer in layers for v in layer.weights if v is not layer.gamma and v is not layer.beta}
+    # Random states are no weights.
+    return [weight for weight in model.weights if id(weight) not in statistics]
 
 
 def _hash(array):

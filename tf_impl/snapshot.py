@@ -14,6 +14,10 @@ class Snapshot:
     def __init__(self, variables: Iterable[tf.Variable]):
         self._copies = [(variable, _like(variable)) for variable in variables]
 
+    def copy_of(self, variable: tf.Variable) -> tf.Variable:
+        """What it was before, in a variable."""
+        return next(copy for original, copy in self._copies if original is variable)
+
     def take(self) -> List[tf.Operation]:
         """The ops that copy the variables as they are."""
         return [copy.assign(tf.convert_to_tensor(variable), read_value=False) for variable, copy in self._copies]

@@ -5,6 +5,7 @@ from typing import Sequence
 import horovod.tensorflow as horovod
 import tensorflow as tf
 
+from horovod_powersgd.compressor import refuse_misplaced
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.clipping import clipping_factors
 from horovod_powersgd.tensorflow.local_variables import LocalVariables
@@ -66,6 +67,20 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
             self.learning_rate,
         )
         return tf.nest.pack_sequence_as(sources, scaled(gradients, self.loss_scale))
+
+    def jacobian(self, *args, **kwargs):
+        """Not for a distributed tape, whose gradients are averages.
+
+        Raises:
+            RuntimeError: always, with what to do.
+        """
+        raise RuntimeError(
+            "A Jacobian is each worker's own, and a distributed tape averages. Take it from the tf.GradientTape that "
+            "you wrap: inner = tf.GradientTape(persistent=True), then inner.jacobian(...) beside "
+            "hvd.DistributedGradientTape(inner, ...).gradient(...); and hvd.allreduce it if you want the average"
+        )
+
+    batch_jacobian = jacobian
 
     def get_local_and_global_gradients(self, target, sources, output_gradients=None, use_generic_names=False):
         """([(source, gradient)] of the local sources, [(source, gradient)] of the others)."""
@@ -161,6 +176,7 @@ def DistributedGradientTape(
         (the others): as Horovod's.
 
     Raises:
+        TypeError: a compressor in another argument's place.
         ValueError: a compressor with op=Adasum, or what Horovod refuses.
 
     Example:
@@ -169,6 +185,7 @@ def DistributedGradientTape(
         >>> tape = hvd.DistributedGradientTape(tape, compression=hvd.PowerSGD(rank=4))
         >>> gradients = tape.gradient(loss, model.trainable_variables)
     """
+    refuse_misplaced({name: value for name, value in locals().items() if name != "compression"})
     groups = native_groups(groups)
     arguments = (sparse_as_dense, op, gradient_predivide_factor)
     # Horovod checks the arguments.
@@ -217,6 +234,7 @@ def PartialDistributedGradientTape(
     Raises:
         ValueError: what is in local_layers is no layer; and as DistributedGradientTape.
     """
+    refuse_misplaced({name: value for name, value in locals().items() if name != "compression"})
     tape = DistributedGradientTape(
         gradtape,
         device_dense,

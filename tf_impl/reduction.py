@@ -206,18 +206,6 @@ class Reduction:
         return [_cast(mean, dtype) for mean, dtype in zip(means, dtypes)]
 
 
-def variables_of(layers) -> List:
-    """The variables that a Keras layer, or some, or none, train.
-
-    Raises:
-        ValueError: one of them is no layer.
-    """
-    layers = [layers] if isinstance(layers, tf.keras.layers.Layer) else layers or []
-    if not all(isinstance(layer, tf.keras.layers.Layer) for layer in layers):
-        raise ValueError("All local layers must be of tf.keras.layers.Layer type.")
-    return [variable for layer in layers for variable in layer.trainable_weights]
-
-
 def scaled(gradients: Sequence, scale) -> List:
     """The gradients times `scale`, a number or a variable; None: as they are."""
     if scale is None:

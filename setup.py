@@ -1,4 +1,4 @@
-"""Packaging: the folders torch_impl and tf_impl are installed as horovod_powersgd.torch and .tensorflow."""
+"""Packaging: torch_impl, tf_impl and keras_impl are installed as horovod_powersgd.torch, .tensorflow and .keras."""
 
 import pathlib
 import re
@@ -41,11 +41,13 @@ setup(
     python_requires=">=3.10",
     packages=[
         "horovod_powersgd",
+        "horovod_powersgd.keras",
         "horovod_powersgd.torch",
         "horovod_powersgd.tensorflow",
         "horovod_powersgd.tensorflow.keras",
     ],
     package_dir={
+        "horovod_powersgd.keras": "keras_impl",
         "horovod_powersgd.torch": "torch_impl",
         "horovod_powersgd.tensorflow": "tf_impl",
         "horovod_powersgd.tensorflow.keras": "tf_impl/keras",

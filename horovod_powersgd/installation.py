@@ -216,20 +216,20 @@ def require_horovod(framework: str) -> None:
     wanted = FRAMEWORKS[framework]
     if wanted.directory() is None:
         raise ImportError(f"horovod_powersgd.{framework} needs {wanted.title}. Run: pip install {framework}")
-    problem = _import_problem(wanted.name)
+    error = _import_error(wanted.name)
+    if error is not None:
+        raise ImportError(str(_broken(wanted.title, error, wanted.requirement()))) from error
+    problem = horovod_problem(wanted)
     if problem is not None:
-        raise ImportError(str(_broken(wanted.title, problem, wanted.requirement()))) from problem
-    found = horovod_problem(wanted)
-    if found is not None:
-        raise ImportError(str(found))
-    problem = _import_problem(f"horovod.{framework}")
-    if problem is not None:
+        raise ImportError(str(problem))
+    error = _import_error(f"horovod.{framework}")
+    if error is not None:
         # Building Horovod anew mends what was compiled, and nothing else.
-        cause = examine_horovod(wanted)[0] or _missing_package(problem) or _keras_problem(wanted)
-        raise ImportError(str(cause or _unexplained(wanted, problem))) from problem
+        problem = examine_horovod(wanted)[0] or _missing_package(error) or _keras_problem(wanted)
+        raise ImportError(str(problem or _unexplained(wanted, error))) from error
 
 
-def _import_problem(module: str) -> Exception | None:
+def _import_error(module: str) -> Exception | None:
     try:
         importlib.import_module(module)
     except Exception as error:  # TensorFlow's loader raises its own kinds, and whatever is broken any other
@@ -269,7 +269,7 @@ def _keras_problem(framework: Framework) -> Problem | None:
         release = ".".join(framework.version().split(".")[:2])  # another tf-keras would bring another TensorFlow
         what = f"TF_USE_LEGACY_KERAS={legacy} asks for Keras 2, which is not installed (without it, it is Keras 3)"
         return Problem(what, f"pip install 'tf-keras=={release}.*'")
-    error = _import_problem(keras)
+    error = _import_error(keras)
     if error is None:
         return None
     backend = os.environ.get("KERAS_BACKEND") or getattr(error, "name", None)  # which ~/.keras can ask for, too

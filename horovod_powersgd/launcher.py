@@ -104,7 +104,7 @@ def launch_environment() -> dict[str, str]:
 
 
 def _open_mpi_is_here() -> bool:
-    """Whether the Open MPI that Horovod has loaded is this environment's: pip puts it elsewhere than it was built for."""
+    """Whether the Open MPI that Horovod has loaded is this environment's, where pip put it."""
     library = f" {os.path.realpath(sys.prefix)}/lib/libopen-pal.so"
     with contextlib.suppress(OSError):
         return library in Path("/proc/self/maps").read_text()

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Dict, List, Mapping, Sequence
+from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set
 
 # What one worker must have in common with the others: what it is, in words, and its value, in words.
 Description = Mapping[str, str]
@@ -22,6 +22,120 @@ def ballot(description: Description) -> List[int]:
     whole = hashlib.sha256(json.dumps(list(description.items())).encode()).digest()
     numbers = [1 + int.from_bytes(whole[i : i + DIGEST_BITS // 8], "big") for i in range(0, 24, 6)]
     return [*numbers, *(2 ** (DIGEST_BITS + 1) - number for number in numbers)]
+
+
+def digest(names: Iterable[str]) -> str:
+    """What tells sets of names apart, in a few letters; their order does not count."""
+    return hashlib.sha256(json.dumps(sorted(names)).encode()).hexdigest()[:12]
+
+
+class Told(NamedTuple):
+    """What a worker tells of one of its optimizers.
+
+    Attributes:
+        names: the digest of its parameters' names.
+        description: what must be the same on all workers. Its order counts less: see Settlement.
+        uncompressed: whether it exchanges by Horovod's own code, which wants nothing to be the same.
+        steps: that it has exchanged.
+    """
+
+    names: str
+    description: Description
+    uncompressed: bool
+    steps: int
+
+
+class Claim(NamedTuple):
+    """What one worker says when optimizers are to be told apart: which of its own is about to exchange.
+
+    Attributes:
+        worker: its global rank.
+        asked: the place of that optimizer among
+        told: all optimizers of this worker, in the order in which they were made.
+    """
+
+    worker: int
+    asked: int
+    told: Sequence[Told]
+
+
+class Settlement(NamedTuple):
+    """One optimizer that all workers have.
+
+    Attributes:
+        places: for each worker, where among its own it is.
+        root: the global rank of the worker that has exchanged the most steps with it; None where none has exchanged any.
+        by_name: whether the workers have its parameters in different orders, so that they have to be sorted.
+    """
+
+    places: Sequence[int]
+    root: Optional[int]
+    by_name: bool
+
+
+def settle(claims: Sequence[Claim]) -> List[Settlement]:
+    """Which optimizer of one worker is which of another's, where workers come with different ones.
+
+    Two workers may step two optimizers in different orders; one may have made one more, which it never steps.
+
+    Args:
+        claims: of all workers, in their order; the same on all of them.
+
+    Returns:
+        One for each optimizer that a worker has asked for; none where all of these exchange by Horovod's own code.
+
+    Raises:
+        RuntimeError: the workers do not agree, with what differs between whom.
+    """
+    asked = [claim.told[claim.asked] for claim in claims]
+    if all(told.uncompressed for told in asked):
+        return []
+    settlements = []
+    places = {
+        names: [[i for i, told in enumerate(claim.told) if told.names == names] for claim in claims]
+        for names in sorted({told.names for told in asked})
+    }
+    if not all(some for candidates in places.values() for some in candidates):
+        raise disagreement([told.description for told in asked])
+    for candidates in places.values():
+        if len({len(some) for some in candidates}) == 1:
+            # Made in the same order; asked for in any.
+            numbers: Set[int] = {
+                some.index(claim.asked) for claim, some in zip(claims, candidates) if claim.asked in some
+            }
+            rows = [[some[number] for some in candidates] for number in sorted(numbers)]
+        else:
+            rows = [[_only(claim, some) for claim, some in zip(claims, candidates)]]
+        settlements += [_settlement(claims, row) for row in rows]
+    return settlements
+
+
+def _only(claim: Claim, candidates: Sequence[int]) -> int:
+    """The one of a worker's optimizers that is meant, where workers have different numbers of them."""
+    if claim.asked in candidates:
+        return claim.asked
+    if len(candidates) == 1:
+        return candidates[0]
+    names = ", ".join(what for what in claim.told[candidates[0]].description if what.startswith("parameter"))
+    raise RuntimeError(
+        f"Worker {claim.worker} has {len(candidates)} distributed optimizers of parameters with the same names, and "
+        f"other workers have another number of them, so that they cannot be told apart: give DistributedOptimizer "
+        f"named_parameters of which each optimizer's are called differently ({names[:200]})"
+    )
+
+
+def _settlement(claims: Sequence[Claim], places: Sequence[int]) -> Settlement:
+    told = [claim.told[place] for claim, place in zip(claims, places)]
+    if any(dict(t.description) != dict(told[0].description) for t in told):
+        raise disagreement([t.description for t in told])
+    steps, root = max((t.steps, -claim.worker) for claim, t in zip(claims, told))
+    orders = {tuple(t.description) for t in told}
+    return Settlement(places, -root if steps else None, len(orders) > 1)
+
+
+def disagreement(descriptions: Sequence[Description]) -> RuntimeError:
+    """The error on every worker, from all workers' descriptions in their order."""
+    return RuntimeError(f"The workers do not agree:\n{differences(descriptions)}")
 
 
 def check_replicas(everyone: Sequence[Mapping], names: Mapping, what: str) -> None:

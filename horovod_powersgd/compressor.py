@@ -135,11 +135,7 @@ class Compressor:
         Raises:
             TypeError: always, with what to do.
         """
-        raise TypeError(
-            f"{type(self).__name__} compresses gradients, from step to step: give it as compression= to a "
-            "DistributedOptimizer or a DistributedGradientTape. hvd.allreduce and its kind take hvd.Compression.none or "
-            "hvd.Compression.fp16"
-        )
+        raise _not_for("hvd.allreduce and its kind", self)
 
     decompress = compress
 
@@ -221,7 +217,8 @@ def compressor_of(compression) -> Optional[Compressor]:
         return compression
     if inspect.isgeneratorfunction(compression):
         return Custom(compression)
-    if hasattr(compression, "decompress"):
+    is_our_class = inspect.isclass(compression) and issubclass(compression, Compressor)
+    if hasattr(compression, "decompress") and not is_our_class:
         return None
     raise TypeError(
         "compression must be a compressor such as hvd.PowerSGD(...), a generator function, or one of Horovod's, "
@@ -241,6 +238,29 @@ def refuse_misplaced(arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if isinstance(value, Compressor):
             raise TypeError(f"{value!r} was given as {name}: give a compressor by name, as compression=...")
+
+
+def without_compressors(function: Callable) -> Callable:
+    """A function of Horovod's that refuses compressors, whichever argument they are given as.
+
+    The one returned raises a TypeError then.
+    """
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Compressor):
+                raise _not_for(f"hvd.{function.__name__}", value)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _not_for(function: str, compressor: Compressor) -> TypeError:
+    return TypeError(
+        f"{function} takes hvd.Compression.none or hvd.Compression.fp16, not {compressor!r}, which compresses gradients "
+        "from step to step: give it as compression= to a DistributedOptimizer or a DistributedGradientTape"
+    )
 
 
 def refusal_of_join(compressor: Optional[Compressor]) -> str:

@@ -10,6 +10,7 @@ delta with one factor's orthonormal basis to get the other factor.
 """
 
 import functools
+import re
 from dataclasses import dataclass, field
 from typing import Any, Dict, Generator, List, Mapping, Optional, Sequence, Union
 
@@ -60,7 +61,8 @@ def initial_factor(name: str, columns: int, rank: int, seed: int) -> np.ndarray:
     """The Q that every worker, in every framework, starts from. What is drawn later is from random_factor.
 
     Args:
-        name: of the tensor.
+        name: of the tensor. Only what comes after the last dot or slash counts: the rest changes with what a model is
+            put into (module., _orig_mod.) and with how many layers Keras has counted.
         columns: m of its n x m matrix.
         rank: r.
         seed: PowerSGD.seed.
@@ -68,7 +70,8 @@ def initial_factor(name: str, columns: int, rank: int, seed: int) -> np.ndarray:
     Returns:
         (columns, rank) float64, independent standard normal entries.
     """
-    return np.random.default_rng([seed, 0, *name.encode()]).standard_normal((columns, rank))
+    last = re.split("[./]", name)[-1]
+    return np.random.default_rng([seed, 0, *last.encode()]).standard_normal((columns, rank))
 
 
 def orthogonalize(matrix: np.ndarray, spare: np.ndarray) -> np.ndarray:

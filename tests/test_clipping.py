@@ -22,7 +22,7 @@ def test_a_training_that_is_clipped_in_every_step_keeps_its_memory():
     assert set(kept) == {1.0} and 0.25 < usual < 0.4
 
 
-def test_a_spike_is_cut_from_the_memory_as_from_the_update_and_nothing_after_it():
+def test_a_spike_counts_as_the_part_of_a_step_that_its_update_is_and_nothing_after_it():
     kept, usual = run([0.5, 0.5, 0.5, 0.0005, 0.5, 0.5, 0.5])
     assert kept[3] == pytest.approx(0.001)
     assert kept[:3] + kept[4:] == [1.0] * 6
@@ -34,6 +34,6 @@ def test_what_is_usual_follows_a_loss_scale_that_changes():
     assert set(kept) == {1.0} and usual == pytest.approx(2.0**-15, rel=0.1)
 
 
-def test_an_update_that_is_thrown_away_takes_its_memory_along():
+def test_a_step_whose_update_is_thrown_away_does_not_count():
     kept, usual = run([1.0, 0.0, 1.0])
     assert kept == [1.0, 0.0, 1.0] and usual >= 1 / SPIKE

@@ -16,7 +16,9 @@ from horovod.torch import *  # noqa: E402, F401, F403
 import horovod_powersgd.torch.elastic  # noqa: E402, F401
 from horovod_powersgd import *  # noqa: E402, F401, F403
 from horovod_powersgd import launcher  # noqa: E402
+from horovod_powersgd.compressor import without_compressors  # noqa: E402
 from horovod_powersgd.torch.error_feedback_sgd import ErrorFeedbackSGD  # noqa: E402, F401
+from horovod_powersgd.torch.loss_scaling import synchronize_before_unscaling  # noqa: E402
 from horovod_powersgd.torch.optimizer import DistributedOptimizer  # noqa: E402, F401
 from horovod_powersgd.torch.replicas import (  # noqa: E402, F401
     assert_replicas_equal,
@@ -24,6 +26,10 @@ from horovod_powersgd.torch.replicas import (  # noqa: E402, F401
     broadcast_parameters,
 )
 from horovod_powersgd.torch.workers import join  # noqa: E402, F401
+
+synchronize_before_unscaling()
+allreduce = without_compressors(horovod.torch.allreduce)
+grouped_allreduce = without_compressors(horovod.torch.grouped_allreduce)
 
 
 @functools.wraps(horovod.torch.init)

@@ -33,15 +33,16 @@ class Adaptation:
         self._next = self.regime.decided(self._config, step, rate, _norm)
         return self._config.amount_now(*self._layout.matrix_shape, self._next.is_low)
 
-    def keep(self, update: torch.Tensor, weight: float) -> None:
-        """Ends a finite step whose averaged gradient was `weight` times the update, (n, m)."""
-        if not self._adapts:
-            return
+    def end(self, update: torch.Tensor, weight: float) -> None:
+        """Takes the update, (n, m), of a finite step whose averaged gradient was `weight` times it."""
+        if self._adapts:
+            # Not in place: the step may still be discarded.
+            total = self._next.total
+            self._next.total = update * weight if total is None else torch.add(total, update, alpha=weight)
+
+    def commit(self) -> None:
+        """Keeps what `end` was told: the step is taken."""
         self.regime = self._next
-        if self.regime.total is None:
-            self.regime.total = update * weight
-        else:
-            self.regime.total.add_(update, alpha=weight)
 
     def state_dict(self) -> Dict[str, object]:
         """What is kept, on the CPU; the same on every worker."""

@@ -16,10 +16,14 @@ from horovod_powersgd.torch.workers import Mean, SparseMean, Workers
 
 
 class Verdict:
-    """Whether a step's averages are finite, on all workers alike; known when every bucket has said so."""
+    """Whether a step's averages are finite, on all workers alike; known when every bucket has said so.
+
+    Attributes:
+        called_for: whether the step is to end: until then, the gradients are left alone.
+    """
 
     def __init__(self, buckets: int):
-        self._buckets, self._finite = buckets, []
+        self._buckets, self._finite, self.called_for = buckets, [], False
 
     def add(self, finite: torch.Tensor) -> "Verdict":
         """Takes one bucket's word: a boolean, left on its device until all are there."""
@@ -27,8 +31,8 @@ class Verdict:
         return self
 
     def done(self) -> bool:
-        """Whether all buckets have their averages."""
-        return len(self._finite) == self._buckets
+        """Whether all buckets have their averages, and the step is to end."""
+        return self.called_for and len(self._finite) == self._buckets
 
     def result(self) -> bool:
         """Whether all of them are finite. The host waits for the device here, and where Accordion compares norms."""
@@ -48,6 +52,7 @@ class Step:
         rates: learning rates, where they are known.
         verdict: shared by all buckets.
         workers: that take part.
+        undoable: whether the step may still be discarded when it has ended.
         sent: bytes handed to Horovod.
         received: bytes handed back.
     """
@@ -59,6 +64,7 @@ class Step:
     rates: Mapping[torch.nn.Parameter, float]
     verdict: Verdict
     workers: Workers
+    undoable: bool = False
     sent: int = 0
     received: int = 0
 
@@ -91,7 +97,7 @@ class Bucket:
                 finite = gradient.fits(step.factor) & finite
         finite = yield step.verdict.add(finite)
         for gradient in self.gradients:
-            gradient.end(finite, step.factor)
+            gradient.end(finite, step.factor, step.undoable)
 
     def _begin(self, gradient: PlainGradient, step: Step, sparse: Dict[PlainGradient, SparseMean]):
         """Waits for a gradient; starts averaging it where it is sparse, and notes that."""

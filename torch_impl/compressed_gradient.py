@@ -1,5 +1,6 @@
 """A gradient that travels as a compressor's generator says."""
 
+from dataclasses import dataclass, field, replace
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -7,28 +8,37 @@ import torch
 
 from horovod_powersgd.compressor import AllreduceMean, Compressor
 from horovod_powersgd.layout import Layout
-from horovod_powersgd.randomness import key_of
 from horovod_powersgd.state import TensorState
 from horovod_powersgd.torch import arrays
-from horovod_powersgd.torch.adaptation import Adaptation
-from horovod_powersgd.torch.gradient import PlainGradient, sum_of_memories
+from horovod_powersgd.torch.clipping import Sample
+from horovod_powersgd.torch.gradient import StatefulGradient, sum_of_memories
 from horovod_powersgd.torch.workers import Workers
 
 
-class CompressedGradient(PlainGradient):
-    """reference.exchange of one matrix, with its error-feedback memory and what the compressor keeps.
-
-    A step calls start, begin, then, as long as there is a request, parts and go_on, and end.
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a matrix from step to step.
 
     Attributes:
+        by_compressor: what the compressor keeps, the same on every worker.
         memory: (n, m), float64 for float64 parameters, else float32; None before the first step and without error
             feedback.
-        kept: what the compressor keeps, the same on every worker.
-        adaptation: Accordion's part.
-        request: what the generator asks for; None at its end.
+        norm: |delta| of the last step; None where there was none or no memory is kept.
     """
 
-    compressed = True
+    by_compressor: Dict[str, torch.Tensor] = field(default_factory=dict)
+    memory: Optional[torch.Tensor] = None
+    norm: Optional[torch.Tensor] = None
+
+
+class CompressedGradient(StatefulGradient):
+    """reference.exchange of one matrix, with its error-feedback memory and what the compressor keeps.
+
+    A step calls start, begin, then, as long as there is a request, parts and go_on, then end, and commit or discard.
+
+    Attributes:
+        request: what the generator asks for; None at its end.
+    """
 
     def __init__(
         self,
@@ -38,14 +48,13 @@ class CompressedGradient(PlainGradient):
         config: Compressor,
         sparse_as_dense: bool = False,
     ):
-        super().__init__(name, parameter, layout, sparse_as_dense)
-        self._config, self._key = config, key_of(name, config.seed)
-        self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        self.memory: Optional[torch.Tensor] = None
-        self.kept: Dict[str, torch.Tensor] = {}
-        self.adaptation = Adaptation(config, layout)
-        self.request = None
-        self._norm: Optional[torch.Tensor] = None
+        super().__init__(name, parameter, layout, config, sparse_as_dense)
+        self._config, self.request, self._kept = config, None, Kept()
+
+    @property
+    def memory(self) -> Optional[torch.Tensor]:
+        """(n, m); None before the first step and without error feedback."""
+        return self._kept.memory
 
     @property
     def kind(self) -> Tuple:
@@ -54,7 +63,8 @@ class CompressedGradient(PlainGradient):
 
     def start(self, step: int, rate: Optional[float], workers: Workers) -> None:
         """Takes what is known before the gradient is there; `rate` is the learning rate."""
-        self._state = TensorState(arrays, self.name, self.layout.matrix_shape, self._key, self.kept, self._to_tensor)
+        kept = self._kept.by_compressor
+        self._state = TensorState(arrays, self.name, self.layout.matrix_shape, self._key, kept, self._to_tensor)
         self._state.begin(step, self.adaptation.amount(step, rate), workers.index, workers.count, True)
 
     def begin(self, scale: float) -> None:
@@ -108,41 +118,51 @@ class CompressedGradient(PlainGradient):
         """Whether the update is; a boolean on the device, the same on every worker."""
         return torch.isfinite(self._mean).all()
 
-    def end(self, finite: bool, factor: float) -> None:
-        """Puts the update, times `factor`, into the gradient; a finite step's memory and state are kept."""
-        if not self.is_sparse:
-            if finite:
-                self._keep()
-            factor *= self._scale
-            self._put((self._mean if factor == 1 else self._mean * factor).view(self.parameter.shape))
-            self._delta = self._sent = self._mean = self._state = None
-            return
-        super().end(finite, factor)
+    def end(self, finite: bool, factor: float, undoable: bool) -> None:
+        """Puts the update, times `factor`, into the gradient."""
+        if self.is_sparse:
+            return super().end(finite, factor, undoable)
+        self._sample = None
+        factor *= self._scale
+        update = self._mean if factor == 1 else self._mean * factor
+        if finite:
+            self._next = Kept(
+                self._state.kept,
+                self._delta - self._sent.reshape(self._delta.shape) if self._config.keeps_memory else None,
+                torch.linalg.vector_norm(self._delta, dtype=torch.float64) if self._config.error_feedback else None,
+            )
+            self.adaptation.end(self._mean, 1.0)
+            if undoable and self._config.keeps_memory:
+                self._sample = Sample.of_matrix(update)
+        self._put(update.view(self.parameter.shape))
+        self._delta = self._sent = self._mean = self._state = None
 
-    def _keep(self) -> None:
-        self.kept = self._state.kept
-        self.adaptation.keep(self._mean, 1.0)
-        if self._config.keeps_memory:
-            self.memory = self._delta - self._sent.reshape(self._delta.shape)
-        if self._config.error_feedback:
-            self._norm = torch.linalg.vector_norm(self._delta, dtype=torch.float64)
+    def _mixed(self, old: Kept, new: Kept, weight: float) -> Kept:
+        memory = new.memory * weight
+        return replace(new, memory=memory if old.memory is None else memory + (1 - weight) * old.memory)
+
+    def scaled_by(self, scale: float) -> None:
+        if self._next is not None and self._next.memory is not None:
+            self._next = replace(self._next, memory=self._next.memory / scale)
 
     def residual(self) -> Optional[float]:
         """|e| / |delta| of the last step; None where there was none or no memory is kept."""
-        if self._norm is None:
+        kept = self._next or self._kept
+        if kept.norm is None:
             return None
-        left = torch.linalg.vector_norm(self.memory, dtype=torch.float64)
-        return (left / self._norm).item() if self._norm else 0.0
+        left = torch.linalg.vector_norm(kept.memory, dtype=torch.float64)
+        return (left / kept.norm).item() if kept.norm else 0.0
 
     def shared_state(self) -> Dict[str, object]:
         """What is the same on every worker, on the CPU."""
-        kept = {key: torch.as_tensor(value).cpu().clone() for key, value in self.kept.items()}
+        kept = {key: torch.as_tensor(value).cpu().clone() for key, value in self._kept.by_compressor.items()}
         return {"kept": kept, **self.adaptation.state_dict()}
 
     def load_shared_state(self, state: Mapping) -> None:
         """Takes what another worker, or an earlier job, kept."""
         like = torch.empty(0, dtype=self.dtype, device=self.parameter.device)
-        self.kept = {key: value.to(self.parameter.device, copy=True) for key, value in state["kept"].items()}
+        kept = {key: value.to(self.parameter.device, copy=True) for key, value in state["kept"].items()}
+        self._kept = replace(self._kept, by_compressor=kept)
         self.adaptation.load_state_dict(state, like)
 
     def state_dict(self) -> Dict[str, object]:
@@ -155,6 +175,5 @@ class CompressedGradient(PlainGradient):
 
     def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
         self.load_shared_state(state)
-        self._norm = None
         like = torch.empty(0, dtype=self.dtype, device=self.parameter.device)
-        self.memory = sum_of_memories(memories, share, like)
+        self._kept = replace(self._kept, memory=sum_of_memories(memories, share, like), norm=None)

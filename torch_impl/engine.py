@@ -1,26 +1,35 @@
 """The exchange of one optimizer's gradients, step by step, while backward computes them."""
 
 import threading
+import time
 from types import MappingProxyType
-from typing import Callable, Dict, Generator, Iterable, List, Mapping, Sequence, Tuple, Union
+from typing import Callable, Dict, Generator, Iterable, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
+from horovod.common.exceptions import HorovodInternalError
 
 from horovod_powersgd import PowerSGD, checkpoint
 from horovod_powersgd.agreement import Description
 from horovod_powersgd.compressor import Compressor
 from horovod_powersgd.layout import layout_of
 from horovod_powersgd.statistics import CompressionStats, TensorStats
+from horovod_powersgd.torch import agreement as agreement_of_workers
 from horovod_powersgd.torch.bucket import Step, Verdict, make_buckets
+from horovod_powersgd.torch.clipping import factors_of
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient
 from horovod_powersgd.torch.gradient import MatrixGradient, PlainGradient
+from horovod_powersgd.torch.ownership import overlapping
 from horovod_powersgd.torch.workers import Workers
 
+# Between two looks at what has come, where several optimizers are waited for at once.
+POLL_SECONDS = 1e-4
 DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16
 
 
 class Engine:
     """Runs the buckets' exchanges: each goes on as soon as what it waits for is there, whatever the others do.
+
+    An exchange that has ended is pending until its step is taken (commit) or not (discard).
 
     Args:
         config: the same on every worker.
@@ -30,7 +39,12 @@ class Engine:
         groups: Horovod's, see make_buckets.
         sparse_as_dense: compress sparse gradients, too.
         learning_rates: gives those of the parameters, as far as they are known.
+
+    Attributes:
+        steps: that were exchanged with finite results, and taken.
     """
+
+    uncompressed = False
 
     def __init__(
         self,
@@ -43,7 +57,7 @@ class Engine:
         learning_rates: Callable[[], Mapping[torch.nn.Parameter, float]] = dict,
     ):
         self._learning_rates = learning_rates
-        self._config, self._workers, self._agreement = config, workers, agreement
+        self._config, self.workers, self._agreement = config, workers, agreement
         self._sum_gradients, self._groups, self._sparse_as_dense = sum_gradients, groups, sparse_as_dense
         self._gradients: List[PlainGradient] = []
         self._plain: Dict[PlainGradient, PlainGradient] = {}
@@ -51,17 +65,27 @@ class Engine:
         self._warming_up = False
         self._waiting: Dict[Generator, object] = {}
         self._arriving: Dict[torch.nn.Parameter, PlainGradient] = {}
+        # Those whose gradients were there before the workers had agreed.
+        self._early: Set[torch.nn.Parameter] = set()
+        # The gradients as they were when they arrived, and then as the exchange has left them.
+        self._noted: Dict[torch.nn.Parameter, Tuple[torch.Tensor, int]] = {}
+        # The gradients of the exchange that has ended, and whether it was finite.
+        self._pending: Optional[Tuple[Sequence[PlainGradient], bool]] = None
+        # Why the exchange of this step failed, and how often that has happened since the workers agreed.
+        self._failure: Optional[Exception] = None
+        self._failures = 0
         self._world: object = None
-        self._loss_scale: Callable[[], float] = lambda: 1.0
+        self._scaler: Optional[torch.amp.GradScaler] = None
         # Backward has a thread for each device.
         self._lock = threading.RLock()
-        self._steps, self._turn = 0, False
+        self.steps, self._turn = 0, False
         self._bytes_sent = self._total_bytes_sent = 0
         self._bytes_received = self._total_bytes_received = 0
         self._bytes_uncompressed = self._total_bytes_uncompressed = 0
+        agreement_of_workers.enter(self)
 
     def add(self, name: str, parameter: torch.nn.Parameter) -> None:
-        """Takes in a parameter, between two steps; in an order that is the same on every worker."""
+        """Takes in a parameter, between two steps."""
         if not (parameter.is_floating_point() or parameter.is_complex()):
             return  # it cannot have a gradient
         if parameter.dtype not in DTYPES:
@@ -76,60 +100,146 @@ class Engine:
         self._gradients.append(gradient)
         self._plain[gradient] = plain
 
+    def take_over(self, other: "Engine") -> None:
+        """Goes on where another engine ends, if it is one of the same parameters and configuration."""
+        mine, theirs = ({g.name: g for g in engine._gradients} for engine in (self, other))
+        if self._config != other._config or mine.keys() != theirs.keys():
+            return
+        if any(gradient.parameter is not theirs[name].parameter for name, gradient in mine.items()):
+            return
+        self.steps, self._turn = other.steps, other._turn
+        for name, gradient in mine.items():
+            gradient.take_over(theirs[name])
+
     def follow_loss_scale(self, scaler) -> None:
         """Asks the scaler (get_scale) for the loss scale in each step: gradients and memory are in that scale."""
-        self._loss_scale = scaler.get_scale
+        if self._scaler is None and self._pending:
+            # Nobody had told of it when the step began.
+            for gradient in self._pending[0]:
+                gradient.scaled_by(scaler.get_scale())
+        self._scaler = scaler
 
-    def arrived(self, parameter: torch.nn.Parameter) -> None:
-        """Takes in a gradient that backward has finished, and lets the exchanges go on as far as they can."""
+    def arrived(self, parameter: torch.nn.Parameter, incoming: Optional[torch.Tensor] = None) -> None:
+        """Takes in a gradient that backward has finished, and lets the exchanges go on as far as they can.
+
+        Args:
+            parameter: whose gradient it is.
+            incoming: what backward has handed over, while the hook runs that was called with it.
+        """
         with self._lock:
+            if parameter.grad is None:
+                return  # a hook of the user's has taken it away
             # The first exchange of a world waits for finish: workers may call backward in another order than step.
-            if self._world is self._workers.world():
+            if self._world is not self.workers.world():
+                self.discard()
+                self.note(parameter)
+                self._early.add(parameter)
+                return
+            try:
                 if not self._arriving:
                     self._begin()
-                self._arriving[parameter].arrived = True
+                gradient = self._arriving[parameter]
+                if parameter not in self._early:
+                    self.note(parameter)
+                gradient.arrived, gradient.incoming = True, incoming
                 self._resume()
+                gradient.incoming = None
+            except Exception as error:
+                self._fail(error)
+                raise
 
-    def finish(self) -> None:
-        """Completes the step: afterwards the updates stand in the gradients.
+    @property
+    def pending(self) -> bool:
+        """Whether an exchange has ended whose step was neither taken nor discarded."""
+        return self._pending is not None
+
+    @property
+    def replaced(self) -> bool:
+        """Whether there are other gradients than those of the exchange that has ended."""
+        return self._pending is not None and any(
+            gradient.parameter.grad is not self._noted[gradient.parameter][0] for gradient in self._pending[0]
+        )
+
+    def finish(self, undoable: bool) -> None:
+        """Completes the exchange: afterwards the updates stand in the gradients, and it is pending.
 
         A gradient that has not arrived takes part as it is, and as zeros where there is none, because another worker
         may have computed it.
 
+        Args:
+            undoable: whether the step may still be discarded. Otherwise it is to be committed at once; that spares
+                memory of the gradients' size.
+
         Raises:
             HorovodInternalError: a worker was lost. Memories and factors are as they were before the step.
-            RuntimeError: the workers do not agree on the model or the configuration.
+            RuntimeError: the workers do not agree on the model or the configuration; or a gradient was changed while it
+                was exchanged; or the exchange has failed before.
         """
+        if self._world is self.workers.world():
+            self._refuse_failed()
+        else:
+            self._agree()
         try:
-            if self._world is not self._workers.world():
-                self._agree()
             if not self._arriving:
                 self._begin()
             for parameter, gradient in self._arriving.items():
-                if parameter.grad is None:
-                    gradient.make_zero()
+                if not gradient.arrived:
+                    if parameter.grad is None:
+                        gradient.make_zero()
+                    if parameter not in self._early:
+                        self.note(parameter)
                 gradient.arrived = True
+            changed = self._changed()
+            self._drive()
+            if changed:
+                raise RuntimeError(changed)
+            self._mark_overlaps()
+            self._step.undoable, self._step.verdict.called_for = undoable, True
             self._resume()
-            while self._waiting:
-                # A verdict comes with the other buckets' means.
-                sent = [awaited for awaited in self._waiting.items() if not isinstance(awaited[1], Verdict)]
-                if sent:
-                    self._go_on(*sent[0])
-                self._resume()
+            for parameter in self._arriving:
+                self._noted[parameter] = parameter.grad, parameter.grad._version
             self._count()
+            self._pending = tuple(self._arriving.values()), self._step.verdict.result()
+        except Exception as error:
+            self._fail(error)
+            raise
         finally:
             self.reset()
 
+    def commit(self) -> None:
+        """Keeps what the next step needs, of the exchange that has ended: its step is taken."""
+        if self._pending is None:
+            return
+        (gradients, finite), self._pending = self._pending, None
+        if finite:
+            self.steps += 1
+            changed = {gradient: gradient.sample() for gradient in gradients if self._is_changed(gradient.parameter)}
+            sampled = {gradient: sample for gradient, sample in changed.items() if sample is not None}
+            factors = dict(zip(sampled, factors_of(list(sampled.values()))))
+            for gradient in gradients:
+                gradient.commit(factors.get(gradient, 1.0))
+        self._noted.clear()
+
+    def discard(self) -> None:
+        """Leaves memories, factors and steps as they were before the exchange that has ended: its step is not taken."""
+        if self._pending is not None:
+            for gradient in self._pending[0]:
+                gradient.discard()
+            self._pending = None
+            self._noted.clear()
+        self._failure = None
+
     def reset(self) -> None:
-        """Forgets a step that was begun."""
+        """Forgets an exchange that was begun."""
         for gradient in self._arriving.values():
-            gradient.arrived = False
+            gradient.arrived, gradient.incoming = False, None
         self._arriving, self._waiting = {}, {}
+        self._early.clear()
 
     def stats(self) -> CompressionStats:
         """What compression did in the last step and so far."""
         return CompressionStats(
-            steps=self._steps,
+            steps=self.steps + bool(self._pending and self._pending[1]),
             bytes_sent=self._bytes_sent,
             bytes_received=self._bytes_received,
             bytes_uncompressed=self._bytes_uncompressed,
@@ -142,7 +252,7 @@ class Engine:
     def state_dict(self) -> Dict[str, object]:
         """What this worker has to keep for the exchange to go on where it is: tensors, numbers and strings."""
         tensors = {gradient.name: gradient.state_dict() for gradient in self._gradients}
-        return checkpoint.state_dict(self._config, self._workers.count, self._workers.index, self._steps, tensors)
+        return checkpoint.state_dict(self._config, self.workers.count, self.workers.index, self.steps, tensors)
 
     def load_state_dict(self, states: Union[Mapping, Iterable[Mapping]]) -> None:
         """Goes on where the state was made.
@@ -155,8 +265,9 @@ class Engine:
             ValueError: the state is of another model or configuration, or does not serve this number of workers.
         """
         shapes = {gradient.name: gradient.layout.shape for gradient in self._gradients}
-        share = checkpoint.share_of(states, self._config, shapes, self._workers.count, self._workers.index)
-        self._steps = share.steps
+        share = checkpoint.share_of(states, self._config, shapes, self.workers.count, self.workers.index)
+        self._pending = None
+        self.steps = share.steps
         for gradient in self._gradients:
             memories = [(t["memory"], t["memory_scale"]) for t in share.memories.get(gradient.name, ())]
             gradient.load_state_dict(share.tensors[gradient.name], memories, share.weight)
@@ -174,7 +285,6 @@ class Engine:
         )
 
     def _count(self) -> None:
-        self._steps += self._step.verdict.result()
         self._bytes_sent, self._bytes_received = self._step.sent, self._step.received
         self._bytes_uncompressed = sum(gradient.uncompressed_bytes() for gradient in self._arriving.values())
         self._total_bytes_sent += self._bytes_sent
@@ -184,54 +294,105 @@ class Engine:
     def _trainable(self) -> Tuple[PlainGradient, ...]:
         """The gradients of a step: a frozen parameter has none, on all workers."""
         gradients = tuple(gradient for gradient in self._gradients if gradient.parameter.requires_grad)
-        if self._steps < self._config.warmup_steps:
+        if self.steps < self._config.warmup_steps:
             return tuple(self._plain[gradient] for gradient in gradients)
         return gradients
 
     @torch.no_grad()
     def _begin(self) -> None:
+        self.discard()
         gradients = self._trainable()
-        self._warming_up = self._steps < self._config.warmup_steps
+        self._warming_up = self.steps < self._config.warmup_steps
         if gradients != self._bucketed:
-            self._buckets = make_buckets(gradients, self._workers, self._config, self._groups)
+            self._buckets = make_buckets(gradients, self.workers, self._config, self._groups)
             self._bucketed = gradients
         self._arriving = {gradient.parameter: gradient for gradient in gradients}
         self._turn = not self._turn
         self._step = Step(
-            number=self._steps,
+            number=self.steps,
             turn=self._turn,
-            scale=self._loss_scale(),
-            factor=self._workers.count if self._sum_gradients else 1,
+            scale=1.0 if self._scaler is None else self._scaler.get_scale(),
+            factor=self.workers.count if self._sum_gradients else 1,
             rates=self._learning_rates(),
             verdict=Verdict(len(self._buckets)),
-            workers=self._workers,
+            workers=self.workers,
         )
         for bucket in self._buckets:
             exchange = bucket.exchange(self._step)
             self._waiting[exchange] = next(exchange)
 
     def _agree(self) -> None:
-        """Before the first exchange of these workers: all run the same training, and hold the same factors."""
-        if self._workers.count > 1:
-            gradients = self._trainable()
-            parameters = describe([(gradient.name, gradient.parameter) for gradient in gradients])
-            root = self._workers.agree({**self._agreement, **parameters}, self._steps)
-            if root is not None:
-                self._take_state(root)
-            # A worker that computed no gradient cannot know that it is sparse.
-            gradients = self._trainable()
-            largest = self._workers.largest([_sparse_dim(gradient) for gradient in gradients], "sparse")
-            for gradient, sparse_dim in zip(gradients, largest):
-                gradient.sparse_dim = 0 if self._sparse_as_dense else sparse_dim
-        self._world = self._workers.world()
+        if self.workers.count > 1:
+            agreement_of_workers.agree(self)
+        else:
+            self._world = self.workers.world()
+
+    def names(self) -> List[str]:
+        """Of the parameters."""
+        return [gradient.name for gradient in self._gradients]
+
+    def description(self) -> Description:
+        """What must be the same on every worker, in words."""
+        return {**self._agreement, **describe([(g.name, g.parameter) for g in self._trainable()])}
+
+    def agreed(self, root: Optional[int], by_name: bool) -> None:
+        """Before the first exchange of these workers: all run the same training, and hold the same factors.
+
+        Args:
+            root: the worker that has exchanged the most steps, in an elastic job, or after some have missed some: all
+                take what it keeps. None where all are new.
+            by_name: whether the workers have the parameters in different orders.
+        """
+        if by_name:
+            self._gradients.sort(key=lambda gradient: gradient.name)
+        if root is not None:
+            self._take_state(root)
+        # A worker that computed no gradient cannot know that it is sparse.
+        gradients = self._trainable()
+        largest = self.workers.largest([sparse_dim(gradient.parameter) for gradient in gradients], "sparse")
+        for gradient, dim in zip(gradients, largest):
+            gradient.sparse_dim = 0 if self._sparse_as_dense else dim
+        self._world, self._failures, self._bucketed = self.workers.world(), 0, ()
+        for parameter in tuple(self._early):
+            if parameter.requires_grad:
+                self.arrived(parameter)
 
     def _take_state(self, root: int) -> None:
-        """What the worker keeps that is farthest, in an elastic job: others may be new, or have missed a step."""
         compressed = [gradient for gradient in self._gradients if gradient.compressed]
-        mine = self._steps, self._turn, [gradient.shared_state() for gradient in compressed]
-        self._steps, self._turn, states = self._workers.from_worker(root, mine)
+        mine = self.steps, self._turn, [gradient.shared_state() for gradient in compressed]
+        self.steps, self._turn, states = self.workers.from_worker(root, mine)
         for gradient, state in zip(compressed, states):
             gradient.load_shared_state(state)
+
+    def _drive(self) -> None:
+        """Lets this engine's exchanges, and those of others that are under way, go on until this one's are complete
+        but for the verdict: workers may step two optimizers in different orders."""
+        self._resume()
+        while True:
+            sent = [item for item in self._waiting.items() if not isinstance(item[1], Verdict)]
+            if not sent:
+                return
+            process_set_id = self.workers.process_set.process_set_id
+            others = [
+                other
+                for other in agreement_of_workers.parties(process_set_id)
+                if other is not self and not other.uncompressed and other._waiting
+            ]
+            if not others:
+                self._go_on(*sent[0])
+            for other in others:
+                other._resume_aside()
+            if others and not any(awaited.done() for _, awaited in sent):
+                time.sleep(POLL_SECONDS)
+            self._resume()
+
+    def _resume_aside(self) -> None:
+        """Lets the exchanges go on while another engine waits; an error is this one's finish to tell."""
+        with self._lock:
+            try:
+                self._resume()
+            except Exception as error:
+                self._fail(error)
 
     def _resume(self) -> None:
         """Lets every exchange go on that has what it waits for."""
@@ -249,12 +410,67 @@ class Engine:
             del self._waiting[exchange]
             return None
 
+    def _fail(self, error: Exception) -> None:
+        """Drops a step whose exchange has failed: what it has made of the gradients is nobody's to use."""
+        if not self._arriving:
+            return
+        for parameter in self._arriving:
+            parameter.grad = None
+        self.reset()
+        self._noted.clear()
+        self._failure = error
+        # Messages that other workers have sent, or this one, must not meet those of the next step.
+        self._failures += 1
+        self.workers.prefix = f"{self.workers.prefix.partition('!')[0]}!{self._failures}"
+
+    def _refuse_failed(self) -> None:
+        if isinstance(self._failure, HorovodInternalError):
+            raise self._failure
+        if self._failure is not None:
+            raise RuntimeError(
+                f"The exchange of this step has failed ({type(self._failure).__name__}: {self._failure}), and its "
+                "gradients are lost: call zero_grad() and go on with the next batch"
+            ) from self._failure
+
+    def _changed(self) -> Optional[str]:
+        """What to say where gradients were changed since they arrived; None where they were not."""
+        changed = [g for parameter, g in self._arriving.items() if self._is_changed(parameter)]
+        for gradient in changed:
+            if gradient.parameter.grad is None:
+                gradient.make_zero()  # for the other workers, which cannot know
+        if not changed:
+            return None
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        return (
+            f"The gradient of {', '.join(gradient.name for gradient in changed[:3])}{more} was changed while it was "
+            "exchanged: call synchronize() first, then change it, then step() inside skip_synchronize()"
+        )
+
+    def note(self, parameter: torch.nn.Parameter) -> None:
+        """Notes a gradient as it is: from now on nobody is to change it before the exchange has ended."""
+        gradient = parameter.grad
+        if not gradient.is_sparse and 0 in gradient.stride() and gradient.numel() > 1:
+            # An expanded tensor has no room for what its elements are going to be.
+            gradient = parameter.grad = gradient.contiguous()
+        self._noted[parameter] = gradient, gradient._version
+
+    def _is_changed(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether somebody has changed the gradient since it was noted."""
+        gradient, version = self._noted[parameter]
+        return parameter.grad is not gradient or gradient._version != version
+
+    def _mark_overlaps(self) -> None:
+        borrowed = [gradient for gradient in self._arriving.values() if gradient.borrowed is not None]
+        overlaps = overlapping([gradient.borrowed for gradient in borrowed])
+        for gradient, overlaps_others in zip(borrowed, overlaps):
+            gradient.overlaps = overlaps_others
+
 
 def describe(parameters: Iterable[Tuple[str, torch.nn.Parameter]]) -> Dict[str, str]:
     """What all workers must have in common of their models, in words."""
     return {f"parameter {name}": f"{tuple(p.shape)} {p.dtype}" for name, p in parameters}
 
 
-def _sparse_dim(gradient: PlainGradient) -> int:
-    computed = gradient.parameter.grad
-    return computed.sparse_dim() if computed is not None and computed.is_sparse else 0
+def sparse_dim(parameter: torch.nn.Parameter) -> int:
+    """Of its gradient; 0 where that is dense, or not there."""
+    return parameter.grad.sparse_dim() if parameter.grad is not None and parameter.grad.is_sparse else 0

@@ -1,18 +1,22 @@
 """What one parameter's gradient goes through in a step, and what is kept of it for the next one."""
 
+from dataclasses import dataclass, replace
 from typing import Dict, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 
 from horovod_powersgd import arrays
+from horovod_powersgd.clipping import after_clipping
 from horovod_powersgd.compressor import Compressor
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.randomness import SPARE, key_of, random_factor
 from horovod_powersgd.reference import initial_factor, resized
 from horovod_powersgd.statistics import residual
 from horovod_powersgd.torch.adaptation import Adaptation
+from horovod_powersgd.torch.clipping import Sample
 from horovod_powersgd.torch.kernels import Memory, half_step, product
+from horovod_powersgd.torch.ownership import owns_storage
 from horovod_powersgd.torch.phase import phase
 from horovod_powersgd.torch.workers import SparseMean, Workers
 
@@ -20,21 +24,24 @@ from horovod_powersgd.torch.workers import SparseMean, Workers
 class PlainGradient:
     """A gradient that is averaged as it is.
 
-    A step calls begin, send, receive and end, in this order; for a sparse gradient begin, send_sparse, receive_sparse
-    and end.
+    A step calls begin, send, receive, end and commit or discard, in this order; for a sparse gradient begin,
+    send_sparse, receive_sparse, end and commit or discard.
     An exchange can wait for a gradient: it is done when backward has computed it.
 
     Attributes:
         arrived: whether backward has computed it in this step.
+        incoming: what backward hands over, while the hook runs that was called with it.
         is_sparse: whether it is sparse in this step, and does not become dense.
         sparse_dim: of a sparse gradient; 0 where it is dense.
+        overlaps: whether other parameters' gradients have memory in common with it.
     """
 
     compressed = False
 
     def __init__(self, name: str, parameter: torch.nn.Parameter, layout: Layout, sparse_as_dense: bool = False):
         self.name, self.parameter, self.layout = name, parameter, layout
-        self.arrived = self.is_sparse = False
+        self.arrived = self.is_sparse = self.overlaps = False
+        self.incoming: Optional[torch.Tensor] = None
         self.sparse_dim = 0
         self._sparse_as_dense = sparse_as_dense
 
@@ -71,10 +78,15 @@ class PlainGradient:
         gradient = self.parameter.grad
         self.is_sparse = gradient.is_sparse and not self._sparse_as_dense
         self.sparse_dim = gradient.sparse_dim() if self.is_sparse else 0
-        if not gradient.is_sparse and 0 in gradient.stride() and gradient.numel() > 1:
-            # An expanded tensor has no room for what its elements are going to be.
-            gradient = self.parameter.grad = gradient.contiguous()
-        self._dense = gradient.to_dense() if gradient.is_sparse else gradient
+        self.overlaps = False
+        self._shared = not gradient.is_sparse and not owns_storage(gradient, self.incoming)
+        # What is done to it here does not count as a change of it.
+        self._dense = gradient.to_dense() if gradient.is_sparse else gradient.data
+
+    @property
+    def borrowed(self) -> Optional[torch.Tensor]:
+        """The gradient, where its memory may be others', too."""
+        return self.parameter.grad if self._shared and not self.parameter.grad.is_sparse else None
 
     def send_sparse(self, workers: Workers, turn: bool) -> Tuple[SparseMean, int]:
         """Starts averaging a sparse gradient by gathering, as Horovod does; also gives the bytes handed to it."""
@@ -98,27 +110,57 @@ class PlainGradient:
 
     def send(self) -> torch.Tensor:
         """What the next round averages, flat: here the gradient, where possible in its own storage."""
-        return self._dense.to(self.sent_dtype).reshape(-1)
+        flat = self._dense.to(self.sent_dtype).reshape(-1)
+        return flat.clone() if self._shared and flat.data_ptr() == self._dense.data_ptr() else flat
 
     def receive(self, mean: torch.Tensor) -> None:
         """Takes the average of what was sent."""
         self._mean = mean.view(self._dense.shape)
 
-    def end(self, finite: bool, factor: float) -> None:
-        """Ends a step: puts the average, times `factor`, into the gradient."""
+    def end(self, finite: bool, factor: float, undoable: bool) -> None:
+        """Ends an exchange: puts the average, times `factor`, into the gradient.
+
+        Args:
+            finite: whether all averages are, on all workers. Otherwise the step is to leave no trace.
+            factor: W for the sum of all workers' gradients, else 1.
+            undoable: whether the step may still be discarded. Otherwise commit follows.
+        """
         gradient = self.parameter.grad
-        if gradient.is_sparse or self._mean.data_ptr() != gradient.data_ptr():
-            self._put(self._mean)
-        if factor != 1:
-            gradient.mul_(factor)
+        if not gradient.is_sparse and self._mean.data_ptr() == gradient.data_ptr():
+            if factor != 1:
+                gradient.mul_(factor)
+        else:
+            self._put(self._mean if factor == 1 else self._mean * factor)
         self._mean = self._dense = None
 
     def _put(self, update: torch.Tensor) -> None:
         gradient = self.parameter.grad
         if gradient.is_sparse:
             gradient.zero_().add_(update if update.is_sparse else update.to(gradient.dtype).to_sparse())
+        elif gradient.requires_grad:  # it is part of a graph, which may still need it
+            self.parameter.grad = torch.empty_like(gradient, requires_grad=False).copy_(update)
+        elif self.overlaps:
+            gradient.set_(torch.empty_like(gradient).copy_(update))
         else:
             gradient.copy_(update)
+
+    def sample(self) -> Optional[Tuple[Sample, torch.Tensor]]:
+        """What tells by how much a changed update was clipped, and the update as it is now; None where it does not
+        matter."""
+        return None
+
+    def commit(self, clipped: float = 1.0) -> None:
+        """Keeps what the next step needs: the step is taken.
+
+        Args:
+            clipped: what the update has been multiplied by since end.
+        """
+
+    def discard(self) -> None:
+        """Leaves everything as it was before the step, which is not taken."""
+
+    def scaled_by(self, scale: float) -> None:
+        """Takes note, between end and commit, of what the loss was multiplied by, where it was not known before."""
 
     def residual(self) -> Optional[float]:
         """|e| / |delta| of the last step: nothing is left out."""
@@ -137,22 +179,83 @@ class PlainGradient:
             share: what their sum is multiplied by.
         """
 
+    def take_over(self, other: "PlainGradient") -> None:
+        """Takes what another gradient of the same parameter and configuration has kept, which ends."""
 
-class MatrixGradient(PlainGradient):
-    """A gradient that travels as PowerSGD's factors, with its error-feedback memory and its last factor.
 
-    An n x m matrix; factors are kept transposed, P as (r, n) and Q as (r, m), which lets every product with the
-    gradient run near the speed of memory. The dtype of all of them is float64 for float64 parameters, else float32.
-    A step calls start, begin, for each half-step multiply (with the basis of `mean`) and receive, and end.
+class StatefulGradient(PlainGradient):
+    """A gradient of which something is kept from step to step.
 
     Attributes:
-        memory_scale: the loss scale of the step that the memory is from.
-        factor: (r, m) or (r, n): the last averaged factor.
-        factor_is_q: which of the two it is.
         adaptation: Accordion's part.
     """
 
     compressed = True
+
+    def __init__(
+        self, name: str, parameter: torch.nn.Parameter, layout: Layout, config: Compressor, sparse_as_dense: bool
+    ):
+        super().__init__(name, parameter, layout, sparse_as_dense)
+        self.adaptation = Adaptation(config, layout)
+        self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        self._key = key_of(name, config.seed)
+        # What is kept, and what takes its place when the step is taken: that is there between end and commit or discard.
+        self._kept = self._next = None
+        self._sample: Optional[Sample] = None
+        self._usual_clipping: Optional[float] = None
+
+    def _mixed(self, old: "Kept", new: "Kept", weight: float) -> "Kept":
+        """The new one with (1 - weight) times the old memory plus `weight` times its own."""
+        raise NotImplementedError
+
+    def sample(self) -> Optional[Tuple[Sample, torch.Tensor]]:
+        gradient = self.parameter.grad
+        if self._next is None or self._sample is None or gradient is None or gradient.is_sparse:
+            return None
+        return self._sample, gradient.reshape(self.layout.matrix_shape)
+
+    def commit(self, clipped: float = 1.0) -> None:
+        if self._next is None:
+            return
+        weight, self._usual_clipping = after_clipping(clipped, self._usual_clipping)
+        kept = self._next if weight == 1 else self._mixed(self._kept, self._next, weight)
+        self._kept, self._next = kept, None
+        self.adaptation.commit()
+
+    def discard(self) -> None:
+        self._next = None
+
+    def take_over(self, other: PlainGradient) -> None:
+        self._kept, self.adaptation, self._usual_clipping = other._kept, other.adaptation, other._usual_clipping
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a matrix from step to step by PowerSGD.
+
+    Attributes:
+        factor: (r, m) or (r, n): the last averaged factor.
+        is_q: which of the two it is.
+        memory: None before the first step and without error feedback.
+        scale: the loss scale of the step that the memory is from.
+        own: (r, m) or (r, n): this worker's part of the factor; None before the first step.
+    """
+
+    factor: torch.Tensor
+    is_q: bool
+    memory: Optional[Memory] = None
+    scale: float = 1.0
+    own: Optional[torch.Tensor] = None
+
+
+class MatrixGradient(StatefulGradient):
+    """A gradient that travels as PowerSGD's factors, with its error-feedback memory and its last factor.
+
+    An n x m matrix; factors are kept transposed, P as (r, n) and Q as (r, m), which lets every product with the
+    gradient run near the speed of memory. The dtype of all of them is float64 for float64 parameters, else float32.
+    A step calls start, begin, for each half-step multiply (with the basis of `mean`) and receive, end, and commit or
+    discard.
+    """
 
     def __init__(
         self,
@@ -162,22 +265,27 @@ class MatrixGradient(PlainGradient):
         config: Compressor,
         sparse_as_dense: bool = False,
     ):
-        super().__init__(name, parameter, layout, sparse_as_dense)
+        super().__init__(name, parameter, layout, config, sparse_as_dense)
         self._config, self._rank = config.family, layout.amount
-        self.adaptation = Adaptation(config, layout)
-        self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        self._memory: Optional[Memory] = None
-        self.memory_scale = 1.0
-        self._key = key_of(name, config.seed)
         starting = initial_factor(name, layout.matrix_shape[1], self._rank, config.seed)
-        self.factor, self.factor_is_q = self._transposed(starting).to(self.dtype), True
+        self._kept = Kept(self._transposed(starting).to(self.dtype), True)
+        self._spare_storage: Optional[torch.Tensor] = None
         self._spares: Dict[bool, torch.Tensor] = {}
-        self._own: Optional[torch.Tensor] = None
 
     @property
     def memory(self) -> Optional[torch.Tensor]:
         """(n, m); None before the first step and without error feedback."""
-        return None if self._memory is None else self._memory.tensor()
+        return None if self._kept.memory is None else self._kept.memory.tensor()
+
+    @property
+    def factor(self) -> torch.Tensor:
+        """(r, m) or (r, n): the last averaged factor."""
+        return self._kept.factor
+
+    @property
+    def factor_is_q(self) -> bool:
+        """Which of the two it is."""
+        return self._kept.is_q
 
     @property
     def sent_dtype(self) -> torch.dtype:
@@ -208,7 +316,7 @@ class MatrixGradient(PlainGradient):
         if rank != self._rank:
             self._rank = rank
             self._spares.clear()
-        self._mean, self._mean_is_q = self.factor, self.factor_is_q
+        self._mean, self._mean_is_q = self._kept.factor, self._kept.is_q
         if renews or not self._config.warm_start:
             self._mean, self._mean_is_q = self._random(step, self.layout.matrix_shape[1]).to(self.dtype), True
         elif len(self._mean) != rank:
@@ -223,20 +331,20 @@ class MatrixGradient(PlainGradient):
         gradient, self._dense = self._dense, None
         self._in_place = (
             not self.parameter.grad.is_sparse
+            and not self._shared
             and gradient.dtype == self.dtype
             and gradient.is_contiguous()
-            and gradient.untyped_storage().nbytes() == gradient.nbytes
         )
         if not self._in_place:
             gradient = gradient.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
         self._delta, self._scale = gradient.view(self.layout.matrix_shape), scale
-        self._added = self._memory
+        self._added = self._kept.memory
 
     def multiply(self, basis: torch.Tensor) -> torch.Tensor:
         """A half-step: delta Q^ or delta^T P^, flat; in the first one the memory is added to delta on the way."""
         self._basis = basis
         with phase("p" if self._mean_is_q else "q"):
-            own = half_step(self._delta, basis, not self._mean_is_q, self._added, self._scale / self.memory_scale)
+            own = half_step(self._delta, basis, not self._mean_is_q, self._added, self._scale / self._kept.scale)
         self._own, self._added = own.to(self.sent_dtype), None
         return self._own.view(-1)
 
@@ -255,32 +363,66 @@ class MatrixGradient(PlainGradient):
         p, q = self._p_and_q(self._mean)
         return torch.isfinite((p.t() @ (q * factor)).half()).all()
 
-    def end(self, finite: bool, factor: float) -> None:
-        """Puts the update P^ Q^T, times `factor`, into the gradient; a finite step's memory and factor are kept."""
+    def end(self, finite: bool, factor: float, undoable: bool) -> None:
+        """Puts the update P^ Q^T, times `factor`, into the gradient."""
         if self.is_sparse:
-            return super().end(finite, factor)
-        update = self._delta
+            return super().end(finite, factor, undoable)
+        update, self._undoable, self._sample = self._delta, undoable, None
         if finite:
-            self.factor, self.factor_is_q = self._mean, self._mean_is_q
+            memory = None
             if self._config.error_feedback:
-                update = torch.empty_like(self._delta) if self._memory is None else self._memory.storage()
                 # Error feedback from this worker's own last factor.
-                self._memory = Memory(self._delta, *self._p_and_q(self._own.to(self.dtype)))
-                self.memory_scale = self._scale
+                memory = Memory(self._delta, *self._p_and_q(self._own.to(self.dtype)))
+                update = self._room()
+            self._next = Kept(self._mean, self._mean_is_q, memory, self._scale, self._own)
         if finite or torch.isfinite(self._mean).all():
-            p, q = self._p_and_q(self._mean)
+            p, q = self._p_and_q(self._mean if factor == 1 else self._mean * factor)
             with phase("update"):
-                product(p, q if factor == 1 else q * factor, out=update)
+                product(p, q, out=update)
         else:
             update.fill_(torch.nan)
         if finite:
-            self.adaptation.keep(update, 1 / (factor * self._scale))
+            self.adaptation.end(update, 1 / (factor * self._scale))
+            if undoable and self._config.error_feedback:
+                self._sample = Sample.of_product(p, q)
         update = update.view(self.parameter.shape)
         if self._in_place:
             self.parameter.grad.set_(update)
         else:
             self._put(update)
-        self._delta = self._basis = self._mean = None
+        self._delta = self._basis = self._mean = self._own = None
+
+    def _room(self) -> torch.Tensor:
+        """(n, m) to write the update to: the old memory's, unless that may still be needed."""
+        memory, spare, self._spare_storage = self._kept.memory, self._spare_storage, None
+        if memory is not None and not self._undoable:
+            return memory.storage()
+        return torch.empty_like(self._delta) if spare is None else spare
+
+    def _set_aside(self, memory: Optional[Memory]) -> None:
+        """Keeps a memory's storage for the next update, where that is cheaper than to allocate it."""
+        if memory is not None and self.parameter.device.type == "cpu":
+            self._spare_storage = memory.storage()
+
+    def _mixed(self, old: Kept, new: Kept, weight: float) -> Kept:
+        memory = new.memory.tensor().mul_(weight)
+        if old.memory is not None:
+            memory.add_(old.memory.tensor(), alpha=(1 - weight) * new.scale / old.scale)
+        return replace(new, memory=Memory(memory))
+
+    def commit(self, clipped: float = 1.0) -> None:
+        old = self._kept.memory if self._next is not None and self._undoable else None
+        super().commit(clipped)
+        self._set_aside(old)
+
+    def discard(self) -> None:
+        if self._next is not None:
+            self._set_aside(self._next.memory)
+        super().discard()
+
+    def scaled_by(self, scale: float) -> None:
+        if self._next is not None:
+            self._next = replace(self._next, scale=scale)
 
     def _p_and_q(self, last: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """The last half-step's factors, of which the basis is one."""
@@ -288,9 +430,11 @@ class MatrixGradient(PlainGradient):
 
     def residual(self) -> Optional[float]:
         """|e| / |delta| of the last step; None where there was none or no memory is kept."""
-        if self._memory is None or self._own is None:
+        kept = self._next or self._kept
+        if kept.memory is None or kept.own is None:
             return None
-        return residual(*(torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in (self.memory, self._own)))
+        norms = (torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in (kept.memory.tensor(), kept.own))
+        return residual(*norms)
 
     def shared_state(self) -> Dict[str, object]:
         """What is the same on every worker, on the CPU."""
@@ -299,22 +443,23 @@ class MatrixGradient(PlainGradient):
 
     def load_shared_state(self, state: Mapping) -> None:
         """Takes what another worker, or an earlier job, kept."""
-        self.factor, self.factor_is_q = state["factor"].to(self.factor, copy=True), state["factor_is_q"]
+        factor = state["factor"].to(self.factor, copy=True)
+        self._kept = replace(self._kept, factor=factor, is_q=state["factor_is_q"])
         self.adaptation.load_state_dict(state, self.factor)
 
     def state_dict(self) -> Dict[str, object]:
         return {
             **super().state_dict(),
             **self.shared_state(),
-            "memory": None if self._memory is None else self.memory.cpu().clone(),
-            "memory_scale": self.memory_scale,
+            "memory": None if self.memory is None else self.memory.cpu().clone(),
+            "memory_scale": self._kept.scale,
         }
 
     def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
         self.load_shared_state(state)
-        self.memory_scale, self._own = state["memory_scale"], None
-        memory = sum_of_memories(memories, share * self.memory_scale, self.factor)
-        self._memory = None if memory is None else Memory(memory)
+        scale = state["memory_scale"]
+        memory = sum_of_memories(memories, share * scale, self.factor)
+        self._kept = replace(self._kept, memory=None if memory is None else Memory(memory), scale=scale, own=None)
 
 
 def sum_of_memories(

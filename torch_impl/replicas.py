@@ -109,13 +109,20 @@ def assert_replicas_equal(model: Union[torch.nn.Module, Dict[str, torch.Tensor]]
     """Checks that all workers hold the same bits. Costs a hash of the model, and a few bytes.
 
     Args:
-        model: a module, whose state_dict is compared, or a dict of tensors.
+        model: a module, whose state_dict is compared, but for the running statistics of its normalisation layers, which
+            are of each worker's own batches; or a dict of tensors, all of which are compared.
 
     Raises:
         AssertionError: on every worker, naming the tensors that differ, and from which worker on.
     """
-    tensors = model.state_dict() if isinstance(model, torch.nn.Module) else model
-    mine = {name: _hash(tensor) for name, tensor in tensors.items() if torch.is_tensor(tensor)}
+    tensors, statistics = model, set()
+    if isinstance(model, torch.nn.Module):
+        tensors = model.state_dict()
+        layers = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase)]
+        statistics = {f"{name}.{buffer}".lstrip(".") for name, layer in layers for buffer, _ in layer.named_buffers()}
+    mine = {
+        name: _hash(tensor) for name, tensor in tensors.items() if torch.is_tensor(tensor) and name not in statistics
+    }
     check_replicas(allgather_object(mine, name="replicas"), {}, "tensors")
 
 

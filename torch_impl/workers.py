@@ -19,7 +19,6 @@ from horovod.torch.mpi_ops import (
     allreduce_async_,
 )
 
-from horovod_powersgd.agreement import MOST_WORKERS, Description, ballot, differences
 from horovod_powersgd.compressor import Compressor, refusal_of_join
 from horovod_powersgd.torch.phase import phase
 
@@ -27,18 +26,19 @@ from horovod_powersgd.torch.phase import phase
 _world = [None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Workers:
     """The workers that average together.
 
     Attributes:
         process_set: Horovod's.
-        prefix: of all tensor names sent to Horovod, so that two optimizers can live in one process.
+        prefix: of all tensor names sent to Horovod, so that two optimizers can live in one process. The workers agree on
+            it before the first exchange.
         predivide_factor: the part of the division by the number of workers that comes before the sum.
     """
 
     process_set: ProcessSet
-    prefix: str
+    prefix: str = ""
     predivide_factor: float = 1.0
 
     @property
@@ -101,29 +101,10 @@ class Workers:
         sent = torch.tensor(numbers, dtype=torch.int64)
         return allreduce(sent, name=f"{self.prefix}.{name}", op=Max, process_set=self.process_set).tolist()
 
-    def agree(self, description: Description, steps: int) -> Optional[int]:
-        """Checks that all workers have the same description. Costs one small allreduce.
-
-        Args:
-            description: this worker's.
-            steps: that this worker has exchanged.
-
-        Returns:
-            The worker that has exchanged the most steps, by its global rank; None where none has exchanged any.
-
-        Raises:
-            RuntimeError: on every worker, with what differs between whom.
-        """
-        mine = ballot(description)
-        *largest, place = self.largest([*mine, (steps + 1) * MOST_WORKERS - mpi_ops.rank()], "agreement")
-        if largest != mine:
-            raise RuntimeError(f"The workers do not agree:\n{differences(self._gather(description))}")
-        return None if place <= MOST_WORKERS else -place % MOST_WORKERS
-
-    def _gather(self, item: object) -> List[object]:
-        """Each worker's item; Horovod's allgather_object knows no process sets."""
+    def items(self, item: object, name: str) -> List[object]:
+        """Each worker's item, in their order; Horovod's allgather_object knows no process sets."""
         pickled = torch.from_numpy(np.frombuffer(pickle.dumps(item), np.uint8).copy())
-        name = f"{self.prefix}.disagreement"
+        name = f"{self.prefix}.{name}"
         sizes = allgather(torch.tensor([len(pickled)]), name=f"{name}.sizes", process_set=self.process_set)
         items = allgather(pickled, name=name, process_set=self.process_set)
         return [pickle.loads(part.numpy().tobytes()) for part in items.split(sizes.tolist())]

@@ -712,6 +712,34 @@ def check_workers_that_disagree_are_told():
     np.testing.assert_allclose(run(tf.function), 1, rtol=1e-5)
 
 
+def check_workers_may_trace_in_any_order():
+    config, shapes = PowerSGD(rank=2), {"first": SHAPE, "second": (32, 24)}
+    variables = {name: variable(name, shape=shape) for name, shape in shapes.items()}
+
+    def step_of(v):
+        return tf.function(lambda gradient: exchange([v], [gradient], config)[0])
+
+    steps = {name: step_of(v) for name, v in variables.items()}
+    if hvd.rank() == 0:
+        # As to look at its graph.
+        steps["second"].get_concrete_function(tf.zeros((32, 24)))
+    for name in shapes:
+        gradient = matrix() if name == "first" else matrix().T
+        of_all = expected(config, 1, name=name, gradient=lambda *a: matrix(*a) if name == "first" else matrix(*a).T)
+        assert cases.error(steps[name](tf.constant(gradient)).numpy(), of_all[0]) < 1e-3
+
+
+def check_several_first_exchanges_in_one_function():
+    variables = [variable("several", shape=(24, 32 + i // 2)) for i in range(6)]
+
+    @tf.function
+    def step():
+        return [exchange([v], [tf.ones(v.shape)], PowerSGD(rank=2))[0] for v in variables]
+
+    for update in [*step(), *step()]:
+        np.testing.assert_allclose(update, tf.ones(update.shape), rtol=1e-5)
+
+
 def check_a_checkpoint_goes_on_where_it_was():
     import pickle
     import tempfile
@@ -778,8 +806,9 @@ def check_misuse_is_told():
     ):
         with pytest.raises(ValueError, match=match):
             tape(**options)
-    with pytest.raises(TypeError, match="PowerSGD"):
-        tape(compression="powersgd")
+    for wrong in ("powersgd", PowerSGD):
+        with pytest.raises(TypeError, match="such as hvd.PowerSGD"):
+            tape(compression=wrong)
     assert isinstance(tape(compression=PowerSGD()), tf.GradientTape)
     with pytest.raises(RuntimeError, match="compressed nothing"):
         tape().compression_stats()

@@ -3,10 +3,12 @@
 import functools
 import itertools
 import weakref
+import zlib
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Callable, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet
 from tensorflow.python.eager import context
@@ -26,7 +28,7 @@ from horovod_powersgd.tensorflow.workers import Workers, transportable
 
 Tensor = Union[tf.Tensor, tf.IndexedSlices]
 
-# Counts the exchanges of each process set, on every worker alike, so that their tensors' names differ.
+# Counts the exchanges in sessions of each process set, on every worker alike, so that their tensors' names differ.
 _numbers = defaultdict(itertools.count)
 # Those outside of TensorFlow 1's graphs.
 _all = weakref.WeakSet()
@@ -65,22 +67,30 @@ class Exchange:
     """
 
     def __init__(self, settings: Settings, states: Sequence[VariableState], groups, sparse: Tuple[bool, ...]):
-        number = next(_numbers[settings.process_set.process_set_id])
         self._settings, self._config = settings, settings.config
+        self.states, self.clock = list(states), states[0].clock
+        self._groups, self._sparse = groups, sparse
+        name = name_of_agreement = f"powersgd.{next(_numbers[settings.process_set.process_set_id])}"
+        self._in_session = not tf.compat.v1.executing_eagerly_outside_functions()
+        if not self._in_session:
+            # Not a count: a worker may have made one more, to look at a graph for example. Those that do not agree must
+            # come to one message.
+            name = f"powersgd.{zlib.crc32(repr(self._description()).encode()):x}"
+            name_of_agreement = "powersgd"
+        self._name = name
         self._workers = Workers(
             settings.process_set,
-            f"powersgd.{number}",
+            name,
             settings.predivide_factor,
             settings.device,
             settings.device_sparse,
+            name_of_agreement,
         )
-        self.states, self.clock = list(states), states[0].clock
-        self._groups, self._sparse = groups, sparse
         self._compressed = FactoredGradient if isinstance(self._config.family, PowerSGD) else MatrixGradient
         # Whether these workers have compared what they are going to do. Not so in a new world.
         self.agreed = make_variable(self._workers.alone)
         self._eagerly = tf.function(self._build, autograph=False, reduce_retracing=True)
-        if tf.compat.v1.executing_eagerly_outside_functions():
+        if not self._in_session:
             _all.add(self)
 
     def __call__(
@@ -156,7 +166,8 @@ class Exchange:
             traffic = _total([traffic, *(of_sparse for _, of_sparse in sparse.values())])
             counted = self._count(finite, traffic, gradients)
         updates = [updates[i] for i in range(len(gradients))]
-        if tf.compat.v1.executing_eagerly_outside_functions():
+        self._end_turn(self._name, [counted, *tf.nest.flatten(updates, expand_composites=True)])
+        if not self._in_session:
             return updates
         with tf.control_dependencies([counted]):
             return tf.nest.map_structure(tf.identity, updates, expand_composites=True)
@@ -178,19 +189,29 @@ class Exchange:
         """What comes before a step: in a graph of TensorFlow 1 it makes the variables' initial values, so that no job
         has to initialise or restore variables that it does not know of; in the first step of a world, the workers'
         agreement; and the snapshots."""
-        initialised = []
-        if not tf.compat.v1.executing_eagerly_outside_functions():
+        if self._in_session:
+            ready = []
             kept = [v for holder in (self.clock, *self.states) for v in holder.variables().values()]
             for variable in (self.agreed, *kept):
                 there = tf.compat.v1.is_variable_initialized(variable)
-                initialised.append(tf.cond(there, tf.no_op, functools.partial(_initialise, variable)))
-        with tf.control_dependencies(initialised):
+                ready.append(tf.cond(there, tf.no_op, functools.partial(_initialise, variable)))
+        else:
+            ready = [tf.convert_to_tensor(_turns(self._name))]
+        with tf.control_dependencies(ready):
             agreed = tf.constant(True) if self._workers.alone else tf.cond(self.agreed, lambda: True, self._agree)
         with tf.control_dependencies([agreed]):
             return tf.group([snapshot.take() for snapshot in snapshots])
 
     def _agree(self) -> tf.Tensor:
-        agreement = {
+        names = [state.name for state in self.states]
+        done = self._workers.agree(self._description(), names, tf.identity(self.clock.steps), self._take_state)
+        with tf.control_dependencies([self._end_turn("powersgd", [done])]):
+            with tf.control_dependencies([self.agreed.assign(True, read_value=False)]):
+                return tf.constant(True)
+
+    def _description(self) -> Dict[str, str]:
+        """What must be the same on all workers."""
+        description = {
             "compression": repr(self._config),
             "op": "Sum" if self._settings.sum_gradients else "Average",
             "gradient_predivide_factor": repr(self._settings.predivide_factor),
@@ -199,12 +220,8 @@ class Exchange:
         }
         for i, (state, sparse) in enumerate(zip(self.states, self._sparse)):
             kind = f"{state.layout.shape} {state.variable_dtype.name}{' sparse' if sparse else ''}"
-            agreement[f"variable {i}"] = f"{plain_name(state.name)} {kind}"
-        names = [state.name for state in self.states]
-        done = self._workers.agree(agreement, names, tf.identity(self.clock.steps), self._take_state)
-        with tf.control_dependencies([done]):
-            with tf.control_dependencies([self.agreed.assign(True, read_value=False)]):
-                return tf.constant(True)
+            description[f"variable {i}"] = f"{plain_name(state.name)} {kind}"
+        return description
 
     def _take_state(self, root: tf.Tensor) -> tf.Operation:
         """What is the same on every worker, from the worker that is farthest: in an elastic job others may be new, or
@@ -292,6 +309,11 @@ class Exchange:
             update *= self._workers.count(update.dtype)
         return tf.cast(tf.reshape(update, gradient.state.layout.shape), gradient.state.variable_dtype)
 
+    def _end_turn(self, name: str, done: Sequence) -> tf.Operation:
+        """Lets the next exchange of that name begin after what is done."""
+        with tf.control_dependencies(done):
+            return tf.no_op() if self._in_session else tf.group(_turns(name).assign_add(1, read_value=False))
+
     def _count(self, finite: tf.Tensor, traffic: Traffic, gradients: Sequence[Tensor]):
         clock = self.clock
         if self._workers.alone:
@@ -309,6 +331,13 @@ class Exchange:
             clock.bytes_uncompressed.assign(uncompressed, read_value=False),
             clock.total_bytes_uncompressed.assign_add(uncompressed, read_value=False),
         )
+
+
+@functools.cache
+def _turns(name: str) -> tf.Variable:
+    """How often a name was used. Exchanges of one name in one function read it when they begin, and change it when they
+    end: so that TensorFlow lets one come after the other."""
+    return make_variable(np.int64(0))
 
 
 def _total(traffics: Sequence[Traffic]) -> Traffic:

@@ -3,7 +3,7 @@
 import os
 import pickle
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, List, Optional, Sequence
 
 import numpy as np
@@ -25,6 +25,7 @@ class Workers:
         predivide_factor: the part of the division by the number of workers that comes before the sum.
         device: of Horovod's ops; "" is TensorFlow's choice.
         device_sparse: of those for sparse gradients.
+        prefix_of_agreement: in the prefix's place before the workers agree; the same for those that may not.
     """
 
     process_set: ProcessSet
@@ -32,6 +33,7 @@ class Workers:
     predivide_factor: float = 1.0
     device: str = ""
     device_sparse: str = ""
+    prefix_of_agreement: str = ""
 
     @property
     def alone(self) -> bool:
@@ -137,7 +139,7 @@ class Workers:
         described, named = ballot(description), ballot({"names": "\n".join(names)})
         place = (steps + 1) * MOST_WORKERS - tf.cast(mpi_ops.rank_op(), tf.int64)
         mine = tf.concat([tf.constant(described + named, tf.int64), [place]], 0)
-        largest = self._allreduce(mine, "agreement", Max)
+        largest = self._before_agreement()._allreduce(mine, "agreement", Max)
         equal = tf.equal(largest, mine)
         same, alike = tf.reduce_all(equal[: len(described)]), tf.reduce_all(equal[len(described) : -1])
         checked = tf.cond(same, lambda: True, lambda: self._refuse(description))
@@ -150,6 +152,9 @@ class Workers:
 
         return tf.cond((place > MOST_WORKERS) | ~alike, take, lambda: True).op
 
+    def _before_agreement(self) -> "Workers":
+        return replace(self, prefix=self.prefix_of_agreement)
+
     def _refuse(self, description: Description) -> tf.Tensor:
         def refuse(sizes, pickled):
             parts = np.split(pickled, np.cumsum(sizes)[:-1])
@@ -157,8 +162,9 @@ class Workers:
             raise ValueError(f"The workers do not agree:\n{differences([pickle.loads(p.tobytes()) for p in parts])}")
 
         mine = np.frombuffer(pickle.dumps(description), np.uint8)
-        sizes = self._allgather(tf.constant([len(mine)]), "disagreement.sizes")
-        pickled = self._allgather(tf.constant(mine), "disagreement.descriptions")
+        workers = self._before_agreement()
+        sizes = workers._allgather(tf.constant([len(mine)]), "disagreement.sizes")
+        pickled = workers._allgather(tf.constant(mine), "disagreement.descriptions")
         refused = tf.numpy_function(refuse, [sizes, pickled], tf.bool)
         refused.set_shape(())
         return refused

@@ -34,6 +34,7 @@ from horovod_powersgd import (  # noqa: E402, F401
     UnbiasedRank,
     launcher,
 )
+from horovod_powersgd.compressor import without_compressors  # noqa: E402
 from horovod_powersgd.tensorflow.compression_state import (  # noqa: E402, F401
     CompressionState,
     compression_state_dict,
@@ -67,6 +68,12 @@ def join(*args, **kwargs):
     last = horovod.tensorflow.join(*args, **kwargs)
     new_world()
     return last
+
+
+allreduce = without_compressors(horovod.tensorflow.allreduce)
+grouped_allreduce = without_compressors(horovod.tensorflow.grouped_allreduce)
+reducescatter = without_compressors(horovod.tensorflow.reducescatter)
+grouped_reducescatter = without_compressors(horovod.tensorflow.grouped_reducescatter)
 
 
 def __getattr__(name):

@@ -137,8 +137,11 @@ class DistributedMethods(Horovods):
         return hook
 
     def _gradient_is_here(self, p, incoming):
-        self._synchronized = False
-        Horovods._make_hook(self, p)()
+        self._synchronized, self._compression.incoming = False, incoming
+        try:
+            Horovods._make_hook(self, p)()
+        finally:
+            self._compression.incoming = None
 
     def _allreduce_grad_async(self, p):
         if p.grad is None and self._party.sparse_dims.get(p):

@@ -18,7 +18,7 @@ from horovod_powersgd.torch.bucket import Step, Verdict, make_buckets
 from horovod_powersgd.torch.clipping import factors_of
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient
 from horovod_powersgd.torch.gradient import MatrixGradient, PlainGradient
-from horovod_powersgd.torch.ownership import overlapping
+from horovod_powersgd.torch.ownership import overlapping, owns_storage
 from horovod_powersgd.torch.workers import Workers
 
 # Between two looks at what has come, where several optimizers are waited for at once.
@@ -67,8 +67,8 @@ class Engine:
         self._arriving: Dict[torch.nn.Parameter, PlainGradient] = {}
         # Those whose gradients were there before the workers had agreed.
         self._early: Set[torch.nn.Parameter] = set()
-        # The gradients as they were when they arrived, and then as the exchange has left them.
-        self._noted: Dict[torch.nn.Parameter, Tuple[torch.Tensor, int]] = {}
+        # The gradients as they were when they arrived, and then as the exchange has left them, with their versions.
+        self._noted: Dict[torch.nn.Parameter, Tuple[torch.Tensor, Optional[int]]] = {}
         # The gradients of the exchange that has ended, and whether it was finite.
         self._pending: Optional[Tuple[Sequence[PlainGradient], bool]] = None
         # Why the exchange of this step failed, and how often that has happened since the workers agreed.
@@ -132,7 +132,7 @@ class Engine:
             # The first exchange of a world waits for finish: workers may call backward in another order than step.
             if self._world is not self.workers.world():
                 self.discard()
-                self.note(parameter)
+                self.note(parameter, incoming)
                 self._early.add(parameter)
                 return
             try:
@@ -140,7 +140,7 @@ class Engine:
                     self._begin()
                 gradient = self._arriving[parameter]
                 if parameter not in self._early:
-                    self.note(parameter)
+                    self.note(parameter, incoming)
                 gradient.arrived, gradient.incoming = True, incoming
                 self._resume()
                 gradient.incoming = None
@@ -197,7 +197,7 @@ class Engine:
             self._step.undoable, self._step.verdict.called_for = undoable, True
             self._resume()
             for parameter in self._arriving:
-                self._noted[parameter] = parameter.grad, parameter.grad._version
+                self.note(parameter)
             self._count()
             self._pending = tuple(self._arriving.values()), self._step.verdict.result()
         except Exception as error:
@@ -213,7 +213,7 @@ class Engine:
         (gradients, finite), self._pending = self._pending, None
         if finite:
             self.steps += 1
-            changed = {gradient: gradient.sample() for gradient in gradients if self._is_changed(gradient.parameter)}
+            changed = {gradient: gradient.sample() for gradient in gradients if not self._is_known(gradient.parameter)}
             sampled = {gradient: sample for gradient, sample in changed.items() if sample is not None}
             factors = dict(zip(sampled, factors_of(list(sampled.values()))))
             for gradient in gradients:
@@ -446,18 +446,30 @@ class Engine:
             "exchanged: call synchronize() first, then change it, then step() inside skip_synchronize()"
         )
 
-    def note(self, parameter: torch.nn.Parameter) -> None:
-        """Notes a gradient as it is: from now on nobody is to change it before the exchange has ended."""
+    def note(self, parameter: torch.nn.Parameter, incoming: Optional[torch.Tensor] = None) -> None:
+        """Notes a gradient as it is: from now on nobody is to change it before the exchange has ended.
+
+        Args:
+            parameter: whose gradient it is.
+            incoming: as for arrived.
+        """
         gradient = parameter.grad
         if not gradient.is_sparse and 0 in gradient.stride() and gradient.numel() > 1:
             # An expanded tensor has no room for what its elements are going to be.
             gradient = parameter.grad = gradient.contiguous()
-        self._noted[parameter] = gradient, gradient._version
+        # Tensors that have memory in common can have their versions in common, too.
+        tells = gradient.is_sparse or owns_storage(gradient, incoming)
+        self._noted[parameter] = gradient, gradient._version if tells else None
+
+    def _is_known(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether the gradient is certainly as it was noted."""
+        gradient, version = self._noted[parameter]
+        return parameter.grad is gradient and gradient._version == version
 
     def _is_changed(self, parameter: torch.nn.Parameter) -> bool:
-        """Whether somebody has changed the gradient since it was noted."""
+        """Whether the gradient is certainly not as it was noted."""
         gradient, version = self._noted[parameter]
-        return parameter.grad is not gradient or gradient._version != version
+        return parameter.grad is not gradient or version not in (None, gradient._version)
 
     def _mark_overlaps(self) -> None:
         borrowed = [gradient for gradient in self._arriving.values() if gradient.borrowed is not None]

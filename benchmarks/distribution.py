@@ -11,7 +11,7 @@ from methods import METHODS
 def distribute(key, model, optimizer):
     """What then stands for the model and for the optimizer.
 
-    DDP's backward exchanges the gradients; the Horovod optimizers' synchronize() has to be called after it.
+    DDP's backward exchanges the gradients; the Horovod optimizers' step() has to be called after it, or synchronize().
     """
     method = METHODS[key]
     if method.library is None:

@@ -40,20 +40,30 @@ class Model(torch.nn.Module):
         return loss
 
 
+class Still(torch.optim.Optimizer):
+    """Changes nothing: a step of it is waiting for the averages."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self, closure=None):
+        pass
+
+
 class Exchange:
     """One method's step: zero_grad, backward, and waiting for the averages."""
 
     def __init__(self, key, tensors, gradients):
         self._method = METHODS[key]
         self._parameters = Model(tensors, gradients)
-        sgd = torch.optim.SGD(self._parameters.parameters(), lr=0.0)
-        self._model, self._optimizer = distribute(key, self._parameters, sgd)
+        still = Still(self._parameters.parameters())
+        self._model, self._optimizer = distribute(key, self._parameters, still)
 
     def step(self):
         self._optimizer.zero_grad()
         self._model().backward()
         if self._method.uses_horovod:
-            self._optimizer.synchronize()
+            self._optimizer.step()
 
     def pause(self):
         """Gives the gradients' memory to the next method."""

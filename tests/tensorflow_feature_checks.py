@@ -142,6 +142,8 @@ def check_a_new_training_begins_with_nothing():
             # Tapes go on with one training until they are told. The same graph serves the next.
             hvd.forget_compression([v])
             assert hvd.compression_stats([v]).steps == hvd.compression_stats([v]).total_bytes_sent == 0
+    with pytest.raises(RuntimeError, match="outside"):
+        tf.function(lambda: hvd.forget_compression([v]))()
 
 
 def check_each_optimizer_has_a_training_of_its_own():

@@ -33,7 +33,12 @@ def forget_compression(variables: Sequence) -> None:
 
     Args:
         variables: whose gradients are exchanged.
+
+    Raises:
+        RuntimeError: it is called inside a tf.function.
     """
+    if not tf.executing_eagerly():
+        raise RuntimeError("hvd.forget_compression belongs before a training, outside of any tf.function")
     states = known_states(variables)
     for holder in {id(holder): holder for state in states for holder in (state, state.clock)}.values():
         holder.begin_again()

@@ -168,7 +168,8 @@ def DistributedGradientTape(
 ):
     """horovod.tensorflow.DistributedGradientTape, whose compression can also be a compressor.
 
-    What that keeps from step to step belongs to the variables: a tape may be built anew in each step.
+    What that keeps from step to step belongs to the variables: a tape may be built anew in each step, and goes on with
+    their training until hvd.forget_compression(variables) is called.
 
     Args:
         gradtape: a tf.GradientTape to wrap. The result is an instance of its class.

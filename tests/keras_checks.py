@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import pickle
 import tempfile
 
 import numpy as np
@@ -431,6 +432,8 @@ def check_copies_and_configurations_of_a_distributed_optimizer():
             with pytest.raises(TypeError, match="from_config"):
                 copy.deepcopy(optimizer)
             continue
+        if KERAS_3:
+            assert type(pickle.loads(pickle.dumps(optimizer))) is kind
         fit(linear_model(optimizer))
         twin = copy.deepcopy(optimizer)
         assert isinstance(twin, kind) and twin is not optimizer

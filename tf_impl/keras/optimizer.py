@@ -160,6 +160,11 @@ class _Keras3Optimizer(_DistributedOptimizer):
         self._aggregation.applied = trainable_variables
         super()._backend_apply_gradients(grads, trainable_variables)
 
+    def __reduce__(self):
+        """In a pickle it is a plain one, as in saved models."""
+        _, contents = super().__reduce__()
+        return self._wrapped._unpickle_model, contents
+
     def __deepcopy__(self, memo):
         """What Keras makes of a copy, distributed, with a memory of its own."""
         rebuild, arguments = self.__reduce__()

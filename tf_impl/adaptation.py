@@ -10,9 +10,8 @@ from horovod_powersgd.layout import Layout
 from horovod_powersgd.tensorflow.built_once import built_once
 from horovod_powersgd.tensorflow.variable import make_variable
 
-
-# The learning rate where it is not known: none is lower. (What is not a number, tf.debugging.enable_check_numerics would
-# tell of.)
+# The learning rate where it is not known: none is lower. It is a number, or tf.debugging.enable_check_numerics would
+# tell of it.
 UNKNOWN = np.finfo(np.float64).min
 
 

@@ -196,7 +196,8 @@ class Engine:
             self._mark_overlaps()
             self._step.undoable, self._step.verdict.called_for = undoable, True
             self._resume()
-            for parameter in self._arriving:
+            self._noted.clear()
+            for parameter in self._arriving if undoable else ():
                 self.note(parameter)
             self._count()
             self._pending = tuple(self._arriving.values()), self._step.verdict.result()
@@ -213,9 +214,12 @@ class Engine:
         (gradients, finite), self._pending = self._pending, None
         if finite:
             self.steps += 1
-            changed = {gradient: gradient.sample() for gradient in gradients if not self._is_known(gradient.parameter)}
-            sampled = {gradient: sample for gradient, sample in changed.items() if sample is not None}
-            factors = dict(zip(sampled, factors_of(list(sampled.values()))))
+            samples = {}
+            for gradient in gradients if self._noted else ():
+                sample = None if self._is_known(gradient.parameter) else gradient.sample()
+                if sample is not None:
+                    samples[gradient] = sample
+            factors = dict(zip(samples, factors_of(list(samples.values()))))
             for gradient in gradients:
                 gradient.commit(factors.get(gradient, 1.0))
         self._noted.clear()

@@ -1,4 +1,4 @@
-"""Packaging: torch_impl, tf_impl and keras_impl are installed as horovod_powersgd.torch, .tensorflow and .keras."""
+"""Packaging: torch_impl and tf_impl are installed as horovod_powersgd.torch and .tensorflow."""
 
 import pathlib
 import re
@@ -47,7 +47,7 @@ setup(
         "horovod_powersgd.tensorflow.keras",
     ],
     package_dir={
-        "horovod_powersgd.keras": "keras_impl",
+        "horovod_powersgd.keras": "tf_impl/standalone_keras",
         "horovod_powersgd.torch": "torch_impl",
         "horovod_powersgd.tensorflow": "tf_impl",
         "horovod_powersgd.tensorflow.keras": "tf_impl/keras",

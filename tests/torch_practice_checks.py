@@ -315,6 +315,81 @@ def check_one_bad_batch_that_is_clipped_costs_a_step_and_not_many():
         assert behind <= 5, (config, behind)
 
 
+def check_what_is_no_bad_batch_keeps_its_memory():
+    def scaled(model, optimizer, scaler, step):
+        scaler.unscale_(optimizer)
+        if step % 3 == 2:  # as people clip who look at the norm first
+            for p in model.parameters():
+                p.grad.mul_(0.9)
+        scaler.step(optimizer)
+        scaler.update()
+
+    def multiplied(model, optimizer, scaler, step):
+        if step % 4 == 3:
+            optimizer.step()
+            return
+        optimizer.synchronize()
+        for p in model.parameters():
+            p.grad.mul_(10)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+    for change in (scaled, multiplied):
+        model = network()
+        optimizer = distribute(model, lambda p: torch.optim.SGD(p, lr=0.0))
+        usual = Trainee(CONFIG, shapes={name: tuple(p.shape) for name, p in model.named_parameters()})
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=4, enabled=change is scaled)
+        for step in range(12):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, step)).backward()
+            change(model, optimizer, scaler, step)
+            gradients = torch.autograd.grad(loss_of(model, step), list(model.parameters()))
+            usual.exchange({name: g.numpy() for (name, _), g in zip(model.named_parameters(), gradients)})
+        found = optimizer.compression_state_dict()["tensors"]
+        expected = usual.optimizer.compression_state_dict()["tensors"]
+        for name, tensor in expected.items():
+            if "memory" in tensor:
+                memory = found[name]["memory"] / found[name]["memory_scale"]
+                assert cases.error(memory.numpy(), tensor["memory"].numpy()) < 1e-4, (change, name)
+
+
+def check_an_accumulation_after_a_step_that_was_not_taken_is_exchanged():
+    model = network()
+    optimizer = distribute(model, backward_passes_per_step=2)
+    for step in range(4):
+        for batch_of in (2 * step, 2 * step + 1):
+            loss_of(model, batch_of).backward()
+        if step == 2:
+            optimizer.synchronize()
+            model.zero_grad()
+            loss_of(model, 20).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        hvd.assert_replicas_equal(model)
+
+
+def check_a_line_search_comes_to_the_same_decisions_on_all_workers():
+    for config in (EXACT, CONFIG, NONE):
+        model = network()
+        optimizer = distribute(
+            model, lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=4, line_search_fn="strong_wolfe"), config
+        )
+        calls = 0
+
+        def closure():
+            nonlocal calls
+            calls += 1
+            optimizer.zero_grad()
+            loss = loss_of(model, 0)
+            loss.backward()
+            return loss
+
+        losses = [optimizer.step(closure).item() for _ in range(3)]
+        everyone = hvd.allgather_object((calls, losses), name="calls")
+        assert all(one == everyone[0] for one in everyone) and losses[-1] < losses[0]
+        hvd.assert_replicas_equal(model)
+
+
 # Loss scales
 
 
@@ -413,6 +488,20 @@ def check_wrapping_keeps_the_optimizer():
         optimizer.register_step_pre_hook(lambda *_: calls.append("after"))
         train(model, optimizer, range(3))
         assert calls == 3 * ["after", "before"]
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(model, optimizer, range(3, 4))
+        assert calls == 4 * ["after", "before"]
+
+
+def check_an_optimizer_of_a_library_may_have_a_zero_grad_without_arguments():
+    class Old(torch.optim.SGD):
+        def zero_grad(self):
+            for p in self.param_groups[0]["params"]:
+                p.grad = None
+
+    for config in (CONFIG, NONE):
+        model = network()
+        train(model, distribute(model, lambda p: Old(p, lr=0.1), config), range(2))
 
 
 def check_what_cannot_be_wrapped_is_told_and_left_as_it_was():
@@ -519,6 +608,52 @@ def check_optimizers_that_cannot_be_told_apart_are_an_error():
     sum(loss_of(model, 0) for model in (*models, other)).backward()
     with pytest.raises(RuntimeError, match="cannot be told apart"):
         (last if hvd.rank() == 0 else optimizers[1]).step()
+
+
+def check_without_compression_two_optimizers_may_share_parameters():
+    encoder, heads = network(), [nn.Linear(16, 4), nn.Linear(16, 4)]
+    for head in heads:
+        hvd.broadcast_parameters(head.state_dict(), root_rank=0)
+    for config in (NONE, CONFIG):
+        optimizers = []
+        for i, head in enumerate(heads):
+            named = [(f"{i}.{name}", p) for part in (encoder, head) for name, p in part.named_parameters()]
+            named = [(f"{name}.{place}", p) for place, (name, p) in enumerate(named)]
+            sgd = torch.optim.SGD([p for _, p in named], lr=0.1)
+            optimizers.append(hvd.DistributedOptimizer(sgd, named, compression=config))
+        if config is CONFIG:
+            with pytest.raises(RuntimeError, match="another DistributedOptimizer"):
+                optimizers[0].step()
+            continue
+        for step in range(2):
+            for head, optimizer in zip(heads, optimizers):
+                for each in optimizers:
+                    each.synchronize()
+                    each.zero_grad()
+                head(encoder(batch(step))).square().mean().backward()
+                for each in optimizers:
+                    each.synchronize()
+                with optimizer.skip_synchronize():
+                    optimizer.step()
+        hvd.assert_replicas_equal(encoder)
+
+
+def check_what_thaws_in_the_middle_of_a_step_is_told_of_and_elsewhere_without_gradients():
+    model = network()
+    optimizer = distribute(model)
+    model[2].requires_grad_(False)
+    train(model, optimizer, range(2))
+    model[2].requires_grad_(True)
+    with torch.no_grad():
+        optimizer.zero_grad()
+        optimizer.step()
+    train(model, optimizer, range(2, 4))
+    model[2].requires_grad_(False)
+    optimizer.zero_grad()
+    model[:2](batch(9)).square().mean().backward()
+    model[2].requires_grad_(True)
+    with pytest.raises(RuntimeError, match="2.bias has become trainable in the middle of a step"):
+        model[2:](torch.ones(4, 32)).square().mean().backward()
 
 
 # Errors

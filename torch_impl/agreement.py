@@ -2,6 +2,7 @@
 optimizer of one worker is which of another's."""
 
 import gc
+import itertools
 import weakref
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -67,9 +68,10 @@ def leave(party: Party) -> None:
     known[:] = [ref for ref in known if ref() not in (None, party)]
 
 
-def parties(process_set_id: int) -> List[Party]:
-    """The optimizers that there are."""
-    known = [ref() for ref in _parties[process_set_id]]
+def parties(process_set_id: Optional[int] = None) -> List[Party]:
+    """The optimizers that there are, of one process set or of all."""
+    refs = itertools.chain(*_parties.values()) if process_set_id is None else _parties[process_set_id]
+    known = [ref() for ref in refs]
     return [party for party in known if party is not None]
 
 
@@ -102,7 +104,7 @@ def agree(party: Party) -> None:
         one = known[settlement.places[everyone.index]]
         _agree_on(one, digest(one.names()), settlement)
     if not settlements:  # only Horovod's own code
-        party.world = Workers.world()
+        party.world, party.workers.prefix = Workers.world(), f"powersgd.{names}"
 
 
 def _agree_on(party: Party, names: str, settlement: Settlement) -> None:

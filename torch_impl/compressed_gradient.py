@@ -171,9 +171,11 @@ class CompressedGradient(StatefulGradient):
             **self.shared_state(),
             "memory": None if self.memory is None else self.memory.cpu().clone(),
             "memory_scale": 1.0,
+            "usual_clipping": self._usual_clipping,
         }
 
     def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
         self.load_shared_state(state)
+        self._usual_clipping = state.get("usual_clipping")
         like = torch.empty(0, dtype=self.dtype, device=self.parameter.device)
         self._kept = replace(self._kept, memory=sum_of_memories(memories, share, like), norm=None)

@@ -117,7 +117,8 @@ class DistributedMethods(Horovods):
                 if p.requires_grad and p not in self._requires_update:
                     self._requires_update.add(p)
                     # Of the node that accumulates: it calls these hooks after all that users have put on parameters.
-                    node = p.expand_as(p).grad_fn.next_functions[0][0]
+                    with torch.enable_grad():
+                        node = p.expand_as(p).grad_fn.next_functions[0][0]
                     node.register_hook(self._make_hook(p))
                     self._grad_accs.append(node)
                     if self._groups is not None:
@@ -137,7 +138,8 @@ class DistributedMethods(Horovods):
         return hook
 
     def _gradient_is_here(self, p, incoming):
-        self._synchronized, self._compression.incoming = False, incoming
+        self._synchronized = self._before_unscaling = False
+        self._compression.incoming = incoming
         try:
             Horovods._make_hook(self, p)()
         finally:
@@ -189,18 +191,29 @@ class DistributedMethods(Horovods):
         self._synchronized = False
         return loss
 
-    # For schedulers that are made after wrapping; those made before find their own step in _own_step.
-    step._wrapped_by_lr_sched = True
+    # For schedulers that are made after wrapping; those made before find their own step in _own_step. And for PyTorch,
+    # which calls step hooks around the wrapped optimizer's step, and is not to call them around this one as well.
+    step._wrapped_by_lr_sched = step.hooked = True
 
     def _exchanged(self, closure):
-        """The closure, and after it the exchange of what it computes."""
+        """The closure, and after it the exchange of what it computes, the loss included: an optimizer that looks at it
+        must come to the same decisions on all workers."""
 
         def exchanged():
             loss = closure()
-            self.synchronize()
-            return loss
+            self._exchange_now()
+            return self._mean_loss(loss)
 
         return exchanged
+
+    def _exchange_now(self):
+        self.synchronize()
+
+    def _mean_loss(self, loss):
+        if loss is None or self._hooks is None or self._workers.count == 1:
+            return loss
+        mean = self._workers.mean(torch.as_tensor(loss).detach().double().cpu().reshape(-1), "loss").result()
+        return mean.reshape(loss.shape).to(loss) if torch.is_tensor(loss) else mean.item()
 
     def _take_step(self, closure):
         """The wrapped optimizer's step."""
@@ -215,6 +228,9 @@ class DistributedMethods(Horovods):
             self.synchronize()
             self._before_unscaling = True
 
+    def unscaled(self, factor):
+        """Is told what a GradScaler has multiplied the gradients by."""
+
     def zero_grad(self, set_to_none: bool = True):
         """As the wrapped optimizer's; Horovod's takes no argument.
 
@@ -227,7 +243,8 @@ class DistributedMethods(Horovods):
                 "optimizer.synchronize(). This is prohibited as it can cause a race condition."
             )
         self._synchronized = self._before_unscaling = False
-        super(self.__class__, self).zero_grad(set_to_none)
+        # Not all optimizers take the argument.
+        super(self.__class__, self).zero_grad(*([] if set_to_none is True else [set_to_none]))
 
 
 class CompressingMethods(DistributedMethods):
@@ -275,12 +292,14 @@ class CompressingMethods(DistributedMethods):
         self._allreduce_delay[p] -= 1
         last = self._allreduce_delay[p] == 0
         self._handles[p] = last
-        if last:
-            try:
-                self._engine.arrived(p, incoming)
-            except Exception:
-                self._end_exchange()
-                raise
+        if not last:
+            self._engine.discard()
+            return
+        try:
+            self._engine.arrived(p, incoming)
+        except BaseException:
+            self._end_exchange()
+            raise
 
     def _exchange(self, undoable: bool) -> None:
         self._hook_parameters()
@@ -322,22 +341,22 @@ class CompressingMethods(DistributedMethods):
         self._synchronized = False
         return loss
 
-    step._wrapped_by_lr_sched = True
+    step._wrapped_by_lr_sched = step.hooked = True
 
-    def _exchanged(self, closure):
-        def exchanged():
-            loss = closure()
-            if self._hooks is not None:
-                self._exchange(undoable=False)
-                self._engine.commit()
-            return loss
-
-        return exchanged
+    def _exchange_now(self):
+        if self._hooks is not None:
+            self._exchange(undoable=False)
+            self._engine.commit()
 
     def before_unscaling(self, scaler):
         """Completes the exchange, for a GradScaler that is about to look at the gradients."""
         self.follow_loss_scale(scaler)
         self.synchronize()
+
+    def unscaled(self, factor):
+        """Is told what a GradScaler has multiplied the gradients by."""
+        if self._hooks is not None:
+            self._engine.unscaled(factor)
 
     def zero_grad(self, set_to_none: bool = True):
         """As the wrapped optimizer's. A step that was exchanged and not taken leaves no trace.
@@ -356,6 +375,7 @@ class CompressingMethods(DistributedMethods):
         Horovods.load_state_dict(self, *args, **kwargs)
 
     def _member_engine(self) -> Engine:
+        self._refuse_released()
         if self._hooks is None:
             raise RuntimeError("this worker is outside the optimizer's process set and compresses nothing")
         return self._engine

@@ -71,11 +71,13 @@ class Engine:
         self._noted: Dict[torch.nn.Parameter, Tuple[torch.Tensor, Optional[int]]] = {}
         # The gradients of the exchange that has ended, and whether it was finite.
         self._pending: Optional[Tuple[Sequence[PlainGradient], bool]] = None
-        # Why the exchange of this step failed, and how often that has happened since the workers agreed.
-        self._failure: Optional[Exception] = None
+        # Why the exchange of this step failed, in words and whether a worker was lost, and how often that has happened
+        # since the workers agreed.
+        self._failure: Optional[Tuple[str, bool]] = None
         self._failures = 0
         self._world: object = None
         self._scaler: Optional[torch.amp.GradScaler] = None
+        self._unscaled: Union[float, torch.Tensor] = 1.0
         # Backward has a thread for each device.
         self._lock = threading.RLock()
         self.steps, self._turn = 0, False
@@ -119,6 +121,10 @@ class Engine:
                 gradient.scaled_by(scaler.get_scale())
         self._scaler = scaler
 
+    def unscaled(self, factor: torch.Tensor) -> None:
+        """Takes note that the updates are multiplied by a scalar, which is no clipping."""
+        self._unscaled = factor
+
     def arrived(self, parameter: torch.nn.Parameter, incoming: Optional[torch.Tensor] = None) -> None:
         """Takes in a gradient that backward has finished, and lets the exchanges go on as far as they can.
 
@@ -138,13 +144,18 @@ class Engine:
             try:
                 if not self._arriving:
                     self._begin()
-                gradient = self._arriving[parameter]
+                gradient = self._arriving.get(parameter)
+                if gradient is None:
+                    raise RuntimeError(
+                        f"{self._name_of(parameter)} has become trainable in the middle of a step, whose exchange does "
+                        "not know of it: freeze and thaw parameters between steps, on all workers"
+                    )
                 if parameter not in self._early:
                     self.note(parameter, incoming)
                 gradient.arrived, gradient.incoming = True, incoming
                 self._resume()
                 gradient.incoming = None
-            except Exception as error:
+            except BaseException as error:  # Ctrl-C, too
                 self._fail(error)
                 raise
 
@@ -194,14 +205,14 @@ class Engine:
             if changed:
                 raise RuntimeError(changed)
             self._mark_overlaps()
-            self._step.undoable, self._step.verdict.called_for = undoable, True
+            self._step.undoable, self._step.verdict.called_for, self._unscaled = undoable, True, 1.0
             self._resume()
             self._noted.clear()
             for parameter in self._arriving if undoable else ():
                 self.note(parameter)
             self._count()
             self._pending = tuple(self._arriving.values()), self._step.verdict.result()
-        except Exception as error:
+        except BaseException as error:
             self._fail(error)
             raise
         finally:
@@ -214,15 +225,23 @@ class Engine:
         (gradients, finite), self._pending = self._pending, None
         if finite:
             self.steps += 1
-            samples = {}
-            for gradient in gradients if self._noted else ():
-                sample = None if self._is_known(gradient.parameter) else gradient.sample()
-                if sample is not None:
-                    samples[gradient] = sample
-            factors = dict(zip(samples, factors_of(list(samples.values()))))
+            factors = self._clipping(gradients) if self._step.undoable else {}
             for gradient in gradients:
-                gradient.commit(factors.get(gradient, 1.0))
+                gradient.commit(factors.get(gradient))
         self._noted.clear()
+
+    def _clipping(self, gradients: Sequence[PlainGradient]) -> Dict[PlainGradient, float]:
+        """What each update was clipped to, between 0 and 1, since the exchange has ended."""
+        samples = {}
+        for gradient in gradients:
+            sample = None if self._is_known(gradient.parameter) else gradient.sample()
+            if sample is not None:
+                samples[gradient] = sample
+        factors = dict.fromkeys(gradients, 1.0)
+        unscaled = float(self._unscaled) if samples else 1.0
+        for gradient, factor in zip(samples, factors_of(list(samples.values()))):
+            factors[gradient] = min(factor / unscaled, 1.0)
+        return factors
 
     def discard(self) -> None:
         """Leaves memories, factors and steps as they were before the exchange that has ended: its step is not taken."""
@@ -270,7 +289,7 @@ class Engine:
         """
         shapes = {gradient.name: gradient.layout.shape for gradient in self._gradients}
         share = checkpoint.share_of(states, self._config, shapes, self.workers.count, self.workers.index)
-        self._pending = None
+        self.discard()
         self.steps = share.steps
         for gradient in self._gradients:
             memories = [(t["memory"], t["memory_scale"]) for t in share.memories.get(gradient.name, ())]
@@ -376,10 +395,9 @@ class Engine:
             sent = [item for item in self._waiting.items() if not isinstance(item[1], Verdict)]
             if not sent:
                 return
-            process_set_id = self.workers.process_set.process_set_id
             others = [
                 other
-                for other in agreement_of_workers.parties(process_set_id)
+                for other in agreement_of_workers.parties()
                 if other is not self and not other.uncompressed and other._waiting
             ]
             if not others:
@@ -414,7 +432,7 @@ class Engine:
             del self._waiting[exchange]
             return None
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Drops a step whose exchange has failed: what it has made of the gradients is nobody's to use."""
         if not self._arriving:
             return
@@ -422,19 +440,24 @@ class Engine:
             parameter.grad = None
         self.reset()
         self._noted.clear()
-        self._failure = error
+        self._failure = f"{type(error).__name__}: {error}", isinstance(error, HorovodInternalError)
         # Messages that other workers have sent, or this one, must not meet those of the next step.
         self._failures += 1
         self.workers.prefix = f"{self.workers.prefix.partition('!')[0]}!{self._failures}"
 
     def _refuse_failed(self) -> None:
-        if isinstance(self._failure, HorovodInternalError):
-            raise self._failure
-        if self._failure is not None:
-            raise RuntimeError(
-                f"The exchange of this step has failed ({type(self._failure).__name__}: {self._failure}), and its "
-                "gradients are lost: call zero_grad() and go on with the next batch"
-            ) from self._failure
+        if self._failure is None:
+            return
+        words, lost_worker = self._failure
+        if lost_worker:
+            raise HorovodInternalError(words)
+        raise RuntimeError(
+            f"The exchange of this step has failed ({words}), and its gradients are lost: call zero_grad() and go on with "
+            "the next batch, on all workers; where it has failed on some of them only, end the job, since the others wait"
+        )
+
+    def _name_of(self, parameter: torch.nn.Parameter) -> str:
+        return next((gradient.name for gradient in self._gradients if gradient.parameter is parameter), "a parameter")
 
     def _changed(self) -> Optional[str]:
         """What to say where gradients were changed since they arrived; None where they were not."""

@@ -149,11 +149,12 @@ class PlainGradient:
         matter."""
         return None
 
-    def commit(self, clipped: float = 1.0) -> None:
+    def commit(self, clipped: Optional[float] = None) -> None:
         """Keeps what the next step needs: the step is taken.
 
         Args:
-            clipped: what the update has been multiplied by since end.
+            clipped: what the update has been multiplied by since end, 1 where it has not; None where that step could
+                not be discarded, and nobody could clip.
         """
 
     def discard(self) -> None:
@@ -214,10 +215,12 @@ class StatefulGradient(PlainGradient):
             return None
         return self._sample, gradient.reshape(self.layout.matrix_shape)
 
-    def commit(self, clipped: float = 1.0) -> None:
+    def commit(self, clipped: Optional[float] = None) -> None:
         if self._next is None:
             return
-        weight, self._usual_clipping = after_clipping(clipped, self._usual_clipping)
+        weight = 1.0
+        if clipped is not None and self._sample is not None:
+            weight, self._usual_clipping = after_clipping(clipped, self._usual_clipping)
         kept = self._next if weight == 1 else self._mixed(self._kept, self._next, weight)
         self._kept, self._next = kept, None
         self.adaptation.commit()
@@ -410,7 +413,7 @@ class MatrixGradient(StatefulGradient):
             memory.add_(old.memory.tensor(), alpha=(1 - weight) * new.scale / old.scale)
         return replace(new, memory=Memory(memory))
 
-    def commit(self, clipped: float = 1.0) -> None:
+    def commit(self, clipped: Optional[float] = None) -> None:
         old = self._kept.memory if self._next is not None and self._undoable else None
         super().commit(clipped)
         self._set_aside(old)
@@ -453,10 +456,12 @@ class MatrixGradient(StatefulGradient):
             **self.shared_state(),
             "memory": None if self.memory is None else self.memory.cpu().clone(),
             "memory_scale": self._kept.scale,
+            "usual_clipping": self._usual_clipping,
         }
 
     def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
         self.load_shared_state(state)
+        self._usual_clipping = state.get("usual_clipping")
         scale = state["memory_scale"]
         memory = sum_of_memories(memories, share * scale, self.factor)
         self._kept = replace(self._kept, memory=None if memory is None else Memory(memory), scale=scale, own=None)

@@ -10,14 +10,18 @@ import torch
 
 
 def synchronize_before_unscaling() -> None:
-    """Lets GradScaler call `before_unscaling` of the optimizers that have it."""
+    """Lets GradScaler call `before_unscaling` and `unscaled` of the optimizers that have them."""
     scaler = next(cls for cls in torch.cuda.amp.GradScaler.__mro__ if "_unscale_grads_" in vars(cls))
     original = scaler._unscale_grads_
 
     @functools.wraps(original)
-    def unscale(self, optimizer, *args, **kwargs):
-        if hasattr(optimizer, "before_unscaling"):
+    def unscale(self, optimizer, inv_scale, *args, **kwargs):
+        exchanges = hasattr(optimizer, "before_unscaling")
+        if exchanges:
             optimizer.before_unscaling(self)
-        return original(self, optimizer, *args, **kwargs)
+        found = original(self, optimizer, inv_scale, *args, **kwargs)
+        if exchanges:
+            optimizer.unscaled(inv_scale)
+        return found
 
     scaler._unscale_grads_ = unscale

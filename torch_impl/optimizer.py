@@ -63,14 +63,19 @@ def _wrap(optimizer: torch.optim.Optimizer, methods: Mapping[str, object], *args
 
 
 def _release_parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Optional[Engine]]:
-    """Takes them from other distributed optimizers that have some of them; gives these one's engines."""
+    """Takes them from other distributed optimizers that have some of them; gives these one's engines.
+
+    With Horovod's own compressions, two optimizers may share some.
+    """
     mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for other in list(_distributed):
-        if other is not optimizer and any(id(p) in mine for group in other.param_groups for p in group["params"]):
+        theirs = {id(p) for group in other.param_groups for p in group["params"]}
+        engines = getattr(optimizer, "_engine", None), getattr(other, "_engine", None)
+        if other is not optimizer and theirs & mine and (any(engines) or theirs <= mine):
             other.release()
             _distributed.discard(other)
-            yield getattr(other, "_engine", None)
-    if isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "release"):
+            yield engines[1]
+    if hasattr(optimizer, "release"):
         _distributed.add(optimizer)
 
 

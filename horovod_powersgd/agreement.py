@@ -64,7 +64,7 @@ class Settlement(NamedTuple):
 
     Attributes:
         places: for each worker, where among its own it is.
-        root: the global rank of the worker that has exchanged the most steps with it; None where none has exchanged any.
+        root: the global rank of the worker that has exchanged the most steps with it; None where none has any.
         by_name: whether the workers have its parameters in different orders, so that they have to be sorted.
     """
 

@@ -2,7 +2,7 @@
 
 A bad batch has a huge gradient. Clipping cuts its update to one small step; but what the update left out waits in the
 error-feedback memory, unclipped, and would fill the next steps. So a step whose update was cut more than usual, to a
-part f of what is usual, counts as that part of a step: of what it adds to the memory, and takes from it, only f is kept.
+part f of what is usual, counts as that part of a step: of what it adds to the memory and takes from it, only f is kept.
 A training that is clipped in every step is treated as one that is not: what waits is cut in its turn, when it is sent.
 """
 

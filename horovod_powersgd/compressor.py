@@ -258,8 +258,8 @@ def without_compressors(function: Callable) -> Callable:
 
 def _not_for(function: str, compressor: Compressor) -> TypeError:
     return TypeError(
-        f"{function} takes hvd.Compression.none or hvd.Compression.fp16, not {compressor!r}, which compresses gradients "
-        "from step to step: give it as compression= to a DistributedOptimizer or a DistributedGradientTape"
+        f"{function} takes hvd.Compression.none or hvd.Compression.fp16, not {compressor!r}, which compresses "
+        "gradients from step to step: give it as compression= to a DistributedOptimizer or a DistributedGradientTape"
     )
 
 

@@ -452,8 +452,8 @@ class Engine:
         if lost_worker:
             raise HorovodInternalError(words)
         raise RuntimeError(
-            f"The exchange of this step has failed ({words}), and its gradients are lost: call zero_grad() and go on with "
-            "the next batch, on all workers; where it has failed on some of them only, end the job, since the others wait"
+            f"The exchange of this step has failed ({words}), and its gradients are lost: call zero_grad() and go on "
+            "with the next batch, on all workers; where it has failed on some only, end the job, since the others wait"
         )
 
     def _name_of(self, parameter: torch.nn.Parameter) -> str:

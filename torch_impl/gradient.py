@@ -200,7 +200,7 @@ class StatefulGradient(PlainGradient):
         self.adaptation = Adaptation(config, layout)
         self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         self._key = key_of(name, config.seed)
-        # What is kept, and what takes its place when the step is taken: that is there between end and commit or discard.
+        # What is kept; and what takes its place when the step is taken, there between end and commit or discard.
         self._kept = self._next = None
         self._sample: Optional[Sample] = None
         self._usual_clipping: Optional[float] = None

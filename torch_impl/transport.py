@@ -10,7 +10,8 @@ from horovod_powersgd.torch.ownership import owns_storage
 class Transported:
     """A compression of Horovod's that takes any memory format and bfloat16, and lets sparse gradients pass.
 
-    Horovod averages in place, while backward may still need a gradient's memory for something else: then a copy is sent.
+    Horovod averages in place, though backward may still need a gradient's memory for something else: then a copy is
+    sent.
 
     Args:
         compression: hvd.Compression.none, .fp16, or what has their two functions.

@@ -32,8 +32,8 @@ class Workers:
 
     Attributes:
         process_set: Horovod's.
-        prefix: of all tensor names sent to Horovod, so that two optimizers can live in one process. The workers agree on
-            it before the first exchange.
+        prefix: of all tensor names sent to Horovod, so that two optimizers can live in one process. The workers agree
+            on it before the first exchange.
         predivide_factor: the part of the division by the number of workers that comes before the sum.
     """
 

@@ -230,13 +230,13 @@ def refuse_misplaced(arguments: Mapping[str, Any]) -> None:
     """Refuses a compressor in an argument's place that is not its own, where it would do nothing without a word.
 
     Args:
-        arguments: all but `compression`, by name.
+        arguments: of a function, by name: its locals() before it does anything.
 
     Raises:
-        TypeError: one of them is a compressor.
+        TypeError: another one than `compression` is a compressor.
     """
     for name, value in arguments.items():
-        if isinstance(value, Compressor):
+        if name != "compression" and isinstance(value, Compressor):
             raise TypeError(f"{value!r} was given as {name}: give a compressor by name, as compression=...")
 
 

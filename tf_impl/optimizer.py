@@ -66,7 +66,7 @@ def DistributedOptimizer(
         TypeError: what horovod_powersgd.tensorflow.keras's refuses.
         ValueError: a compressor with op=Adasum, or what Horovod refuses.
     """
-    refuse_misplaced({name: value for name, value in locals().items() if name != "compression"})
+    refuse_misplaced(locals())
     options = dict(
         name=name,
         device_dense=device_dense,

@@ -186,7 +186,7 @@ def DistributedGradientTape(
         >>> tape = hvd.DistributedGradientTape(tape, compression=hvd.PowerSGD(rank=4))
         >>> gradients = tape.gradient(loss, model.trainable_variables)
     """
-    refuse_misplaced({name: value for name, value in locals().items() if name != "compression"})
+    refuse_misplaced(locals())
     groups = native_groups(groups)
     arguments = (sparse_as_dense, op, gradient_predivide_factor)
     # Horovod checks the arguments.
@@ -235,7 +235,7 @@ def PartialDistributedGradientTape(
     Raises:
         ValueError: what is in local_layers is no layer; and as DistributedGradientTape.
     """
-    refuse_misplaced({name: value for name, value in locals().items() if name != "compression"})
+    refuse_misplaced(locals())
     tape = DistributedGradientTape(
         gradtape,
         device_dense,

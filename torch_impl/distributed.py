@@ -177,15 +177,10 @@ class DistributedMethods(Horovods):
     def step(self, closure=None):
         """As Horovod's. What a closure computes is exchanged each time that it is called."""
         self._refuse_released()
-        if self._should_synchronize and closure is None and not self._before_unscaling:
-            if self._synchronized:
-                warnings.warn(
-                    "optimizer.step() after optimizer.synchronize() averages the gradients a second time: put "
-                    "optimizer.skip_synchronize() around it"
-                )
-            self.synchronize()
-        elif self._should_synchronize and closure is not None:
+        if self._should_synchronize and closure is not None:
             closure = self._exchanged(closure)
+        else:
+            self._complete()
         self._synchronized = self._before_unscaling = False
         loss = self._take_step(closure)
         self._synchronized = False
@@ -194,6 +189,16 @@ class DistributedMethods(Horovods):
     # For schedulers that are made after wrapping; those made before find their own step in _own_step. And for PyTorch,
     # which calls step hooks around the wrapped optimizer's step, and is not to call them around this one as well.
     step._wrapped_by_lr_sched = step.hooked = True
+
+    def _complete(self):
+        """What comes before a step: the exchange, unless it is there or not wanted."""
+        if self._should_synchronize and not self._before_unscaling:
+            if self._synchronized:
+                warnings.warn(
+                    "optimizer.step() after optimizer.synchronize() averages the gradients a second time: put "
+                    "optimizer.skip_synchronize() around it"
+                )
+            self.synchronize()
 
     def _exchanged(self, closure):
         """The closure, and after it the exchange of what it computes, the loss included: an optimizer that looks at it
@@ -328,20 +333,11 @@ class CompressingMethods(DistributedMethods):
             self._exchange(undoable=True)
         self._synchronized = True
 
-    def step(self, closure=None):
-        """As Horovod's. What a closure computes is exchanged each time that it is called."""
-        self._refuse_released()
-        if self._should_synchronize and closure is not None:
-            closure = self._exchanged(closure)
-        elif self._hooks is not None:
+    def _complete(self):
+        if self._hooks is not None:
             if self._should_synchronize and not self._engine.pending:
                 self._exchange(undoable=False)
             self._engine.commit()
-        loss = self._take_step(closure)
-        self._synchronized = False
-        return loss
-
-    step._wrapped_by_lr_sched = step.hooked = True
 
     def _exchange_now(self):
         if self._hooks is not None:

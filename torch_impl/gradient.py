@@ -86,7 +86,7 @@ class PlainGradient:
     @property
     def borrowed(self) -> Optional[torch.Tensor]:
         """The gradient, where its memory may be others', too."""
-        return self.parameter.grad if self._shared and not self.parameter.grad.is_sparse else None
+        return self.parameter.grad if self._shared else None
 
     def send_sparse(self, workers: Workers, turn: bool) -> Tuple[SparseMean, int]:
         """Starts averaging a sparse gradient by gathering, as Horovod does; also gives the bytes handed to it."""

@@ -110,7 +110,7 @@ def DistributedOptimizer(
         >>> optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters(),
         ...                                      compression=hvd.PowerSGD(rank=4))
     """
-    refuse_misplaced({"named_parameters": named_parameters, "op": op, "groups": groups, "process_set": process_set})
+    refuse_misplaced(locals())
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, not {optimizer!r}: wrap the one whose step() changes the "

@@ -271,7 +271,7 @@ def DistributedOptimizer(
         >>> optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), compression=hvd.PowerSGD(rank=4))
         >>> model.compile(optimizer=optimizer, loss=...)
     """
-    refuse_misplaced({name: value for name, value in locals().items() if name != "compression"})
+    refuse_misplaced(locals())
     check_optimizer(optimizer)
     if gradient_predivide_factor != 1.0 and horovod.rocm_built():
         raise ValueError("gradient_predivide_factor not supported yet with ROCm")

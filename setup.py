@@ -1,4 +1,4 @@
-"""Packaging: torch_impl and tf_impl are installed as horovod_powersgd.torch and .tensorflow."""
+"""Packaging. horovod_powersgd/torch, /tensorflow and /keras are links to torch_impl, tf_impl and its standalone_keras."""
 
 import pathlib
 import re
@@ -46,12 +46,6 @@ setup(
         "horovod_powersgd.tensorflow",
         "horovod_powersgd.tensorflow.keras",
     ],
-    package_dir={
-        "horovod_powersgd.keras": "tf_impl/standalone_keras",
-        "horovod_powersgd.torch": "torch_impl",
-        "horovod_powersgd.tensorflow": "tf_impl",
-        "horovod_powersgd.tensorflow.keras": "tf_impl/keras",
-    },
     package_data={"horovod_powersgd": ["py.typed"]},
     # Without a compiler everything works, by the frameworks' own operations.
     ext_modules=[

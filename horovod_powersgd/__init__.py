@@ -5,8 +5,8 @@ The framework modules mirror Horovod's own: horovod_powersgd.torch for horovod.t
 
 from pkgutil import extend_path
 
-# Started in the repository's root, Python finds this folder before the installed package: let it see the
-# framework modules of the installed one, which have another name in the repository.
+# Started in the repository's root, Python finds this folder before the installed package, which has the compiled
+# kernels.
 __path__ = extend_path(__path__, __name__)
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Packaging. horovod_powersgd/torch, /tensorflow and /keras are links to torch_impl, tf_impl and its standalone_keras."""
+"""Packaging. In horovod_powersgd, torch, tensorflow and keras are links to torch_impl, tf_impl and what is in that."""
 
 import pathlib
 import re
@@ -41,6 +41,9 @@ setup(
     python_requires=">=3.10",
     packages=[
         "horovod_powersgd",
+        "horovod_powersgd.compressors",
+        "horovod_powersgd.environment",
+        "horovod_powersgd.kernels",
         "horovod_powersgd.keras",
         "horovod_powersgd.torch",
         "horovod_powersgd.tensorflow",
@@ -51,8 +54,8 @@ setup(
     ext_modules=[
         Extension(
             "horovod_powersgd._kernels",
-            ["horovod_powersgd/kernels.cpp"],
-            depends=["horovod_powersgd/kernels.h"],
+            ["horovod_powersgd/kernels/kernels.cpp"],
+            depends=["horovod_powersgd/kernels/kernels.h"],
             # Vectors are written out; what a compiler makes of the columns that are left over would round otherwise.
             extra_compile_args=["-std=c++17", "-O3", "-fno-tree-vectorize"],
             optional=True,

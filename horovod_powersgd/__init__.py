@@ -11,14 +11,14 @@ __path__ = extend_path(__path__, __name__)
 
 __version__ = "0.1.0"
 
-from horovod_powersgd.accordion import Accordion  # noqa: E402  (after the path is set)
-from horovod_powersgd.compressor import Allgather, AllreduceMean, Compressor, Custom, Traffic  # noqa: E402
-from horovod_powersgd.gradiveq import GradiVeq  # noqa: E402
-from horovod_powersgd.low_rank import Atomo, BestRank, UnbiasedRank  # noqa: E402
-from horovod_powersgd.powersgd import PowerSGD  # noqa: E402
-from horovod_powersgd.precision import Float16, NoCompression  # noqa: E402
-from horovod_powersgd.signs import SignNorm, Signum  # noqa: E402
-from horovod_powersgd.sparsification import RandomBlock, RandomK, TopK  # noqa: E402
+from horovod_powersgd.compressors.accordion import Accordion  # noqa: E402  (after the path is set)
+from horovod_powersgd.compressors.compressor import Allgather, AllreduceMean, Compressor, Custom, Traffic  # noqa: E402
+from horovod_powersgd.compressors.gradiveq import GradiVeq  # noqa: E402
+from horovod_powersgd.compressors.low_rank import Atomo, BestRank, UnbiasedRank  # noqa: E402
+from horovod_powersgd.compressors.powersgd import PowerSGD  # noqa: E402
+from horovod_powersgd.compressors.precision import Float16, NoCompression  # noqa: E402
+from horovod_powersgd.compressors.signs import SignNorm, Signum  # noqa: E402
+from horovod_powersgd.compressors.sparsification import RandomBlock, RandomK, TopK  # noqa: E402
 
 __all__ = [
     "Accordion",

@@ -8,8 +8,8 @@ import sys
 if sys.version_info < (3, 10):  # before what follows fails with a SyntaxError or worse
     sys.exit(f"error: Python 3.10 or later is needed, and this is {sys.version.split()[0]}.")
 
-from horovod_powersgd import doctor, horovod_build
-from horovod_powersgd.installation import (
+from horovod_powersgd.environment import doctor, horovod_build
+from horovod_powersgd.environment.installation import (
     FEATURES,
     INSTALL_COMMAND,
     Problem,

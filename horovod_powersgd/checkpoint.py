@@ -3,15 +3,15 @@
 from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Tuple, Union
 
 import horovod_powersgd
-from horovod_powersgd.compressor import Compressor
+from horovod_powersgd.compressors.compressor import Compressor
 
 STATE_VERSION = 2
 
 # One tensor's saved shape, memory, and what else is kept of it.
-TensorState = Mapping[str, Any]
+SavedTensor = Mapping[str, Any]
 
 
-def state_dict(config: Compressor, workers: int, worker: int, steps: int, tensors: Dict[str, TensorState]) -> Dict:
+def state_dict(config: Compressor, workers: int, worker: int, steps: int, tensors: Dict[str, SavedTensor]) -> Dict:
     """One worker's state: numbers, strings and the framework's arrays."""
     return {
         "version": STATE_VERSION,
@@ -34,8 +34,8 @@ class Share(NamedTuple):
     """
 
     steps: int
-    tensors: Mapping[str, TensorState]
-    memories: Mapping[str, List[TensorState]]
+    tensors: Mapping[str, SavedTensor]
+    memories: Mapping[str, List[SavedTensor]]
     weight: float
 
 
@@ -60,7 +60,7 @@ def share_of(
         ValueError: the state is of another model or configuration, or does not serve this number of workers.
     """
     alone = isinstance(states, Mapping)
-    memories: Dict[str, List[TensorState]] = {}
+    memories: Dict[str, List[SavedTensor]] = {}
     seen, saved, steps, tensors = [], 0, 0, {}
     for state in [states] if alone else states:
         _check(state, config, shapes)

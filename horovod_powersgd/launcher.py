@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from horovod_powersgd.installation import INSTALL_COMMAND, find_program
+from horovod_powersgd.environment.installation import INSTALL_COMMAND, find_program
 
 LAUNCHERS = ("horovodrun --gloo", "horovodrun --mpi", "mpirun")
 

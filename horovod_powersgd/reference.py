@@ -17,12 +17,12 @@ from typing import Any, Dict, Generator, List, Mapping, Optional, Sequence, Unio
 import numpy as np
 
 from horovod_powersgd import arrays
-from horovod_powersgd.accordion import Accordion, Regime
-from horovod_powersgd.compressor import Allgather, AllreduceMean, Compressor, compressor_of
+from horovod_powersgd.compressors.accordion import Accordion, Regime
+from horovod_powersgd.compressors.compressor import Allgather, AllreduceMean, Compressor, compressor_of
 from horovod_powersgd.layout import Layout, layout_of, leading_rows
-from horovod_powersgd.powersgd import PowerSGD
+from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.randomness import SPARE, key_of, random_factor
-from horovod_powersgd.state import TensorState
+from horovod_powersgd.compressors.matrix_state import MatrixState
 
 # A factor's column counts as dependent on those before it when less than this many roundings of it are its own.
 DEPENDENT = 128
@@ -129,7 +129,7 @@ def resized(factor: np.ndarray, rank: int, fresh: np.ndarray) -> np.ndarray:
     return np.concatenate([factor, added.astype(factor.dtype)], axis=1)
 
 
-def powersgd(delta: np.ndarray, state: TensorState, config: PowerSGD) -> Generator:
+def powersgd(delta: np.ndarray, state: MatrixState, config: PowerSGD) -> Generator:
     """One worker's side of the exchange of one matrix: paper, Algorithm 1, within Algorithm 2, lines 8 to 11.
 
     Args:
@@ -248,7 +248,7 @@ class _Matrix:
         if not self._finite:
             self._delta = np.zeros_like(self._delta)
         kept = dict(state.kept.get(name, {}), factor=state.factors.get(name))
-        self._state = TensorState(arrays, name, layout.matrix_shape, key_of(name, config.seed), kept)
+        self._state = MatrixState(arrays, name, layout.matrix_shape, key_of(name, config.seed), kept)
         self._state.begin(state.steps, amount, worker, workers, self._finite)
         family = config.family
         if isinstance(family, PowerSGD):

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Callable, Optional, Tuple
 
-from horovod_powersgd.compressor import Compressor
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.layout import Layout
 
 

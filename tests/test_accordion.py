@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from horovod_powersgd import Accordion, PowerSGD, TopK
-from horovod_powersgd.accordion import is_critical
+from horovod_powersgd.compressors.accordion import is_critical
 from horovod_powersgd.reference import State, resized, simulate
 
 INTERVAL = 3

@@ -13,7 +13,7 @@ import pytest
 from environments import Environment, link_programs
 
 from horovod_powersgd import __main__ as command_line
-from horovod_powersgd import doctor, horovod_build
+from horovod_powersgd.environment import doctor, horovod_build
 
 COMMAND = "python -m horovod_powersgd install-horovod"
 REPORT_KEYS = {"works", "python", "frameworks", "keras", "mpi", "nccl", "kernels", "horovod", "jobs", "problems"}

@@ -5,7 +5,7 @@ import time
 import pytest
 from environments import Environment
 
-from horovod_powersgd import horovod_build, installation
+from horovod_powersgd.environment import horovod_build, installation
 
 COMMAND = "python -m horovod_powersgd install-horovod"
 
@@ -16,7 +16,8 @@ def environment(tmp_path):
 
 
 def import_error(environment, framework="torch", before="pass", **variables):
-    code = f"from horovod_powersgd import installation; {before}; installation.require_horovod({framework!r})"
+    code = f"from horovod_powersgd.environment.installation import require_horovod; {before}; "
+    code += f"require_horovod({framework!r})"
     outcome = environment.run("-c", code, **variables)
     assert outcome.returncode == 1
     return outcome.stderr.splitlines()[-1]

@@ -29,9 +29,10 @@ echo "$*" >>"CALLS"
 def checkout(tmp_path):
     folder = tmp_path / "checkout"
     (folder / ".ci").mkdir(parents=True)
-    (folder / "horovod_powersgd").mkdir()
-    built = [f"horovod_powersgd/{name}" for name in ("horovod_build.py", "kernels.cpp", "kernels.h")]
+    built = ["environment/horovod_build.py", "kernels/kernels.cpp", "kernels/kernels.h"]
+    built = [f"horovod_powersgd/{name}" for name in built]
     for name in (".ci/setup", ".ci/run", "setup.py", "pyproject.toml", "Makefile", *built):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, folder / name)
     link_programs(tmp_path / "programs", [*PROGRAMS, "env"])
     make_interpreter(tmp_path / "programs/python3", INTERPRETER)
@@ -72,7 +73,10 @@ def test_everything_is_installed_once(checkout):
     assert len(calls(checkout)) == 3
 
 
-@pytest.mark.parametrize("name", ["setup.py", "horovod_powersgd/kernels.cpp", "horovod_powersgd/horovod_build.py"])
+@pytest.mark.parametrize(
+    "name",
+    ["setup.py", "horovod_powersgd/kernels/kernels.cpp", "horovod_powersgd/environment/horovod_build.py"],
+)
 def test_what_changed_is_installed_into_the_same_environment(checkout, name):
     set_up(checkout)
     with open(checkout / name, "a") as file:

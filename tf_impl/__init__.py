@@ -3,7 +3,7 @@
     import horovod_powersgd.tensorflow as hvd       # was: import horovod.tensorflow as hvd
 """
 
-from horovod_powersgd.installation import require_horovod
+from horovod_powersgd.environment.installation import require_horovod
 
 require_horovod("tensorflow")
 
@@ -34,7 +34,7 @@ from horovod_powersgd import (  # noqa: E402, F401
     UnbiasedRank,
     launcher,
 )
-from horovod_powersgd.compressor import without_compressors  # noqa: E402
+from horovod_powersgd.compressors.compressor import without_compressors  # noqa: E402
 from horovod_powersgd.tensorflow.compression_state import (  # noqa: E402, F401
     CompressionState,
     compression_state_dict,

@@ -5,7 +5,7 @@ from typing import Dict, List, Mapping, NamedTuple, Optional, Tuple
 import numpy as np
 import tensorflow as tf
 
-from horovod_powersgd.accordion import Accordion, Regime
+from horovod_powersgd.compressors.accordion import Accordion, Regime
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.tensorflow.built_once import built_once
 from horovod_powersgd.tensorflow.variable import make_variable

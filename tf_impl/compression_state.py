@@ -7,7 +7,7 @@ import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from horovod_powersgd import checkpoint
-from horovod_powersgd.compressor import Compressor, compressor_of
+from horovod_powersgd.compressors.compressor import Compressor, compressor_of
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.state import LOADED, VariableState, known_states, last_training, states_of
 

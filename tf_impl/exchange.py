@@ -16,7 +16,7 @@ from tensorflow.python.ops import control_flow_util
 
 from horovod_powersgd import PowerSGD
 from horovod_powersgd.buckets import bucket_name, sort_into_buckets
-from horovod_powersgd.compressor import AllreduceMean, Compressor, Traffic
+from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor, Traffic
 from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.tensorflow.factored_gradient import FactoredGradient
 from horovod_powersgd.tensorflow.gradient import MatrixGradient, PlainGradient, Step

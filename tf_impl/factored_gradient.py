@@ -4,7 +4,7 @@ from typing import Callable, Generator, List, Union
 
 import tensorflow as tf
 
-from horovod_powersgd.compressor import AllreduceMean
+from horovod_powersgd.compressors.compressor import AllreduceMean
 from horovod_powersgd.randomness import SPARE, random_factor
 from horovod_powersgd.tensorflow import arrays
 from horovod_powersgd.tensorflow.built_once import built_once, marked

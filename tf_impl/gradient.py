@@ -4,8 +4,8 @@ from typing import Generator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import tensorflow as tf
 
-from horovod_powersgd.compressor import Allgather, AllreduceMean
-from horovod_powersgd.state import TensorState
+from horovod_powersgd.compressors.compressor import Allgather, AllreduceMean
+from horovod_powersgd.compressors.matrix_state import MatrixState
 from horovod_powersgd.tensorflow import arrays
 from horovod_powersgd.tensorflow.built_once import marked, zeros_unless
 from horovod_powersgd.tensorflow.state import VariableState, plain_name
@@ -130,7 +130,7 @@ class MatrixGradient(PlainGradient):
         self._delta = tf.ensure_shape(zeros_unless(finite, self._delta), state.layout.matrix_shape)
         kept = {key: tf.convert_to_tensor(variable) for key, variable in state.kept.items()}
         key = tf.convert_to_tensor(state.key)
-        self._kept = TensorState(arrays, state.name, state.layout.matrix_shape, key, kept, tf.constant)
+        self._kept = MatrixState(arrays, state.name, state.layout.matrix_shape, key, kept, tf.constant)
         self._kept.begin(step.number, amount, step.worker, step.workers, finite)
         update, sent = yield from state.config.family.exchange(self._delta, self._kept)
         update = marked(update, self.finite)

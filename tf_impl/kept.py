@@ -5,12 +5,12 @@ from typing import Dict, Tuple
 import numpy as np
 import tensorflow as tf
 
-from horovod_powersgd.compressor import AllreduceMean, Compressor
-from horovod_powersgd.state import TensorState
+from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor
+from horovod_powersgd.compressors.matrix_state import MatrixState
 from horovod_powersgd.tensorflow import arrays
 
 
-class _Watched(TensorState):
+class _Watched(MatrixState):
     """Remembers what is asked for."""
 
     def __init__(self, *arguments):

@@ -4,7 +4,7 @@ from typing import List, Sequence
 
 import tensorflow as tf
 
-from horovod_powersgd.compressor import Traffic
+from horovod_powersgd.compressors.compressor import Traffic
 from horovod_powersgd.tensorflow.workers import Workers
 
 

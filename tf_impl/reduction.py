@@ -6,7 +6,7 @@ import horovod.tensorflow as horovod
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import Average, ProcessSet, Sum
 
-from horovod_powersgd.compressor import compressor_of
+from horovod_powersgd.compressors.compressor import compressor_of
 from horovod_powersgd.tensorflow.clipping import clip_memory
 from horovod_powersgd.tensorflow.compression_state import load, saved
 from horovod_powersgd.tensorflow.exchange import Exchange, Settings, exchange_of

@@ -10,8 +10,8 @@ import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet
 
 from horovod_powersgd import PowerSGD
-from horovod_powersgd.accordion import Accordion
-from horovod_powersgd.compressor import Compressor
+from horovod_powersgd.compressors.accordion import Accordion
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.layout import layout_of, trailing_columns
 from horovod_powersgd.randomness import key_of
 from horovod_powersgd.reference import initial_factor
@@ -84,7 +84,7 @@ class VariableState:
         process_set: with which it is exchanged.
         layout: of the variable, an n x m matrix.
         clock: of the variables that it is exchanged with.
-        key: int64 variable: TensorState.key, of the name, or of what the variable is called on another worker, if that
+        key: int64 variable: MatrixState.key, of the name, or of what the variable is called on another worker, if that
             has gone farther.
         factor: PowerSGD's last averaged factor, transposed: a variable of (r, m), or of (r, n) where factor_is_q is
             false.

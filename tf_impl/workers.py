@@ -12,7 +12,7 @@ from horovod.tensorflow import mpi_ops
 from horovod.tensorflow.mpi_ops import Average, Max, ProcessSet, Sum
 
 from horovod_powersgd.agreement import MOST_WORKERS, Description, ballot, differences
-from horovod_powersgd.compressor import Compressor, refusal_of_join
+from horovod_powersgd.compressors.compressor import Compressor, refusal_of_join
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     import horovod_powersgd.torch as hvd            # was: import horovod.torch as hvd
 """
 
-from horovod_powersgd.installation import require_horovod
+from horovod_powersgd.environment.installation import require_horovod
 
 require_horovod("torch")
 
@@ -16,7 +16,7 @@ from horovod.torch import *  # noqa: E402, F401, F403
 import horovod_powersgd.torch.elastic  # noqa: E402, F401
 from horovod_powersgd import *  # noqa: E402, F401, F403
 from horovod_powersgd import launcher  # noqa: E402
-from horovod_powersgd.compressor import without_compressors  # noqa: E402
+from horovod_powersgd.compressors.compressor import without_compressors  # noqa: E402
 from horovod_powersgd.torch.error_feedback_sgd import ErrorFeedbackSGD  # noqa: E402, F401
 from horovod_powersgd.torch.loss_scaling import synchronize_before_unscaling  # noqa: E402
 from horovod_powersgd.torch.optimizer import DistributedOptimizer  # noqa: E402, F401

@@ -4,8 +4,8 @@ from typing import Dict, Optional, Tuple
 
 import torch
 
-from horovod_powersgd.accordion import Accordion, Regime
-from horovod_powersgd.compressor import Compressor
+from horovod_powersgd.compressors.accordion import Accordion, Regime
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.layout import Layout
 
 

@@ -8,7 +8,7 @@ from typing import Dict, Generator, List, Mapping, Sequence, Tuple, Union
 import torch
 
 from horovod_powersgd.buckets import bucket_name, sort_into_buckets
-from horovod_powersgd.compressor import AllreduceMean, Compressor
+from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient
 from horovod_powersgd.torch.gradient import MatrixGradient, PlainGradient
 from horovod_powersgd.torch.orthogonalization import orthogonalize

@@ -6,9 +6,9 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-from horovod_powersgd.compressor import AllreduceMean, Compressor
+from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor
 from horovod_powersgd.layout import Layout
-from horovod_powersgd.state import TensorState
+from horovod_powersgd.compressors.matrix_state import MatrixState
 from horovod_powersgd.torch import arrays
 from horovod_powersgd.torch.clipping import Sample
 from horovod_powersgd.torch.gradient import StatefulGradient, sum_of_memories
@@ -64,7 +64,7 @@ class CompressedGradient(StatefulGradient):
     def start(self, step: int, rate: Optional[float], workers: Workers) -> None:
         """Takes what is known before the gradient is there; `rate` is the learning rate."""
         kept = self._kept.by_compressor
-        self._state = TensorState(arrays, self.name, self.layout.matrix_shape, self._key, kept, self._to_tensor)
+        self._state = MatrixState(arrays, self.name, self.layout.matrix_shape, self._key, kept, self._to_tensor)
         self._state.begin(step, self.adaptation.amount(step, rate), workers.index, workers.count, True)
 
     def begin(self, scale: float) -> None:

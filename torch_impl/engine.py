@@ -10,7 +10,7 @@ from horovod.common.exceptions import HorovodInternalError
 
 from horovod_powersgd import PowerSGD, checkpoint
 from horovod_powersgd.agreement import Description
-from horovod_powersgd.compressor import Compressor
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.layout import layout_of
 from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.torch import agreement as agreement_of_workers

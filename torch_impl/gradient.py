@@ -8,7 +8,7 @@ import torch
 
 from horovod_powersgd import arrays
 from horovod_powersgd.clipping import after_clipping
-from horovod_powersgd.compressor import Compressor
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.randomness import SPARE, key_of, random_factor
 from horovod_powersgd.reference import initial_factor, resized

@@ -1,7 +1,7 @@
 """The passes over a whole gradient: the rest of an exchange is small.
 
-On a processor they are compiled ones (horovod_powersgd/kernels.cpp); elsewhere, and where those could not be compiled
-when this package was installed, PyTorch's own operations do the same.
+On a processor they are compiled ones (horovod_powersgd/kernels/kernels.cpp); elsewhere, and where those could not be
+compiled when this package was installed, PyTorch's own operations do the same.
 """
 
 import functools
@@ -10,10 +10,7 @@ from typing import Callable, Optional, Tuple
 
 import torch
 
-try:
-    from horovod_powersgd import _kernels
-except ImportError:
-    _kernels = None
+from horovod_powersgd.kernels import compiled as _kernels
 
 # A thread's least share of a matrix: below, waking it takes longer than its work.
 BYTES_PER_THREAD = 2**20

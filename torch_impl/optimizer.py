@@ -9,7 +9,7 @@ import torch
 from horovod.torch.compression import Compression
 from horovod.torch.mpi_ops import Adasum, Average, ProcessSet, Sum, global_process_set, rocm_built, size
 
-from horovod_powersgd.compressor import compressor_of, refuse_misplaced
+from horovod_powersgd.compressors.compressor import compressor_of, refuse_misplaced
 from horovod_powersgd.torch import agreement
 from horovod_powersgd.torch.distributed import CompressingMethods, DistributedMethods, Horovods
 from horovod_powersgd.torch.engine import Engine

@@ -19,7 +19,7 @@ from horovod.torch.mpi_ops import (
     allreduce_async_,
 )
 
-from horovod_powersgd.compressor import Compressor, refusal_of_join
+from horovod_powersgd.compressors.compressor import Compressor, refusal_of_join
 from horovod_powersgd.torch.phase import phase
 
 # Known by its identity.

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet
 
-from horovod_powersgd.accordion import Accordion
+from horovod_powersgd.compressors.accordion import Accordion
 from horovod_powersgd.tensorflow.clipping import clipping_factors
 from horovod_powersgd.tensorflow.local_variables import LocalVariables
 from horovod_powersgd.tensorflow.reduction import Reduction

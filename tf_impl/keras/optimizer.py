@@ -7,7 +7,7 @@ from typing import Dict, Iterable, Mapping, Union
 import horovod.tensorflow as horovod
 import tensorflow as tf
 
-from horovod_powersgd.compressor import refuse_misplaced
+from horovod_powersgd.compressors.compressor import refuse_misplaced
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.keras import compilation, loss_scaling
 from horovod_powersgd.tensorflow.keras.aggregation import Aggregation

@@ -3,7 +3,7 @@
 from typing import Any, Callable, Dict, Tuple
 
 
-class TensorState:
+class MatrixState:
     """One matrix in one step.
 
     Attributes:
@@ -35,7 +35,7 @@ class TensorState:
         self.kept = dict(kept)
         self._to_array = to_array
 
-    def begin(self, step, amount, worker, workers, finite) -> "TensorState":
+    def begin(self, step, amount, worker, workers, finite) -> "MatrixState":
         """Takes what is new in a step."""
         self.step, self.amount, self.worker, self.workers, self.finite = step, amount, worker, workers, finite
         return self

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from horovod_powersgd.compressor import AllreduceMean, Compressor
+from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Optional, Tuple
 
-from horovod_powersgd.compressor import Compressor
+from horovod_powersgd.compressors.compressor import Compressor
 
 
 @dataclass(frozen=True)

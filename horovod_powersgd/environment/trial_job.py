@@ -1,12 +1,12 @@
 """The job that doctor runs under each launcher: two workers exchange a number, and check what comes back.
 
-    horovodrun -np 2 python -m horovod_powersgd.allreduce_job torch
+    horovodrun -np 2 python -m horovod_powersgd.environment.trial_job torch
 """
 
 import importlib
 import sys
 
-from horovod_powersgd.installation import require_horovod
+from horovod_powersgd.environment.installation import require_horovod
 from horovod_powersgd.launcher import check_world, prepare_worker
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from horovod_powersgd.compressor import Allgather, AllreduceMean, Compressor
+from horovod_powersgd.compressors.compressor import Allgather, AllreduceMean, Compressor
 from horovod_powersgd.randomness import normal, uniform
 
 

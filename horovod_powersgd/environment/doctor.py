@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes.util
-import importlib.util
 import json
 import os
 import platform
@@ -15,8 +14,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from horovod_powersgd.horovod_build import missing_patches
-from horovod_powersgd.installation import (
+from horovod_powersgd import kernels
+from horovod_powersgd.environment.horovod_build import missing_patches
+from horovod_powersgd.environment.installation import (
     FEATURES,
     FRAMEWORKS,
     INSTALL_COMMAND,
@@ -100,7 +100,7 @@ def find_facts() -> dict:
             "mpicxx": str(mpi.compiler) if mpi.compiler else None,
         },
         "nccl": _nccl(),
-        "kernels": importlib.util.find_spec("horovod_powersgd._kernels") is not None,
+        "kernels": kernels.compiled is not None,
         "horovod": horovod,
         "jobs": [],
         "problems": problems,
@@ -199,7 +199,7 @@ def _run_job(launcher: str, framework: str) -> str | None:
 
 
 def _job_command(launcher: str, framework: str) -> list[str] | None:
-    worker = [sys.executable, "-m", "horovod_powersgd.allreduce_job", framework]
+    worker = [sys.executable, "-m", "horovod_powersgd.environment.trial_job", framework]
     return launch_command(launcher, 2, worker)
 
 
@@ -213,7 +213,7 @@ def _job_text(launcher: str, framework: str) -> str:
 
 def _job_environment() -> dict[str, str]:
     environment = launch_environment()
-    paths = [str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parent.parent.parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
     environment["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # two workers may share a GPU

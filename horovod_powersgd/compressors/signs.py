@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from horovod_powersgd.compressor import Allgather, Compressor
+from horovod_powersgd.compressors.compressor import Allgather, Compressor
 
 
 @dataclass(frozen=True)

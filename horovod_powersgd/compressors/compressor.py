@@ -75,7 +75,7 @@ class Compressor:
 
         Args:
             delta: (n, m), gradient plus memory; finite.
-            state: a TensorState (horovod_powersgd.state).
+            state: a MatrixState (horovod_powersgd.compressors.matrix_state).
 
         Yields:
             AllreduceMean or Allgather, the same on every worker; is resumed with the answer.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Optional
 
-from horovod_powersgd.compressor import Compressor
+from horovod_powersgd.compressors.compressor import Compressor
 
 # Half-steps of a step that renews the subspace: from a random Q, with two more than usual, the approximation is as good
 # as one from a warm start, and better. benchmarks/renewal.py measures it.

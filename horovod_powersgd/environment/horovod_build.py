@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from horovod_powersgd.installation import (
+from horovod_powersgd.environment.installation import (
     PATCHES_KEY,
     TENSORFLOW,
     TORCH,

@@ -1,0 +1,1 @@
+"""The compressors: what they have in common, and a file for each kind."""

@@ -16,8 +16,8 @@ def environment(tmp_path):
 
 
 def import_error(environment, framework="torch", before="pass", **variables):
-    code = f"from horovod_powersgd.environment.installation import require_horovod; {before}; "
-    code += f"require_horovod({framework!r})"
+    code = f"from horovod_powersgd.environment import installation; {before}; "
+    code += f"installation.require_horovod({framework!r})"
     outcome = environment.run("-c", code, **variables)
     assert outcome.returncode == 1
     return outcome.stderr.splitlines()[-1]

@@ -2,15 +2,12 @@
 
 `exchange` is one worker's side of one step. It is a generator: it yields each collective it needs and is resumed with
 the result. `simulate` runs the generators of W workers in one process, `communicate` runs one worker's generator
-over an mpi4py communicator; the algorithm is the same code in both. PowerSGD is here; the other compressors are written
-once for all frameworks, in files of their own.
+over an mpi4py communicator; the algorithm is the same code in both. What becomes of one matrix is each compressor's own
+generator (horovod_powersgd.compressors), of PowerSGD as of the others.
 
-Words: an n x m matrix has the factors P (n x r) and Q (m x r); `delta` is gradient plus memory; a half-step multiplies
-delta with one factor's orthonormal basis to get the other factor.
+Words: an n x m matrix has the factors P (n x r) and Q (m x r); `delta` is gradient plus memory.
 """
 
-import functools
-import re
 from dataclasses import dataclass, field
 from typing import Any, Dict, Generator, List, Mapping, Optional, Sequence, Union
 
@@ -19,13 +16,10 @@ import numpy as np
 from horovod_powersgd import arrays
 from horovod_powersgd.compressors.accordion import Accordion, Regime
 from horovod_powersgd.compressors.compressor import Allgather, AllreduceMean, Compressor, compressor_of
-from horovod_powersgd.layout import Layout, layout_of, leading_rows
-from horovod_powersgd.compressors.powersgd import PowerSGD
-from horovod_powersgd.randomness import SPARE, key_of, random_factor
 from horovod_powersgd.compressors.matrix_state import MatrixState
-
-# A factor's column counts as dependent on those before it when less than this many roundings of it are its own.
-DEPENDENT = 128
+from horovod_powersgd.factors import initial_factor, orthogonalize, resized  # noqa: F401  (offered here as well)
+from horovod_powersgd.layout import Layout, layout_of, leading_rows
+from horovod_powersgd.randomness import key_of
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -55,121 +49,6 @@ class State:
     factors: Dict[str, Factor] = field(default_factory=dict)
     kept: Dict[str, Dict[str, np.ndarray]] = field(default_factory=dict)
     regimes: Dict[str, Regime] = field(default_factory=dict)
-
-
-def initial_factor(name: str, columns: int, rank: int, seed: int) -> np.ndarray:
-    """The Q that every worker, in every framework, starts from. What is drawn later is from random_factor.
-
-    Args:
-        name: of the tensor. Only what comes after the last dot or slash counts: the rest changes with what a model is
-            put into (module., _orig_mod.) and with how many layers Keras has counted.
-        columns: m of its n x m matrix.
-        rank: r.
-        seed: PowerSGD.seed.
-
-    Returns:
-        (columns, rank) float64, independent standard normal entries.
-    """
-    last = re.split("[./]", name)[-1]
-    return np.random.default_rng([seed, 0, *last.encode()]).standard_normal((columns, rank))
-
-
-def orthogonalize(matrix: np.ndarray, spare: np.ndarray) -> np.ndarray:
-    """An orthonormal basis of the matrix's columns, by Gram-Schmidt in double precision.
-
-    A column that depends on those before it, up to rounding, gives its place to the spare column, so that a factor
-    of zeros or of low rank still makes a whole basis.
-
-    Args:
-        matrix: (n, r), r <= n, finite.
-        spare: (n, r) random.
-
-    Returns:
-        (n, r) of the matrix's dtype.
-    """
-    columns = matrix.astype(np.float64)
-    columns /= np.abs(columns).max() or 1.0
-    smallest = DEPENDENT * np.finfo(matrix.dtype).eps * np.linalg.norm(columns, axis=0).max()
-    basis = np.empty(matrix.shape)
-    for i in range(matrix.shape[1]):
-        column = _reject(columns[:, i], basis[:, :i])
-        if np.linalg.norm(column) <= smallest:
-            column = _reject(spare[:, i], basis[:, :i])
-        basis[:, i] = column / np.linalg.norm(column)
-    return basis.astype(matrix.dtype)
-
-
-def _reject(column: np.ndarray, basis: np.ndarray) -> np.ndarray:
-    """The part of the column that is orthogonal to the basis; twice, because once loses digits."""
-    for _ in range(2):
-        column = column - basis @ (basis.T @ column)
-    return column
-
-
-def resized(factor: np.ndarray, rank: int, fresh: np.ndarray) -> np.ndarray:
-    """A factor of another rank, for Accordion.
-
-    Args:
-        factor: (n, R).
-        rank: r. Where it is smaller, the r directions stay in which the factor is largest, which are those of delta;
-            where it is larger, fresh columns are added.
-        fresh: (n, r) random; its last columns are added, as long as the factor's on average.
-
-    Returns:
-        (n, r) of the factor's dtype.
-    """
-    columns = factor.shape[1]
-    if rank < columns:
-        wide = factor.astype(np.float64)
-        return (wide @ np.linalg.eigh(wide.T @ wide)[1][:, columns - rank :]).astype(factor.dtype)
-    added = fresh[:, columns:]
-    length = np.linalg.norm(factor.astype(np.float64)) / np.sqrt(columns)
-    if length > 0:
-        added = added * (length / np.linalg.norm(added, axis=0))
-    return np.concatenate([factor, added.astype(factor.dtype)], axis=1)
-
-
-def powersgd(delta: np.ndarray, state: MatrixState, config: PowerSGD) -> Generator:
-    """One worker's side of the exchange of one matrix: paper, Algorithm 1, within Algorithm 2, lines 8 to 11.
-
-    Args:
-        delta: (n, m), finite.
-        state: keeps the last factor.
-        config: the same on every worker.
-
-    Yields:
-        AllreduceMean, once for each half-step.
-
-    Returns:
-        (P^ Q^T, P^ Q_w^T): the update, and this worker's part of it.
-    """
-    renews = config.renews(state.step)
-    factor = state.get("factor", None)
-    if renews or not config.warm_start:
-        drawn = random_factor(arrays, state.key, state.step, delta.shape[1], state.amount)
-        factor = Factor(drawn.astype(delta.dtype))
-    elif factor is None:
-        factor = Factor(initial_factor(state.name, delta.shape[1], state.amount, config.seed).astype(delta.dtype))
-    for _ in range(config.half_steps(renews)):
-        fresh = _spare(state.key, len(factor.array), state.amount)
-        if factor.array.shape[1] != state.amount:
-            factor = Factor(resized(factor.array, state.amount, fresh), factor.is_q)
-        basis = orthogonalize(factor.array, fresh)                                      # Q^ (or P^)
-        side = delta if factor.is_q else delta.T
-        own = _multiply(side, basis, config.wire_dtype)                                 # delta_w Q^ (or delta_w^T P^)
-        mean = yield AllreduceMean(own)                                                 # P (or Q)
-        factor = Factor(mean.astype(delta.dtype), is_q=not factor.is_q)
-    state.put("factor", factor)
-    return (
-        _product(basis, factor.array, factor.is_q),                                     # P^ Q^T
-        _product(basis, own.astype(delta.dtype), factor.is_q),                          # P^ Q_w^T
-    )
-
-
-@functools.lru_cache(256)
-def _spare(key: int, length: int, rank: int) -> np.ndarray:
-    """The columns that take the place of others, or are added to them: kept, since they are the same in every step."""
-    return random_factor(arrays, key, SPARE, length, rank)
 
 
 def exchange(
@@ -233,7 +112,7 @@ class _Matrix:
 
     Attributes:
         request: what the generator asks for; None at its end.
-        update: what it returned; not a number where an answer was not finite.
+        update: what it returned; NaN where an answer was not finite.
     """
 
     def __init__(self, name, gradient, layout: Layout, state: State, config: Compressor, worker, workers, rate):
@@ -247,18 +126,16 @@ class _Matrix:
         self._finite = bool(np.isfinite(self._delta).all())
         if not self._finite:
             self._delta = np.zeros_like(self._delta)
-        kept = dict(state.kept.get(name, {}), factor=state.factors.get(name))
+        kept = dict(state.kept.get(name, {}))
+        if name in state.factors:
+            kept.update(factor=state.factors[name].array, factor_is_q=state.factors[name].is_q)
         self._state = MatrixState(arrays, name, layout.matrix_shape, key_of(name, config.seed), kept)
         self._state.begin(state.steps, amount, worker, workers, self._finite)
-        family = config.family
-        if isinstance(family, PowerSGD):
-            self._generator = powersgd(self._delta, self._state, family)
-        else:
-            self._generator = family.exchange(self._delta, self._state)
+        self._generator = config.family.exchange(self._delta, self._state)
         self._resume(None)
 
     def parts(self) -> List[np.ndarray]:
-        """What it asks for, to be sent: no floats are numbers where this worker's delta was not finite."""
+        """What it asks for, to be sent: floats become NaN where this worker's delta was not finite."""
         request = self.request
         tensors = [request.tensors] if isinstance(request, AllreduceMean) else list(request.tensors)
         if not self._finite:
@@ -266,7 +143,8 @@ class _Matrix:
         return tensors
 
     def go_on(self, answer) -> None:
-        """Takes the answer. What is not finite goes on as zeros, on this worker as on all others, to no effect."""
+        """Takes the answer. What is not finite goes on as zeros, on all workers: they let the generator finish, and the
+        step is discarded."""
         answers = [answer] if isinstance(answer, np.ndarray) else list(answer)
         if not all(np.isfinite(part).all() for part in answers):
             self._failed = True
@@ -275,7 +153,9 @@ class _Matrix:
 
     def _resume(self, answer) -> None:
         try:
-            self.request = self._generator.send(answer)
+            # What overflows becomes infinite and fails the step.
+            with np.errstate(invalid="ignore", over="ignore"):
+                self.request = self._generator.send(answer)
         except StopIteration as finished:
             self.request = None
             update, self._sent = finished.value
@@ -284,9 +164,8 @@ class _Matrix:
     def keep(self, state: State) -> None:
         """Keeps what the next step needs."""
         kept = dict(self._state.kept)
-        factor = kept.pop("factor")
-        if factor is not None:
-            state.factors[self.name] = factor
+        if self._config.low_rank and "factor" in kept:
+            state.factors[self.name] = Factor(kept.pop("factor"), bool(kept.pop("factor_is_q", True)))
         if kept:
             state.kept[self.name] = kept
         if self._config.keeps_memory:
@@ -299,19 +178,6 @@ class _Matrix:
 
 def _norm(matrix: np.ndarray) -> float:
     return np.linalg.norm(matrix.astype(np.float64))
-
-
-def _multiply(side: np.ndarray, basis: np.ndarray, wire_dtype) -> np.ndarray:
-    """The other factor in the precision that it travels in; what overflows becomes infinite and fails the step."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        factor = side @ basis
-        # By way of float32, as processors do it.
-        return factor if wire_dtype is None else factor.astype(np.float32).astype(wire_dtype)
-
-
-def _product(basis: np.ndarray, factor: np.ndarray, factor_is_q: bool) -> np.ndarray:
-    """P^ Q^T, or P Q^^T where the last half-step made P."""
-    return basis @ factor.T if factor_is_q else factor @ basis.T
 
 
 def simulate(

@@ -5,6 +5,7 @@ import sys
 
 import tensorflow as tf
 
+from horovod_powersgd.tensorflow import orthogonalization
 from horovod_powersgd.tensorflow.built_once import built_once
 
 
@@ -108,6 +109,11 @@ def svd(matrix):
 
 def eigh(matrix):
     return tf.linalg.eigh(matrix)[1]
+
+
+def orthogonalize(matrix, spare):
+    """horovod_powersgd.factors.orthogonalize; `spare` is a function."""
+    return orthogonalization.orthogonalize(matrix, spare)
 
 
 def cond(condition, yes, no):

@@ -1,5 +1,6 @@
 """A gradient that travels as factors, by PowerSGD."""
 
+import functools
 from typing import Callable, Generator, List, Union
 
 import tensorflow as tf
@@ -9,7 +10,7 @@ from horovod_powersgd.randomness import SPARE, random_factor
 from horovod_powersgd.tensorflow import arrays
 from horovod_powersgd.tensorflow.built_once import built_once, marked
 from horovod_powersgd.tensorflow.gradient import MatrixGradient, Step
-from horovod_powersgd.tensorflow.orthogonalization import orthogonalize
+from horovod_powersgd.tensorflow import orthogonalization
 
 # Whether a factor is Q; not known before the graph runs where P and Q alternate.
 Flag = Union[bool, tf.Tensor]
@@ -36,7 +37,7 @@ class FactoredGradient(MatrixGradient):
             found.set_shape(factor.shape)
             factor = found
         for _ in range(config.half_steps(step.renews)):
-            basis = orthogonalize(factor, key)
+            basis = _basis(factor, key)
             own = _choose(
                 is_q,
                 lambda: tf.matmul(basis, self._delta, transpose_b=True),
@@ -75,9 +76,23 @@ class FactoredGradient(MatrixGradient):
         return self.state.layout.matrix_shape[1 if is_q else 0] if isinstance(is_q, bool) else -1
 
 
+def _basis(factor: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
+    """factors.orthogonalize of a factor (r, n), transposed. The key chooses the spare columns."""
+    basis = _orthonormal(factor, key)
+    basis.set_shape(factor.shape)
+    return basis
+
+
+@built_once
+def _orthonormal(factor: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
+    rank, length = tf.unstack(tf.shape(factor))
+    spare = functools.partial(random_factor, arrays, key, SPARE, length, rank)
+    return tf.transpose(orthogonalization.orthogonalize(tf.transpose(factor), spare))
+
+
 @built_once
 def _resized(factor: tf.Tensor, rank: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
-    """reference.resized of a transposed factor, where it has another rank."""
+    """factors.resized of a transposed factor, where it has another rank."""
     old, length = tf.unstack(tf.shape(factor, tf.int64))
 
     def shrunk():

@@ -1,56 +1,38 @@
 """An orthonormal basis of a factor's columns."""
 
-import functools
+from typing import Callable
 
 import numpy as np
 import tensorflow as tf
 
-from horovod_powersgd.randomness import SPARE, random_factor
-from horovod_powersgd.reference import DEPENDENT
-from horovod_powersgd.tensorflow import arrays
+from horovod_powersgd.factors import DEPENDENT
 
 
-def orthogonalize(factor: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
-    """reference.orthogonalize, by Householder QR in double precision, which is exact whatever the factor's condition.
+def orthogonalize(matrix: tf.Tensor, spare: Callable[[], tf.Tensor]) -> tf.Tensor:
+    """factors.orthogonalize, by Householder QR in double precision, which is exact whatever the matrix's condition.
 
-    Where a row depends on those before it, QR goes on with an arbitrary direction, and what follows is judged against
+    Where a column depends on those before it, QR goes on with an arbitrary direction, and what follows is judged against
     that: then Gram-Schmidt does the work. It is rare.
 
     Args:
-        factor: (r, n), r <= n, float32 or float64: a factor, transposed; finite.
-        key: of the tensor's state; it chooses the spare columns.
+        matrix: (n, r), r <= n, float32 or float64; finite.
+        spare: gives (n, r) float64 random numbers.
 
     Returns:
-        (r, n) with orthonormal rows, of the factor's dtype.
+        (n, r) with orthonormal columns, of the matrix's dtype.
     """
-    basis = _function(factor.dtype)(factor, key)
-    basis.set_shape(factor.shape)
-    return basis
-
-
-@functools.cache
-def _function(dtype: tf.DType):
-    """Traced once and not inlined: a model's graph holds only the calls."""
-    arguments = tf.TensorSpec((None, None), dtype), tf.TensorSpec((), tf.int64)
-    return tf.function(
-        _orthogonalize, input_signature=arguments, autograph=False, experimental_attributes={"_noinline": True}
-    )
-
-
-def _orthogonalize(factor, key):
-    columns = tf.cast(tf.transpose(factor), tf.float64)
+    columns = tf.cast(matrix, tf.float64)
     columns /= tf.maximum(tf.reduce_max(tf.abs(columns)), np.finfo(np.float64).tiny)
     q, r = tf.linalg.qr(columns)
-    smallest = DEPENDENT * np.finfo(factor.dtype.as_numpy_dtype).eps * tf.reduce_max(tf.norm(columns, axis=0))
+    smallest = DEPENDENT * np.finfo(matrix.dtype.as_numpy_dtype).eps * tf.reduce_max(tf.norm(columns, axis=0))
     dependent = tf.reduce_any(tf.abs(tf.linalg.diag_part(r)) <= smallest)
-    basis = tf.cond(dependent, lambda: _gram_schmidt(columns, key, smallest), lambda: q)
-    return tf.cast(tf.transpose(basis), factor.dtype)
+    basis = tf.cond(dependent, lambda: _gram_schmidt(columns, spare(), smallest), lambda: q)
+    return tf.cast(basis, matrix.dtype)
 
 
-def _gram_schmidt(columns: tf.Tensor, key: tf.Tensor, smallest: tf.Tensor) -> tf.Tensor:
-    """Column by column; one with a part of its own no larger than `smallest` gives its place to a random column."""
-    rows, count = tf.unstack(tf.shape(columns))
-    spare = random_factor(arrays, key, SPARE, rows, count)
+def _gram_schmidt(columns: tf.Tensor, spare: tf.Tensor, smallest: tf.Tensor) -> tf.Tensor:
+    """Column by column; one with a part of its own no longer than `smallest` gives its place to a spare one."""
+    count = tf.shape(columns)[1]
 
     def add_column(i, basis):
         column = _reject(columns[:, i], basis)

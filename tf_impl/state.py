@@ -12,9 +12,9 @@ from horovod.tensorflow.mpi_ops import ProcessSet
 from horovod_powersgd import PowerSGD
 from horovod_powersgd.compressors.accordion import Accordion
 from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.factors import initial_factor
 from horovod_powersgd.layout import layout_of, trailing_columns
 from horovod_powersgd.randomness import key_of
-from horovod_powersgd.reference import initial_factor
 from horovod_powersgd.statistics import residual
 from horovod_powersgd.tensorflow.adaptation import Adaptation
 from horovod_powersgd.tensorflow.kept import initial_values

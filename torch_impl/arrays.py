@@ -5,6 +5,8 @@ What comes from no tensor, such as arange, is made on the CPU; what takes places
 
 import torch
 
+from horovod_powersgd.torch import orthogonalization
+
 
 def reshape(x, shape):
     return x.reshape(shape)
@@ -114,6 +116,12 @@ def svd(matrix):
 
 def eigh(matrix):
     return torch.linalg.eigh(matrix)[1]
+
+
+def orthogonalize(matrix, spare):
+    """horovod_powersgd.factors.orthogonalize; `spare` is a function."""
+    # Factors are kept transposed there.
+    return orthogonalization.orthogonalize([matrix.t()], [lambda: spare().t().to(matrix.device)])[0].t()
 
 
 def cond(condition, yes, no):

@@ -9,9 +9,9 @@ import torch
 from horovod_powersgd import arrays
 from horovod_powersgd.clipping import after_clipping
 from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.factors import initial_factor, resized
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.randomness import SPARE, key_of, random_factor
-from horovod_powersgd.reference import initial_factor, resized
 from horovod_powersgd.statistics import residual
 from horovod_powersgd.torch.adaptation import Adaptation
 from horovod_powersgd.torch.clipping import Sample

@@ -4,7 +4,7 @@ from typing import Callable, Dict, List, Sequence, Tuple
 
 import torch
 
-from horovod_powersgd.reference import orthogonalize as orthogonalize_by_columns
+from horovod_powersgd.factors import orthogonalize as orthogonalize_by_columns
 from horovod_powersgd.torch.phase import phase
 
 # The part of a column of its own, next to the longest one, that a Cholesky factor in double precision can be trusted
@@ -19,7 +19,7 @@ TINY = 1e-100
 def orthogonalize(
     factors: Sequence[torch.Tensor], spares: Sequence[Callable[[], torch.Tensor]]
 ) -> List[torch.Tensor]:
-    """reference.orthogonalize of several factors, by the Cholesky factors of their Gram matrices, in double precision.
+    """factors.orthogonalize of several factors, by the Cholesky factors of their Gram matrices, in double precision.
 
     The bases are others than the reference's, of the same spaces, which is all that an update depends on. Where a row
     depends on those before it, the reference itself does the work, on the host. It is rare; but whether it is so cannot

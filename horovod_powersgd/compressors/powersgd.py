@@ -1,9 +1,14 @@
-"""The configuration of PowerSGD, one for every framework."""
+"""PowerSGD: its configuration, one for every framework, and its algorithm."""
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar, Optional
 
-from horovod_powersgd.compressors.compressor import Compressor
+import numpy as np
+
+from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor
+from horovod_powersgd.factors import initial_factor, orthogonalize, resized
+from horovod_powersgd.randomness import SPARE, random_factor
 
 # Half-steps of a step that renews the subspace: from a random Q, with two more than usual, the approximation is as good
 # as one from a warm start, and better. benchmarks/renewal.py measures it.
@@ -81,6 +86,11 @@ class PowerSGD(Compressor):
     def amount(self, rows, columns):
         return min(self.rank, rows, columns)
 
+    @property
+    def alternates(self) -> bool:
+        """Whether one step ends with P and the next with Q."""
+        return self.num_iters_per_step % 2 == 1
+
     def renews(self, step: int) -> bool:
         """Whether the step that comes after so many steps renews the subspace; in TensorFlow both are tensors."""
         if self.refresh_every is None:
@@ -92,6 +102,52 @@ class PowerSGD(Compressor):
         """Of a step that renews the subspace, or does not."""
         more = max(0, RENEWAL - self.num_iters_per_step)
         return self.num_iters_per_step + (more + more % 2 if renews else 0)
+
+    def exchange(self, delta, state):
+        """One worker's side of the exchange of one matrix: paper, Algorithm 1, within Algorithm 2, lines 8 to 11.
+
+        PyTorch and TensorFlow have a faster way of their own. Called in a graph of TensorFlow, as part of a compressor
+        of one's own, this one needs an even number of half-steps, and no refresh_every.
+
+        Args:
+            delta: (n, m), gradient plus memory; finite.
+            state: keeps the last factor, and whether it is Q.
+
+        Yields:
+            AllreduceMean, once for each half-step, which multiplies delta by an orthonormal basis of one factor to get
+            the other factor.
+
+        Returns:
+            (P^ Q^T, P^ Q_w^T): the update, and this worker's part of it, each (n, m).
+        """
+        xp, (rows, columns) = state.arrays, state.shape
+        renews, is_q = self.renews(state.step), True
+        if renews or not self.warm_start:
+            factor = random_factor(xp, state.key, state.step, columns, state.amount)
+        else:
+            factor = state.get("factor", initial_factor(state.name, columns, state.amount, self.seed))
+            if self.alternates:
+                is_q = bool(state.get("factor_is_q", np.array(True)))
+        factor = xp.like(factor, delta)
+        orthogonal = getattr(xp, "orthogonalize", orthogonalize)  # numpy's is the plain one
+        for _ in range(self.half_steps(renews)):
+            spare = functools.partial(
+                random_factor, xp, state.key, SPARE, columns if is_q else rows, state.amount
+            )
+            if factor.shape[1] != state.amount:  # Accordion's doing; the frameworks' own ways have their own code for it
+                factor = resized(factor, state.amount, spare())
+            basis = orthogonal(factor, spare)                                   # Q^ (or P^)
+            own = (delta if is_q else xp.transpose(delta)) @ basis              # delta_w Q^ (or delta_w^T P^)
+            own = own if self.wire_dtype is None else xp.cast(own, self.wire_dtype)
+            mean = yield AllreduceMean(own)                                     # P (or Q)
+            factor, is_q = xp.like(mean, delta), not is_q
+        state.put("factor", factor)
+        if self.alternates:
+            state.put("factor_is_q", np.array(is_q))
+        own = xp.like(own, delta)
+        if is_q:
+            return basis @ xp.transpose(factor), basis @ xp.transpose(own)      # P^ Q^T, P^ Q_w^T
+        return factor @ xp.transpose(basis), own @ xp.transpose(basis)          # P Q^^T, P_w Q^^T
 
     def message_bytes(self, rows, columns, itemsize, step=0):
         # The first factor after the warm-up and after a renewal is P; from then on they take turns.

@@ -27,6 +27,7 @@ def orthogonalize(matrix: tf.Tensor, spare: Callable[[], tf.Tensor]) -> tf.Tenso
     smallest = DEPENDENT * np.finfo(matrix.dtype.as_numpy_dtype).eps * tf.reduce_max(tf.norm(columns, axis=0))
     dependent = tf.reduce_any(tf.abs(tf.linalg.diag_part(r)) <= smallest)
     basis = tf.cond(dependent, lambda: _gram_schmidt(columns, spare(), smallest), lambda: q)
+    basis.set_shape(matrix.shape)
     return tf.cast(basis, matrix.dtype)
 
 
@@ -40,7 +41,8 @@ def _gram_schmidt(columns: tf.Tensor, spare: tf.Tensor, smallest: tf.Tensor) -> 
         return i + 1, basis + (column / tf.norm(column))[:, None] * tf.one_hot(i, count, dtype=basis.dtype)
 
     basis = tf.zeros_like(columns)
-    return tf.while_loop(lambda i, _: i < count, add_column, (0, basis), (tf.TensorShape(()), basis.shape))[1]
+    shapes = tf.TensorShape(()), tf.TensorShape((None, None))
+    return tf.while_loop(lambda i, _: i < count, add_column, (0, basis), shapes)[1]
 
 
 def _reject(column: tf.Tensor, basis: tf.Tensor) -> tf.Tensor:

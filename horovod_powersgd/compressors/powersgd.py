@@ -121,21 +121,22 @@ class PowerSGD(Compressor):
             (P^ Q^T, P^ Q_w^T): the update, and this worker's part of it, each (n, m).
         """
         xp, (rows, columns) = state.arrays, state.shape
+        rank = state.amount or self.amount(rows, columns)  # a generator function around this one knows of no amount
         renews, is_q = self.renews(state.step), True
         if renews or not self.warm_start:
-            factor = random_factor(xp, state.key, state.step, columns, state.amount)
+            factor = random_factor(xp, state.key, state.step, columns, rank)
         else:
-            factor = state.get("factor", initial_factor(state.name, columns, state.amount, self.seed))
+            # What is kept has one dtype in all steps, delta's.
+            dtype = np.float64 if "float64" in str(delta.dtype) else np.float32
+            factor = state.get("factor", initial_factor(state.name, columns, rank, self.seed).astype(dtype))
             if self.alternates:
                 is_q = bool(state.get("factor_is_q", np.array(True)))
         factor = xp.like(factor, delta)
         orthogonal = getattr(xp, "orthogonalize", orthogonalize)  # numpy's is the plain one
         for _ in range(self.half_steps(renews)):
-            spare = functools.partial(
-                random_factor, xp, state.key, SPARE, columns if is_q else rows, state.amount
-            )
-            if factor.shape[1] != state.amount:  # Accordion's doing; the frameworks' own ways have their own code for it
-                factor = resized(factor, state.amount, spare())
+            spare = functools.partial(random_factor, xp, state.key, SPARE, columns if is_q else rows, rank)
+            if factor.shape[1] != rank:  # Accordion's doing; the frameworks' own ways have their own code for it
+                factor = resized(factor, rank, spare())
             basis = orthogonal(factor, spare)                                   # Q^ (or P^)
             own = (delta if is_q else xp.transpose(delta)) @ basis              # delta_w Q^ (or delta_w^T P^)
             own = own if self.wire_dtype is None else xp.cast(own, self.wire_dtype)

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from horovod_powersgd import PowerSGD
 from horovod_powersgd.layout import layout_of
-from horovod_powersgd.torch.gradient import MatrixGradient
+from horovod_powersgd.torch.powersgd_gradient import PowerSGDGradient
 from horovod_powersgd.torch.orthogonalization import orthogonalize
 
 
@@ -16,7 +16,7 @@ def test_a_step_on_a_device_does_not_make_the_host_wait(undoable):
     config = PowerSGD(rank=4)
     with FakeTensorMode(allow_non_fake_inputs=True):
         parameter = torch.nn.Parameter(torch.zeros(64, 48, device="cuda"))
-        gradient = MatrixGradient("weight", parameter, layout_of(parameter.shape, config), config)
+        gradient = PowerSGDGradient("weight", parameter, layout_of(parameter.shape, config), config)
         for _ in range(3):
             parameter.grad = torch.randn(64, 48, device="cuda")
             gradient.start(0, False, None)

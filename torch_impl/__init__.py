@@ -25,7 +25,7 @@ from horovod_powersgd.torch.replicas import (  # noqa: E402, F401
     broadcast_optimizer_state,
     broadcast_parameters,
 )
-from horovod_powersgd.torch.workers import join  # noqa: E402, F401
+from horovod_powersgd.torch.generation import join  # noqa: E402, F401
 
 synchronize_before_unscaling()
 allreduce = without_compressors(horovod.torch.allreduce)

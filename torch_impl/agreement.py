@@ -20,6 +20,8 @@ from horovod_powersgd.agreement import (
     digest,
     settle,
 )
+from horovod_powersgd.torch.control_messages import items, largest
+from horovod_powersgd.torch.generation import generation
 from horovod_powersgd.torch.workers import Workers
 
 
@@ -46,7 +48,7 @@ class Party(Protocol):
         """All workers have it. They all call this together.
 
         Args:
-            root: the global rank of the worker that has gone farthest; None where all are new.
+            root: the global rank of the worker with the most completed steps; None where all are new.
             by_name: whether the parameters have to be sorted by name.
         """
 
@@ -90,27 +92,27 @@ def agree(party: Party) -> None:
     number = [other for other in known if digest(other.names()) == names].index(party)
     description = party.description()
     mine = ballot({**description, "number": str(number)})
-    *largest, place = everyone.largest([*mine, (party.steps + 1) * MOST_WORKERS - mpi_ops.rank()], "agreement")
-    if largest == mine:
+    *highest, place = largest(everyone, [*mine, (party.steps + 1) * MOST_WORKERS - mpi_ops.rank()], "agreement")
+    if highest == mine:
         root = None if place <= MOST_WORKERS else -place % MOST_WORKERS
         _agree_on(party, names, Settlement((), root, by_name=False))
         return
     gc.collect()  # what nobody holds is not to be counted
     known = parties(party.workers.process_set.process_set_id)
     told = [Told(digest(p.names()), p.description(), p.uncompressed, p.steps) for p in known]
-    claims = everyone.items(Claim(mpi_ops.rank(), known.index(party), told), "claims")
+    claims = items(everyone, Claim(mpi_ops.rank(), known.index(party), told), "claims")
     settlements = settle(claims)
     for settlement in settlements:
         one = known[settlement.places[everyone.index]]
         _agree_on(one, digest(one.names()), settlement)
     if not settlements:  # only Horovod's own code
-        party.world, party.workers.prefix = Workers.world(), f"powersgd.{names}"
+        party.generation, party.workers.prefix = generation(), f"powersgd.{names}"
 
 
 def _agree_on(party: Party, names: str, settlement: Settlement) -> None:
     global _agreed
-    if _agreed[0] is not Workers.world():
-        _agreed = Workers.world(), Counter()
+    if _agreed[0] is not generation():
+        _agreed = generation(), Counter()
     place = party.workers.process_set.process_set_id, names
     number, _agreed[1][place] = _agreed[1][place], _agreed[1][place] + 1
     party.workers.prefix = f"powersgd.{names}" + (f".{number}" if number else "")

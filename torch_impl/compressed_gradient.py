@@ -1,181 +1,73 @@
-"""A gradient that travels as a compressor's generator says."""
+"""What compressed gradients have in common: what is kept of one from step to step, and who commits it."""
 
-from dataclasses import dataclass, field, replace
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 
-from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor
+from horovod_powersgd.clipping import after_clipping
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.layout import Layout
-from horovod_powersgd.compressors.matrix_state import MatrixState
-from horovod_powersgd.torch import arrays
+from horovod_powersgd.randomness import key_of
+from horovod_powersgd.torch.accordion import AccordionState
 from horovod_powersgd.torch.clipping import Sample
-from horovod_powersgd.torch.gradient import StatefulGradient, sum_of_memories
-from horovod_powersgd.torch.workers import Workers
+from horovod_powersgd.torch.gradient import PlainGradient
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What is kept of a matrix from step to step.
+class CompressedGradient(PlainGradient):
+    """A gradient that travels compressed: something is kept of it from step to step, a Kept of its own kind.
 
     Attributes:
-        by_compressor: what the compressor keeps, the same on every worker.
-        memory: (n, m), float64 for float64 parameters, else float32; None before the first step and without error
-            feedback.
-        norm: |delta| of the last step; None where there was none or no memory is kept.
+        accordion: Accordion's part.
     """
 
-    by_compressor: Dict[str, torch.Tensor] = field(default_factory=dict)
-    memory: Optional[torch.Tensor] = None
-    norm: Optional[torch.Tensor] = None
-
-
-class CompressedGradient(StatefulGradient):
-    """reference.exchange of one matrix, with its error-feedback memory and what the compressor keeps.
-
-    A step calls start, begin, then, as long as there is a request, parts and go_on, then end, and commit or discard.
-
-    Attributes:
-        request: what the generator asks for; None at its end.
-    """
+    compressed = True
 
     def __init__(
-        self,
-        name: str,
-        parameter: torch.nn.Parameter,
-        layout: Layout,
-        config: Compressor,
-        sparse_as_dense: bool = False,
+        self, name: str, parameter: torch.nn.Parameter, layout: Layout, config: Compressor, sparse_as_dense: bool
     ):
-        super().__init__(name, parameter, layout, config, sparse_as_dense)
-        self._config, self.request, self._kept = config, None, Kept()
+        super().__init__(name, parameter, layout, sparse_as_dense)
+        self.accordion = AccordionState(config, layout)
+        self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        self._key = key_of(name, config.seed)
+        # What is kept; and what takes its place when the step is taken, there between end and commit or discard.
+        self._kept: Any = None
+        self._next: Any = None
+        self._sample: Optional[Sample] = None
+        self._usual_clipping: Optional[float] = None
 
-    @property
-    def memory(self) -> Optional[torch.Tensor]:
-        """(n, m); None before the first step and without error feedback."""
-        return self._kept.memory
+    def _mixed(self, old, new, weight: float):
+        """The new one with (1 - weight) times the old memory plus `weight` times its own."""
+        raise NotImplementedError
 
-    @property
-    def kind(self) -> Tuple:
-        # Not with the gradients that are averaged as they are, nor with those that travel in another precision.
-        return "compressed", self.dtype, self.parameter.device
-
-    def start(self, step: int, rate: Optional[float], workers: Workers) -> None:
-        """Takes what is known before the gradient is there; `rate` is the learning rate."""
-        kept = self._kept.by_compressor
-        self._state = MatrixState(arrays, self.name, self.layout.matrix_shape, self._key, kept, self._to_tensor)
-        self._state.begin(step, self.adaptation.amount(step, rate), workers.index, workers.count, True)
-
-    def begin(self, scale: float) -> None:
-        super().begin(scale)
-        if self.is_sparse:
-            return
-        # A compressor sees gradients of the loss as it is: what it keeps, and signs among others, know of no scale.
-        delta, self._dense, self._scale = self._dense.to(self.dtype).reshape(self.layout.matrix_shape), None, scale
-        if scale != 1:
-            delta = delta / scale
-        if self.memory is not None:
-            delta = delta + self.memory
-        self._finite = self._state.finite = torch.isfinite(delta).all()
-        self._delta = torch.where(self._finite, delta, 0)
-        self._failed = torch.zeros_like(self._finite)
-        self._generator = self._config.family.exchange(self._delta, self._state)
-        self._resume(None)
-
-    def parts(self) -> List[torch.Tensor]:
-        """What is asked for, to be sent: no floats are numbers where this worker's delta was not finite."""
-        request = self.request
-        tensors = [request.tensors] if isinstance(request, AllreduceMean) else list(request.tensors)
-        return [torch.where(self._finite, t, torch.nan) if t.is_floating_point() else t for t in tensors]
-
-    def go_on(self, answers: List[torch.Tensor]) -> None:
-        """Takes the answer to parts. What is not finite goes on as zeros, on this worker as on all others."""
-        for i, part in enumerate(answers):
-            if part.is_floating_point():
-                finite = torch.isfinite(part).all()
-                self._failed |= ~finite
-                answers[i] = torch.where(finite, part, 0)
-        self._resume(answers[0] if isinstance(self.request, AllreduceMean) else answers)
-
-    def _resume(self, answer) -> None:
-        try:
-            self.request = self._generator.send(answer)
-        except StopIteration as finished:
-            self.request = self._generator = None
-            update, self._sent = finished.value
-            self._mean = torch.where(self._failed, torch.nan, update).reshape(self.layout.matrix_shape)
-
-    def _to_tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.array(array)).to(self.parameter.device)
-
-    def fits(self, factor: float) -> torch.Tensor:
-        if self.is_sparse:
-            return super().fits(factor)
-        return torch.isfinite((self._mean * (factor * self._scale)).half()).all()
-
-    def finite(self) -> torch.Tensor:
-        """Whether the update is; a boolean on the device, the same on every worker."""
-        return torch.isfinite(self._mean).all()
-
-    def end(self, finite: bool, factor: float, undoable: bool) -> None:
-        """Puts the update, times `factor`, into the gradient."""
-        if self.is_sparse:
-            return super().end(finite, factor, undoable)
-        self._sample = None
-        factor *= self._scale
-        update = self._mean if factor == 1 else self._mean * factor
-        if finite:
-            self._next = Kept(
-                self._state.kept,
-                self._delta - self._sent.reshape(self._delta.shape) if self._config.keeps_memory else None,
-                torch.linalg.vector_norm(self._delta, dtype=torch.float64) if self._config.error_feedback else None,
-            )
-            self.adaptation.end(self._mean, 1.0)
-            if undoable and self._config.keeps_memory:
-                self._sample = Sample.of_matrix(update)
-        self._put(update.view(self.parameter.shape))
-        self._delta = self._sent = self._mean = self._state = None
-
-    def _mixed(self, old: Kept, new: Kept, weight: float) -> Kept:
-        memory = new.memory * weight
-        return replace(new, memory=memory if old.memory is None else memory + (1 - weight) * old.memory)
-
-    def scaled_by(self, scale: float) -> None:
-        if self._next is not None and self._next.memory is not None:
-            self._next = replace(self._next, memory=self._next.memory / scale)
-
-    def residual(self) -> Optional[float]:
-        """|e| / |delta| of the last step; None where there was none or no memory is kept."""
-        kept = self._next or self._kept
-        if kept.norm is None:
+    def sample(self) -> Optional[Tuple[Sample, torch.Tensor]]:
+        gradient = self.parameter.grad
+        if self._next is None or self._sample is None or gradient is None or gradient.is_sparse:
             return None
-        left = torch.linalg.vector_norm(kept.memory, dtype=torch.float64)
-        return (left / kept.norm).item() if kept.norm else 0.0
+        return self._sample, gradient.reshape(self.layout.matrix_shape)
 
-    def shared_state(self) -> Dict[str, object]:
-        """What is the same on every worker, on the CPU."""
-        kept = {key: torch.as_tensor(value).cpu().clone() for key, value in self._kept.by_compressor.items()}
-        return {"kept": kept, **self.adaptation.state_dict()}
+    def commit(self, clipped: Optional[float] = None) -> None:
+        if self._next is None:
+            return
+        weight = 1.0
+        if clipped is not None and self._sample is not None:
+            weight, self._usual_clipping = after_clipping(clipped, self._usual_clipping)
+        kept = self._next if weight == 1 else self._mixed(self._kept, self._next, weight)
+        self._kept, self._next = kept, None
+        self.accordion.commit()
 
-    def load_shared_state(self, state: Mapping) -> None:
-        """Takes what another worker, or an earlier job, kept."""
-        like = torch.empty(0, dtype=self.dtype, device=self.parameter.device)
-        kept = {key: value.to(self.parameter.device, copy=True) for key, value in state["kept"].items()}
-        self._kept = replace(self._kept, by_compressor=kept)
-        self.adaptation.load_state_dict(state, like)
+    def discard(self) -> None:
+        self._next = None
 
-    def state_dict(self) -> Dict[str, object]:
-        return {
-            **super().state_dict(),
-            **self.shared_state(),
-            "memory": None if self.memory is None else self.memory.cpu().clone(),
-            "memory_scale": 1.0,
-            "usual_clipping": self._usual_clipping,
-        }
+    def take_over(self, other: PlainGradient) -> None:
+        self._kept, self.accordion, self._usual_clipping = other._kept, other.accordion, other._usual_clipping
 
-    def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
-        self.load_shared_state(state)
-        self._usual_clipping = state.get("usual_clipping")
-        like = torch.empty(0, dtype=self.dtype, device=self.parameter.device)
-        self._kept = replace(self._kept, memory=sum_of_memories(memories, share, like), norm=None)
+
+def sum_of_memories(
+    memories: Sequence[Tuple[torch.Tensor, float]], weight: float, like: torch.Tensor
+) -> Optional[torch.Tensor]:
+    """The sum of (memory, its loss scale), each in scale 1, times `weight`, as `like` is; None of none."""
+    total = None
+    for memory, scale in memories:
+        part = memory.to(like, copy=True).mul_(weight / scale)
+        total = part if total is None else total.add_(part)
+    return total

@@ -12,7 +12,9 @@ from horovod_powersgd.compressors.accordion import Accordion
 from horovod_powersgd.agreement import Description
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.torch import agreement
+from horovod_powersgd.torch.control_messages import largest
 from horovod_powersgd.torch.engine import Engine, describe, sparse_dim
+from horovod_powersgd.torch.generation import generation
 from horovod_powersgd.torch.workers import Workers
 
 Horovods = horovod_optimizer._DistributedOptimizer
@@ -23,7 +25,7 @@ class Uncompressed:
     others have one, too.
 
     Attributes:
-        world: of the workers that it has agreed with.
+        generation: of the workers that it has agreed with.
         sparse_dims: of the gradients that are sparse on some worker; 0 for the others.
     """
 
@@ -38,7 +40,7 @@ class Uncompressed:
     ):
         self.workers, self._agreement_on = workers, agreement_on
         self._parameter_names, self._trainable = parameter_names, trainable
-        self.world: object = None
+        self.generation: object = None
         self.sparse_dims: Mapping[torch.nn.Parameter, int] = {}
         agreement.enter(self)
 
@@ -54,9 +56,9 @@ class Uncompressed:
     def agreed(self, root: Optional[int], by_name: bool) -> None:
         parameters = sorted(self._parameter_names, key=self._parameter_names.get)
         # A worker that computed no gradient cannot know that it is sparse.
-        largest = self.workers.largest([sparse_dim(p) for p in parameters], "sparse")
-        self.sparse_dims = dict(zip(parameters, largest))
-        self.world = self.workers.world()
+        dims = largest(self.workers, [sparse_dim(p) for p in parameters], "sparse")
+        self.sparse_dims = dict(zip(parameters, dims))
+        self.generation = generation()
 
 
 class DistributedMethods(Horovods):
@@ -170,7 +172,7 @@ class DistributedMethods(Horovods):
         self._refuse_released()
         if self._hooks is not None:
             self._hook_parameters()
-            if self._requires_update and self._party.world is not self._workers.world():
+            if self._requires_update and self._party.generation is not generation():
                 agreement.agree(self._party)
         Horovods.synchronize(self)
 

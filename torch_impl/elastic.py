@@ -1,6 +1,6 @@
 """horovod.torch.elastic, with a TorchState that leaves the workers' replicas equal.
 
-The factors of PowerSGD need no care: the workers of a new world agree on them before their first exchange.
+The factors of PowerSGD need no care: the workers of a new generation agree on them before their first exchange.
 """
 
 from horovod.torch.elastic import *  # noqa: F401, F403

@@ -8,17 +8,19 @@ from typing import Callable, Dict, Generator, Iterable, List, Mapping, Optional,
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
-from horovod_powersgd import PowerSGD, checkpoint
+from horovod_powersgd import checkpoint
 from horovod_powersgd.agreement import Description
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.layout import layout_of
 from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.torch import agreement as agreement_of_workers
-from horovod_powersgd.torch.bucket import Step, Verdict, make_buckets
 from horovod_powersgd.torch.clipping import factors_of
-from horovod_powersgd.torch.compressed_gradient import CompressedGradient
-from horovod_powersgd.torch.gradient import MatrixGradient, PlainGradient
+from horovod_powersgd.torch.control_messages import from_worker, largest
+from horovod_powersgd.torch.fast_paths import make_buckets, path_of
+from horovod_powersgd.torch.generation import generation
+from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.ownership import overlapping, owns_storage
+from horovod_powersgd.torch.step import Step, Verdict
 from horovod_powersgd.torch.workers import Workers
 
 # Between two looks at what has come, where several optimizers are waited for at once.
@@ -75,12 +77,12 @@ class Engine:
         # since the workers agreed.
         self._failure: Optional[Tuple[str, bool]] = None
         self._failures = 0
-        self._world: object = None
+        self._generation: object = None
         self._scaler: Optional[torch.amp.GradScaler] = None
         self._unscaled: Union[float, torch.Tensor] = 1.0
         # Backward has a thread for each device.
         self._lock = threading.RLock()
-        self.steps, self._turn = 0, False
+        self.steps, self._parity = 0, False
         self._bytes_sent = self._total_bytes_sent = 0
         self._bytes_received = self._total_bytes_received = 0
         self._bytes_uncompressed = self._total_bytes_uncompressed = 0
@@ -97,7 +99,7 @@ class Engine:
         plain = PlainGradient(name, parameter, layout, self._sparse_as_dense)
         gradient = plain
         if layout.compressed:
-            cls = MatrixGradient if isinstance(self._config.family, PowerSGD) else CompressedGradient
+            cls = path_of(self._config).gradient
             gradient = cls(name, parameter, layout, self._config, self._sparse_as_dense)
         self._gradients.append(gradient)
         self._plain[gradient] = plain
@@ -109,7 +111,7 @@ class Engine:
             return
         if any(gradient.parameter is not theirs[name].parameter for name, gradient in mine.items()):
             return
-        self.steps, self._turn = other.steps, other._turn
+        self.steps, self._parity = other.steps, other._parity
         for name, gradient in mine.items():
             gradient.take_over(theirs[name])
 
@@ -135,8 +137,8 @@ class Engine:
         with self._lock:
             if parameter.grad is None:
                 return  # a hook of the user's has taken it away
-            # The first exchange of a world waits for finish: workers may call backward in another order than step.
-            if self._world is not self.workers.world():
+            # The first exchange of a generation waits for finish: workers may call backward in another order than step.
+            if self._generation is not generation():
                 self.discard()
                 self.note(parameter, incoming)
                 self._early.add(parameter)
@@ -186,7 +188,7 @@ class Engine:
             RuntimeError: the workers do not agree on the model or the configuration; or a gradient was changed while it
                 was exchanged; or the exchange has failed before.
         """
-        if self._world is self.workers.world():
+        if self._generation is generation():
             self._refuse_failed()
         else:
             self._agree()
@@ -296,7 +298,7 @@ class Engine:
             gradient.load_state_dict(share.tensors[gradient.name], memories, share.weight)
 
     def _tensor_stats(self, gradient: PlainGradient) -> TensorStats:
-        decisions = gradient.adaptation.decisions if gradient.compressed else ()
+        decisions = gradient.accordion.decisions if gradient.compressed else ()
         return TensorStats.of(
             gradient.name,
             gradient.layout,
@@ -330,10 +332,10 @@ class Engine:
             self._buckets = make_buckets(gradients, self.workers, self._config, self._groups)
             self._bucketed = gradients
         self._arriving = {gradient.parameter: gradient for gradient in gradients}
-        self._turn = not self._turn
+        self._parity = not self._parity
         self._step = Step(
             number=self.steps,
-            turn=self._turn,
+            parity=self._parity,
             scale=1.0 if self._scaler is None else self._scaler.get_scale(),
             factor=self.workers.count if self._sum_gradients else 1,
             rates=self._learning_rates(),
@@ -348,7 +350,7 @@ class Engine:
         if self.workers.count > 1:
             agreement_of_workers.agree(self)
         else:
-            self._world = self.workers.world()
+            self._generation = generation()
 
     def names(self) -> List[str]:
         """Of the parameters."""
@@ -362,8 +364,8 @@ class Engine:
         """Before the first exchange of these workers: all run the same training, and hold the same factors.
 
         Args:
-            root: the worker that has exchanged the most steps, in an elastic job, or after some have missed some: all
-                take what it keeps. None where all are new.
+            root: the worker with the most completed steps, in an elastic job, or after some have missed some: all take
+                its shared state. None where all are new.
             by_name: whether the workers have the parameters in different orders.
         """
         if by_name:
@@ -372,18 +374,18 @@ class Engine:
             self._take_state(root)
         # A worker that computed no gradient cannot know that it is sparse.
         gradients = self._trainable()
-        largest = self.workers.largest([sparse_dim(gradient.parameter) for gradient in gradients], "sparse")
-        for gradient, dim in zip(gradients, largest):
+        dims = largest(self.workers, [sparse_dim(gradient.parameter) for gradient in gradients], "sparse")
+        for gradient, dim in zip(gradients, dims):
             gradient.sparse_dim = 0 if self._sparse_as_dense else dim
-        self._world, self._failures, self._bucketed = self.workers.world(), 0, ()
+        self._generation, self._failures, self._bucketed = generation(), 0, ()
         for parameter in tuple(self._early):
             if parameter.requires_grad:
                 self.arrived(parameter)
 
     def _take_state(self, root: int) -> None:
         compressed = [gradient for gradient in self._gradients if gradient.compressed]
-        mine = self.steps, self._turn, [gradient.shared_state() for gradient in compressed]
-        self.steps, self._turn, states = self.workers.from_worker(root, mine)
+        mine = self.steps, self._parity, [gradient.shared_state() for gradient in compressed]
+        self.steps, self._parity, states = from_worker(self.workers, root, mine)
         for gradient, state in zip(compressed, states):
             gradient.load_shared_state(state)
 

@@ -5,7 +5,7 @@ from typing import Callable, Dict, List, Sequence, Tuple
 import torch
 
 from horovod_powersgd.factors import orthogonalize as orthogonalize_by_columns
-from horovod_powersgd.torch.phase import phase
+from horovod_powersgd.torch.profiling import profiled
 
 # The part of a column of its own, next to the longest one, that a Cholesky factor in double precision can be trusted
 # with: rounding grows with its square. It is above what the reference takes for dependent in single precision.
@@ -41,7 +41,7 @@ def orthogonalize(
     for places in by_rank.values():
         some, their_spares = [factors[i] for i in places], [spares[i] for i in places]
         ask = some[0].device.type == "cpu" or any(factor.dtype == torch.float64 for factor in some)
-        with phase("orthogonalize"):
+        with profiled("orthogonalize"):
             found = (_checked if ask else _unchecked)(some, their_spares)
         for i, basis in zip(places, found):
             bases[i] = basis

@@ -9,7 +9,7 @@ from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.layout import Layout
 
 
-class Adaptation:
+class AccordionState:
     """How much of a gradient is sent: with Accordion more or less of it, with other compressors always the same.
 
     Attributes:

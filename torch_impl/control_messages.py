@@ -1,0 +1,36 @@
+"""What workers tell each other beside gradients, and wait for: to agree, and to take over another one's state."""
+
+import pickle
+from typing import List
+
+import numpy as np
+import torch
+from horovod.torch import mpi_ops
+from horovod.torch.mpi_ops import Max, Sum, allgather, allreduce
+
+from horovod_powersgd.torch.workers import Workers
+
+
+def largest(workers: Workers, numbers: List[int], name: str) -> List[int]:
+    """The largest of all workers', number by number. A worker that has joined (hvd.join) counts as zeros."""
+    sent = torch.tensor(numbers, dtype=torch.int64)
+    return allreduce(sent, name=f"{workers.prefix}.{name}", op=Max, process_set=workers.process_set).tolist()
+
+
+def items(workers: Workers, item: object, name: str) -> List[object]:
+    """Each worker's item, in their order; Horovod's allgather_object knows no process sets."""
+    pickled = torch.from_numpy(np.frombuffer(pickle.dumps(item), np.uint8).copy())
+    name = f"{workers.prefix}.{name}"
+    sizes = allgather(torch.tensor([len(pickled)]), name=f"{name}.sizes", process_set=workers.process_set)
+    items = allgather(pickled, name=name, process_set=workers.process_set)
+    return [pickle.loads(part.numpy().tobytes()) for part in items.split(sizes.tolist())]
+
+
+def from_worker(workers: Workers, root: int, item: object) -> object:
+    """The root's item; the root is given by its global rank. By allreduce, which a worker may have joined."""
+    mine = pickle.dumps(item) if mpi_ops.rank() == root else b""
+    mine += bytes(-len(mine) % 4)
+    [length] = largest(workers, [len(mine)], "state.length")
+    sent = torch.from_numpy(np.frombuffer(mine + bytes(length - len(mine)), np.int32).copy())
+    packed = allreduce(sent, name=f"{workers.prefix}.state", op=Sum, process_set=workers.process_set)
+    return pickle.loads(packed.numpy().tobytes())

@@ -1,0 +1,60 @@
+"""Which code exchanges the gradients of which compressor: the one place that knows of a fast path."""
+
+from typing import List, NamedTuple, Sequence, Type, Union
+
+from horovod_powersgd.buckets import bucket_name, sort_into_buckets
+from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.compressors.powersgd import PowerSGD
+from horovod_powersgd.torch.bucket import Bucket
+from horovod_powersgd.torch.compressed_gradient import CompressedGradient
+from horovod_powersgd.torch.generator_bucket import GeneratorBucket
+from horovod_powersgd.torch.generator_gradient import GeneratorGradient
+from horovod_powersgd.torch.gradient import PlainGradient
+from horovod_powersgd.torch.powersgd_bucket import PowerSGDBucket
+from horovod_powersgd.torch.powersgd_gradient import PowerSGDGradient
+from horovod_powersgd.torch.workers import Workers
+
+
+class Path(NamedTuple):
+    """How the compressed gradients of a compressor are exchanged.
+
+    Attributes:
+        gradient: what one of them goes through.
+        bucket: what those of a bucket go through together.
+    """
+
+    gradient: Type[CompressedGradient]
+    bucket: Type[Bucket]
+
+
+FAST = {PowerSGD: Path(PowerSGDGradient, PowerSGDBucket)}
+GENERAL = Path(GeneratorGradient, GeneratorBucket)
+
+
+def path_of(config: Compressor) -> Path:
+    """The fast path of a compressor where there is one, otherwise its generator's."""
+    return next((path for cls, path in FAST.items() if isinstance(config.family, cls)), GENERAL)
+
+
+def make_buckets(
+    gradients: Sequence[PlainGradient],
+    workers: Workers,
+    config: Compressor,
+    groups: Union[None, int, Sequence] = None,
+) -> List[Bucket]:
+    """Sorts gradients into buckets, the same on every worker.
+
+    Args:
+        gradients: in the order of registration.
+        workers: that the buckets are exchanged with.
+        config: how they are compressed.
+        groups: Horovod's: their number, or lists of the parameters that belong together.
+    """
+    if groups is not None and not isinstance(groups, int):
+        by_parameter = {g.parameter: g for g in gradients}
+        groups = [[by_parameter[p] for p in group if p in by_parameter] for group in groups]
+    buckets = []
+    for i, bucket in enumerate(sort_into_buckets(gradients, groups)):
+        cls = path_of(config).bucket if any(gradient.compressed for gradient in bucket) else Bucket
+        buckets.append(cls(f"bucket.{bucket_name(i, bucket)}", bucket, workers, config))
+    return buckets

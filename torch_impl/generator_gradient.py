@@ -1,0 +1,182 @@
+"""A gradient that travels as a compressor's generator says."""
+
+from dataclasses import dataclass, field, replace
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+
+from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor
+from horovod_powersgd.layout import Layout
+from horovod_powersgd.compressors.matrix_state import MatrixState
+from horovod_powersgd.torch import arrays
+from horovod_powersgd.torch.clipping import Sample
+from horovod_powersgd.torch.compressed_gradient import CompressedGradient, sum_of_memories
+from horovod_powersgd.torch.workers import Workers
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a matrix from step to step.
+
+    Attributes:
+        by_compressor: what the compressor keeps, the same on every worker.
+        memory: (n, m), float64 for float64 parameters, else float32; None before the first step and without error
+            feedback.
+        norm: |delta| of the last step; None where there was none or no memory is kept.
+    """
+
+    by_compressor: Dict[str, torch.Tensor] = field(default_factory=dict)
+    memory: Optional[torch.Tensor] = None
+    norm: Optional[torch.Tensor] = None
+
+
+class GeneratorGradient(CompressedGradient):
+    """reference.exchange of one matrix, with its error-feedback memory and what the compressor keeps.
+
+    A step calls start, begin, then, as long as there is a request, parts and go_on, then end, and commit or discard.
+
+    Attributes:
+        request: what the generator asks for; None at its end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameter: torch.nn.Parameter,
+        layout: Layout,
+        config: Compressor,
+        sparse_as_dense: bool = False,
+    ):
+        super().__init__(name, parameter, layout, config, sparse_as_dense)
+        self._config, self.request, self._kept = config, None, Kept()
+
+    @property
+    def memory(self) -> Optional[torch.Tensor]:
+        """(n, m); None before the first step and without error feedback."""
+        return self._kept.memory
+
+    @property
+    def kind(self) -> Tuple:
+        # Not with the gradients that are averaged as they are, nor with those that travel in another precision.
+        return "compressed", self.dtype, self.parameter.device
+
+    def start(self, step: int, rate: Optional[float], workers: Workers) -> None:
+        """Takes what is known before the gradient is there; `rate` is the learning rate."""
+        kept = self._kept.by_compressor
+        self._state = MatrixState(arrays, self.name, self.layout.matrix_shape, self._key, kept, self._to_tensor)
+        self._state.begin(step, self.accordion.amount(step, rate), workers.index, workers.count, True)
+
+    def begin(self, scale: float) -> None:
+        super().begin(scale)
+        if self.is_sparse:
+            return
+        # A compressor sees gradients of the loss as it is: what it keeps, and signs among others, know of no scale.
+        delta, self._dense, self._scale = self._dense.to(self.dtype).reshape(self.layout.matrix_shape), None, scale
+        if scale != 1:
+            delta = delta / scale
+        if self.memory is not None:
+            delta = delta + self.memory
+        self._finite = self._state.finite = torch.isfinite(delta).all()
+        self._delta = torch.where(self._finite, delta, 0)
+        self._failed = torch.zeros_like(self._finite)
+        self._generator = self._config.family.exchange(self._delta, self._state)
+        self._resume(None)
+
+    def parts(self) -> List[torch.Tensor]:
+        """What is asked for, to be sent: floats become NaN where this worker's delta was not finite."""
+        request = self.request
+        tensors = [request.tensors] if isinstance(request, AllreduceMean) else list(request.tensors)
+        return [torch.where(self._finite, t, torch.nan) if t.is_floating_point() else t for t in tensors]
+
+    def go_on(self, answers: List[torch.Tensor]) -> None:
+        """Takes the answer to parts. What is not finite goes on as zeros, on all workers: they let the generator finish,
+        and the step is discarded."""
+        for i, part in enumerate(answers):
+            if part.is_floating_point():
+                finite = torch.isfinite(part).all()
+                self._failed |= ~finite
+                answers[i] = torch.where(finite, part, 0)
+        self._resume(answers[0] if isinstance(self.request, AllreduceMean) else answers)
+
+    def _resume(self, answer) -> None:
+        try:
+            self.request = self._generator.send(answer)
+        except StopIteration as finished:
+            self.request = self._generator = None
+            update, self._sent = finished.value
+            self._mean = torch.where(self._failed, torch.nan, update).reshape(self.layout.matrix_shape)
+
+    def _to_tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(array)).to(self.parameter.device)
+
+    def fits(self, factor: float) -> torch.Tensor:
+        if self.is_sparse:
+            return super().fits(factor)
+        return torch.isfinite((self._mean * (factor * self._scale)).half()).all()
+
+    def finite(self) -> torch.Tensor:
+        """Whether the update is; a boolean on the device, the same on every worker."""
+        return torch.isfinite(self._mean).all()
+
+    def end(self, finite: bool, factor: float, undoable: bool) -> None:
+        """Puts the update, times `factor`, into the gradient."""
+        if self.is_sparse:
+            return super().end(finite, factor, undoable)
+        self._sample = None
+        factor *= self._scale
+        update = self._mean if factor == 1 else self._mean * factor
+        if finite:
+            self._next = Kept(
+                self._state.kept,
+                self._delta - self._sent.reshape(self._delta.shape) if self._config.keeps_memory else None,
+                torch.linalg.vector_norm(self._delta, dtype=torch.float64) if self._config.error_feedback else None,
+            )
+            self.accordion.end(self._mean, 1.0)
+            if undoable and self._config.keeps_memory:
+                self._sample = Sample.of_matrix(update)
+        self._put(update.view(self.parameter.shape))
+        self._delta = self._sent = self._mean = self._state = None
+
+    def _mixed(self, old: Kept, new: Kept, weight: float) -> Kept:
+        memory = new.memory * weight
+        return replace(new, memory=memory if old.memory is None else memory + (1 - weight) * old.memory)
+
+    def scaled_by(self, scale: float) -> None:
+        if self._next is not None and self._next.memory is not None:
+            self._next = replace(self._next, memory=self._next.memory / scale)
+
+    def residual(self) -> Optional[float]:
+        """|e| / |delta| of the last step; None where there was none or no memory is kept."""
+        kept = self._next or self._kept
+        if kept.norm is None:
+            return None
+        left = torch.linalg.vector_norm(kept.memory, dtype=torch.float64)
+        return (left / kept.norm).item() if kept.norm else 0.0
+
+    def shared_state(self) -> Dict[str, object]:
+        """What is the same on every worker, on the CPU."""
+        kept = {key: torch.as_tensor(value).cpu().clone() for key, value in self._kept.by_compressor.items()}
+        return {"kept": kept, **self.accordion.state_dict()}
+
+    def load_shared_state(self, state: Mapping) -> None:
+        """Takes what another worker, or an earlier job, kept."""
+        like = torch.empty(0, dtype=self.dtype, device=self.parameter.device)
+        kept = {key: value.to(self.parameter.device, copy=True) for key, value in state["kept"].items()}
+        self._kept = replace(self._kept, by_compressor=kept)
+        self.accordion.load_state_dict(state, like)
+
+    def state_dict(self) -> Dict[str, object]:
+        return {
+            **super().state_dict(),
+            **self.shared_state(),
+            "memory": None if self.memory is None else self.memory.cpu().clone(),
+            "memory_scale": 1.0,
+            "usual_clipping": self._usual_clipping,
+        }
+
+    def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
+        self.load_shared_state(state)
+        self._usual_clipping = state.get("usual_clipping")
+        like = torch.empty(0, dtype=self.dtype, device=self.parameter.device)
+        self._kept = replace(self._kept, memory=sum_of_memories(memories, share, like), norm=None)

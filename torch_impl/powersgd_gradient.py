@@ -1,0 +1,253 @@
+"""A gradient that travels as PowerSGD's factors: the fast twin of PowerSGD.exchange."""
+
+from dataclasses import dataclass, replace
+from typing import Dict, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+
+from horovod_powersgd import arrays
+from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.factors import initial_factor, resized
+from horovod_powersgd.layout import Layout
+from horovod_powersgd.randomness import SPARE, random_factor
+from horovod_powersgd.statistics import residual
+from horovod_powersgd.torch.clipping import Sample
+from horovod_powersgd.torch.compressed_gradient import CompressedGradient, sum_of_memories
+from horovod_powersgd.torch.kernels import Memory, half_step, product
+from horovod_powersgd.torch.profiling import profiled
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a matrix from step to step by PowerSGD.
+
+    Attributes:
+        factor: (r, m) or (r, n): the last averaged factor.
+        is_q: which of the two it is.
+        memory: None before the first step and without error feedback.
+        scale: the loss scale of the step that the memory is from.
+        own: (r, m) or (r, n): this worker's part of the factor; None before the first step.
+    """
+
+    factor: torch.Tensor
+    is_q: bool
+    memory: Optional[Memory] = None
+    scale: float = 1.0
+    own: Optional[torch.Tensor] = None
+
+
+class PowerSGDGradient(CompressedGradient):
+    """A gradient that travels as PowerSGD's factors, with its error-feedback memory and its last factor.
+
+    An n x m matrix; factors are kept transposed, P as (r, n) and Q as (r, m), which lets every product with the
+    gradient run near the speed of memory. The dtype of all of them is float64 for float64 parameters, else float32.
+    A step calls start, begin, for each half-step multiply (with the basis of `mean`) and receive, end, and commit or
+    discard.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameter: torch.nn.Parameter,
+        layout: Layout,
+        config: Compressor,
+        sparse_as_dense: bool = False,
+    ):
+        super().__init__(name, parameter, layout, config, sparse_as_dense)
+        self._config, self._rank = config.family, layout.amount
+        starting = initial_factor(name, layout.matrix_shape[1], self._rank, config.seed)
+        self._kept = Kept(self._transposed(starting).to(self.dtype), True)
+        self._spare_storage: Optional[torch.Tensor] = None
+        self._spares: Dict[bool, torch.Tensor] = {}
+
+    @property
+    def memory(self) -> Optional[torch.Tensor]:
+        """(n, m); None before the first step and without error feedback."""
+        return None if self._kept.memory is None else self._kept.memory.tensor()
+
+    @property
+    def factor(self) -> torch.Tensor:
+        """(r, m) or (r, n): the last averaged factor."""
+        return self._kept.factor
+
+    @property
+    def factor_is_q(self) -> bool:
+        """Which of the two it is."""
+        return self._kept.is_q
+
+    @property
+    def sent_dtype(self) -> torch.dtype:
+        return torch.float16 if self._config.wire_dtype == "float16" else self.dtype
+
+    def _random(self, step: int, length: int) -> torch.Tensor:
+        """(r, length) float64."""
+        return self._transposed(random_factor(arrays, self._key, step, length, self._rank))
+
+    def _transposed(self, factor: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(factor.T.copy()).to(self.parameter.device)
+
+    def spare(self) -> torch.Tensor:
+        """Random rows (r, n or m) float64, for those of the mean that are not independent."""
+        if self._mean_is_q not in self._spares:
+            self._spares[self._mean_is_q] = self._random(SPARE, self._mean.shape[1])
+        return self._spares[self._mean_is_q]
+
+    def start(self, step: int, renews: bool, rate: Optional[float]) -> None:
+        """Takes as mean the factor that the first half-step starts from.
+
+        Args:
+            step: how many steps were exchanged before.
+            renews: whether the subspace is sought anew.
+            rate: the learning rate, where it is known.
+        """
+        rank = self.accordion.amount(step, rate)
+        if rank != self._rank:
+            self._rank = rank
+            self._spares.clear()
+        self._mean, self._mean_is_q = self._kept.factor, self._kept.is_q
+        if renews or not self._config.warm_start:
+            self._mean, self._mean_is_q = self._random(step, self.layout.matrix_shape[1]).to(self.dtype), True
+        elif len(self._mean) != rank:
+            factor = resized(self._mean.t().cpu().numpy(), rank, self.spare().t().cpu().numpy())
+            self._mean = torch.from_numpy(factor).t().contiguous().to(self._mean.device)
+
+    def begin(self, scale: float) -> None:
+        """The gradient becomes delta, in its own storage where that can become the memory."""
+        super().begin(scale)
+        if self.is_sparse:
+            return
+        gradient, self._dense = self._dense, None
+        self._in_place = (
+            not self.parameter.grad.is_sparse
+            and not self._shared
+            and gradient.dtype == self.dtype
+            and gradient.is_contiguous()
+        )
+        if not self._in_place:
+            gradient = gradient.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+        self._delta, self._scale = gradient.view(self.layout.matrix_shape), scale
+        self._added = self._kept.memory
+
+    def multiply(self, basis: torch.Tensor) -> torch.Tensor:
+        """A half-step: delta Q^ or delta^T P^, flat; in the first one the memory is added to delta on the way."""
+        self._basis = basis
+        with profiled("p" if self._mean_is_q else "q"):
+            own = half_step(self._delta, basis, not self._mean_is_q, self._added, self._scale / self._kept.scale)
+        self._own, self._added = own.to(self.sent_dtype), None
+        return self._own.view(-1)
+
+    def receive(self, mean: torch.Tensor) -> None:
+        self._mean = mean.view(self._rank, -1).to(self.dtype)
+        self._mean_is_q = not self._mean_is_q
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(r, n) or (r, m): the factor that was last averaged, in this step or before it."""
+        return self._mean
+
+    def fits(self, factor: float) -> torch.Tensor:
+        if self.is_sparse:
+            return super().fits(factor)
+        p, q = self._p_and_q(self._mean)
+        return torch.isfinite((p.t() @ (q * factor)).half()).all()
+
+    def end(self, finite: bool, factor: float, undoable: bool) -> None:
+        """Puts the update P^ Q^T, times `factor`, into the gradient."""
+        if self.is_sparse:
+            return super().end(finite, factor, undoable)
+        update, self._undoable, self._sample = self._delta, undoable, None
+        if finite:
+            memory = None
+            if self._config.error_feedback:
+                # Error feedback from this worker's own last factor.
+                memory = Memory(self._delta, *self._p_and_q(self._own.to(self.dtype)))
+                update = self._room()
+            self._next = Kept(self._mean, self._mean_is_q, memory, self._scale, self._own)
+        if finite or torch.isfinite(self._mean).all():
+            p, q = self._p_and_q(self._mean if factor == 1 else self._mean * factor)
+            with profiled("update"):
+                product(p, q, out=update)
+        else:
+            update.fill_(torch.nan)
+        if finite:
+            self.accordion.end(update, 1 / (factor * self._scale))
+            if undoable and self._config.error_feedback:
+                self._sample = Sample.of_product(p, q)
+        update = update.view(self.parameter.shape)
+        if self._in_place:
+            self.parameter.grad.set_(update)
+        else:
+            self._put(update)
+        self._delta = self._basis = self._mean = self._own = None
+
+    def _room(self) -> torch.Tensor:
+        """(n, m) to write the update to: the old memory's, unless that may still be needed."""
+        memory, spare, self._spare_storage = self._kept.memory, self._spare_storage, None
+        if memory is not None and not self._undoable:
+            return memory.storage()
+        return torch.empty_like(self._delta) if spare is None else spare
+
+    def _set_aside(self, memory: Optional[Memory]) -> None:
+        """Keeps a memory's storage for the next update, where that is cheaper than to allocate it."""
+        if memory is not None and self.parameter.device.type == "cpu":
+            self._spare_storage = memory.storage()
+
+    def _mixed(self, old: Kept, new: Kept, weight: float) -> Kept:
+        memory = new.memory.tensor().mul_(weight)
+        if old.memory is not None:
+            memory.add_(old.memory.tensor(), alpha=(1 - weight) * new.scale / old.scale)
+        return replace(new, memory=Memory(memory))
+
+    def commit(self, clipped: Optional[float] = None) -> None:
+        old = self._kept.memory if self._next is not None and self._undoable else None
+        super().commit(clipped)
+        self._set_aside(old)
+
+    def discard(self) -> None:
+        if self._next is not None:
+            self._set_aside(self._next.memory)
+        super().discard()
+
+    def scaled_by(self, scale: float) -> None:
+        if self._next is not None:
+            self._next = replace(self._next, scale=scale)
+
+    def _p_and_q(self, last: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The last half-step's factors, of which the basis is one."""
+        return (self._basis, last) if self._mean_is_q else (last, self._basis)
+
+    def residual(self) -> Optional[float]:
+        """|e| / |delta| of the last step; None where there was none or no memory is kept."""
+        kept = self._next or self._kept
+        if kept.memory is None or kept.own is None:
+            return None
+        norms = (torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in (kept.memory.tensor(), kept.own))
+        return residual(*norms)
+
+    def shared_state(self) -> Dict[str, object]:
+        """What is the same on every worker, on the CPU."""
+        factor = {"factor": self.factor.cpu().clone(), "factor_is_q": self.factor_is_q}
+        return {**factor, **self.accordion.state_dict()}
+
+    def load_shared_state(self, state: Mapping) -> None:
+        """Takes what another worker, or an earlier job, kept."""
+        factor = state["factor"].to(self.factor, copy=True)
+        self._kept = replace(self._kept, factor=factor, is_q=state["factor_is_q"])
+        self.accordion.load_state_dict(state, self.factor)
+
+    def state_dict(self) -> Dict[str, object]:
+        return {
+            **super().state_dict(),
+            **self.shared_state(),
+            "memory": None if self.memory is None else self.memory.cpu().clone(),
+            "memory_scale": self._kept.scale,
+            "usual_clipping": self._usual_clipping,
+        }
+
+    def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
+        self.load_shared_state(state)
+        self._usual_clipping = state.get("usual_clipping")
+        scale = state["memory_scale"]
+        memory = sum_of_memories(memories, share * scale, self.factor)
+        self._kept = replace(self._kept, memory=None if memory is None else Memory(memory), scale=scale, own=None)

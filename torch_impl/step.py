@@ -1,0 +1,68 @@
+"""One step of all buckets, and whether it is finite."""
+
+from dataclasses import dataclass
+from typing import List, Mapping
+
+import torch
+
+from horovod_powersgd.torch.workers import Workers
+
+
+class Verdict:
+    """Whether a step's averages are finite, on all workers alike; known when every bucket has said so.
+
+    Attributes:
+        called_for: whether the step is to end: until then, the gradients are left alone.
+    """
+
+    def __init__(self, buckets: int):
+        self._buckets, self._finite, self.called_for = buckets, [], False
+
+    def add(self, finite: torch.Tensor) -> "Verdict":
+        """Takes one bucket's word: a boolean, left on its device until all are there."""
+        self._finite.append(finite)
+        return self
+
+    def done(self) -> bool:
+        """Whether all buckets have their averages, and the step is to end."""
+        return self.called_for and len(self._finite) == self._buckets
+
+    def result(self) -> bool:
+        """Whether all of them are finite. The host waits for the device here, and where Accordion compares norms."""
+        self._finite = [finite.cpu() for finite in self._finite]
+        return all(self._finite)
+
+
+@dataclass
+class Step:
+    """One step of all buckets.
+
+    Attributes:
+        number: how many steps were exchanged before.
+        parity: changes with every attempt at a step.
+        scale: that the loss is multiplied by.
+        factor: that the averages are multiplied by in the end.
+        rates: learning rates, where they are known.
+        verdict: shared by all buckets.
+        workers: that take part.
+        undoable: whether the step may still be discarded when it has ended.
+        sent: bytes handed to Horovod.
+        received: bytes handed back.
+    """
+
+    number: int
+    parity: bool
+    scale: float
+    factor: float
+    rates: Mapping[torch.nn.Parameter, float]
+    verdict: Verdict
+    workers: Workers
+    undoable: bool = False
+    sent: int = 0
+    received: int = 0
+
+    def count(self, sent: int, received: int) -> None:
+        """Counts a message's bytes."""
+        if self.workers.count > 1:
+            self.sent += sent
+            self.received += received

@@ -34,7 +34,7 @@ class Model(torch.nn.Module):
             self.register_parameter(name.replace(".", "/"), torch.nn.Parameter(torch.empty_like(gradient)))
 
     def forward(self):
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=self.gradients[0].device)
         for parameter, gradient in zip(self.parameters(), self.gradients):
             loss = Arrival.apply(loss, parameter, gradient)
         return loss

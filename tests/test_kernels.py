@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from horovod_powersgd.torch import kernels
-from horovod_powersgd.torch.kernels import Memory, half_step, product
+from horovod_powersgd.torch.kernels import HalfStep, Memory, Product, half_step, product
 
 SIDES = st.integers(1, 70) | st.sampled_from([1023, 1024, 1025, 2100])
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -48,7 +48,7 @@ def test_a_half_step_adds_the_memory_and_multiplies(implementation, n, m, rank, 
         (Memory(left.clone()), gradient + 0.5 * left),
     ):
         found = gradient.clone()
-        factor = half_step(found, basis, makes_q, memory, scale=0.5)
+        factor = half_step(HalfStep(found, basis, makes_q, memory, scale=0.5))
         assert_close(found, expected)
         assert factor.is_contiguous()
         assert_close(factor, basis @ (expected if makes_q else expected.t()))
@@ -60,7 +60,7 @@ def test_a_product_is_written_over_what_was_there(implementation, n, m, rank, dt
     draw = torch.Generator().manual_seed(n * m)
     p, q = (torch.randn(rank, side, generator=draw, dtype=dtype) for side in (n, m))
     out = torch.full((n, m), torch.nan, dtype=dtype)
-    product(p, q, out)
+    product(Product(p, q, out))
     assert_close(out, p.t() @ q)
 
 
@@ -76,7 +76,7 @@ def test_looking_at_the_memory_changes_no_bit_of_the_next_step(implementation, n
     results = []
     for memory in (seen, unseen):
         found = gradient.clone()
-        results += [(half_step(found, basis, False, memory), found)]
+        results += [(half_step(HalfStep(found, basis, False, memory)), found)]
     for first, second in zip(*results):
         assert torch.equal(first, second)
 
@@ -85,8 +85,8 @@ def test_what_is_not_finite_stays_so(implementation):
     for value in (np.nan, np.inf):
         delta = torch.ones(9, 50)
         delta[3, 7] = value
-        assert not torch.isfinite(half_step(delta.clone(), torch.ones(2, 50), False)[:, 3]).any()
-        assert not torch.isfinite(half_step(delta.clone(), torch.ones(2, 9), True)[:, 7]).any()
+        assert not torch.isfinite(half_step(HalfStep(delta.clone(), torch.ones(2, 50), False))[:, 3]).any()
+        assert not torch.isfinite(half_step(HalfStep(delta.clone(), torch.ones(2, 9), True))[:, 7]).any()
         out = torch.zeros(9, 50)
-        product(delta[:, 7][None].contiguous(), torch.ones(1, 50), out)
+        product(Product(delta[:, 7][None].contiguous(), torch.ones(1, 50), out))
         assert not torch.isfinite(out[3]).any() and torch.isfinite(out[4]).all()

@@ -23,7 +23,7 @@ def test_a_step_on_a_device_does_not_make_the_host_wait(undoable):
             gradient.begin(1.0)
             for _ in range(2):
                 gradient.receive(gradient.multiply(orthogonalize([gradient.mean], [gradient.spare])[0]))
-            gradient.end(True, 1, undoable)
+            gradient.end(True, 1, undoable, [])
             if undoable:
                 sample, update = gradient.sample()
                 assert sample.factor(update).device.type == "cuda"

@@ -11,7 +11,7 @@ from documented import random_rows
 from equivalence import RUNS, Equivalence
 from horovod_powersgd import AllreduceMean, Custom, PowerSGD, reference
 from horovod_powersgd.layout import leading_rows
-from trainee import Trainee
+from trainee import DEVICE, Trainee
 
 
 def share(runs):
@@ -272,7 +272,7 @@ def check_groups_and_predivision_change_nothing_but_the_messages():
     plain = Trainee(PowerSGD(rank=2))
     by_number = Trainee(PowerSGD(rank=2), groups=3)
     predivided = Trainee(PowerSGD(rank=2), gradient_predivide_factor=2.0)
-    parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in cases.SHAPES.items()}
+    parameters = {name: torch.nn.Parameter(torch.zeros(shape, device=DEVICE)) for name, shape in cases.SHAPES.items()}
     by_list = Trainee.__new__(Trainee)
     by_list.parameters = parameters
     by_list.optimizer = hvd.DistributedOptimizer(
@@ -297,7 +297,7 @@ def check_gradients_accumulate_over_backward_passes():
         parts.backward(first)
         parts.backward(second)
         parts.optimizer.synchronize()
-        updates = {name: p.grad.numpy().copy() for name, p in parts.parameters.items()}
+        updates = {name: p.grad.cpu().numpy().copy() for name, p in parts.parameters.items()}
         with parts.optimizer.skip_synchronize():
             parts.optimizer.step()
         cases.assert_close(updates, expected, 1e-4, step)

@@ -1,5 +1,7 @@
 """Parameters whose gradients are given, and their optimizer."""
 
+import os
+
 import numpy as np
 import torch
 
@@ -7,13 +9,17 @@ import cases
 import horovod_powersgd.torch as hvd
 from horovod_powersgd import reference
 
+# Where the parameters are: benchmarks/gpu.py runs the same checks on a GPU.
+DEVICE = os.environ.get("HOROVOD_POWERSGD_TEST_DEVICE", "cpu")
+
 
 class Trainee:
     """Parameters whose gradients are given, and their optimizer."""
 
     def __init__(self, config, dtype="float32", shapes=cases.SHAPES, **options):
         self.parameters = {
-            name: torch.nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype))) for name, shape in shapes.items()
+            name: torch.nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype), device=DEVICE))
+            for name, shape in shapes.items()
         }
         options.setdefault("named_parameters", self.parameters.items())
         self.optimizer = hvd.DistributedOptimizer(
@@ -21,7 +27,8 @@ class Trainee:
         )
 
     def backward(self, gradients):
-        sum((p * torch.from_numpy(np.asarray(gradients[name]))).sum() for name, p in self.parameters.items()).backward()
+        given = {name: torch.from_numpy(np.asarray(gradients[name])).to(DEVICE) for name in self.parameters}
+        sum((p * given[name]).sum() for name, p in self.parameters.items()).backward()
 
     def set_rate(self, rate):
         """As a learning-rate schedule does."""
@@ -39,7 +46,7 @@ class Trainee:
     def finish(self):
         """The updates of the gradients of start; they are also applied."""
         self.optimizer.synchronize()
-        updates = {name: p.grad.numpy().copy() for name, p in self.parameters.items()}
+        updates = {name: _array(p.grad) for name, p in self.parameters.items()}
         with self.optimizer.skip_synchronize():
             self.optimizer.step()
         return updates
@@ -55,8 +62,12 @@ class Trainee:
         state = reference.State(steps=engine.stats().steps)
         for gradient in engine._gradients:
             if getattr(gradient, "memory", None) is not None:
-                state.memory[gradient.name] = gradient.memory.numpy().copy()
+                state.memory[gradient.name] = _array(gradient.memory)
             if hasattr(gradient, "factor"):
-                factor = gradient.factor.t().numpy().copy()
+                factor = _array(gradient.factor.t())
                 state.factors[gradient.name] = reference.Factor(factor, gradient.factor_is_q)
         return state
+
+
+def _array(tensor):
+    return tensor.cpu().numpy().copy()

@@ -6,7 +6,7 @@ import torch
 
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.torch.futures import Future, SparseMean
-from horovod_powersgd.torch.gradient import PlainGradient
+from horovod_powersgd.torch.gradient import Copies, PlainGradient
 from horovod_powersgd.torch.step import Step, Verdict
 from horovod_powersgd.torch.workers import Workers
 
@@ -31,8 +31,15 @@ class Bucket:
             if gradient.parameter.dtype == torch.float16:
                 finite = gradient.fits(step.factor) & finite
         finite = yield step.verdict.add(finite)
+        copies: Copies = []
+        self._end(finite, step, copies)
+        if copies:
+            torch._foreach_copy_(*map(list, zip(*copies)))
+
+    def _end(self, finite: bool, step: Step, copies: Copies) -> None:
+        """Ends all gradients' exchange; `copies` is for what is to be copied, all at once."""
         for gradient in self.gradients:
-            gradient.end(finite, step.factor, step.undoable)
+            gradient.end(finite, step.factor, step.undoable, copies)
 
     def _begin(self, gradient: PlainGradient, step: Step, sparse: Dict[PlainGradient, SparseMean]):
         """Waits for a gradient; starts averaging it where it is sparse, and notes that."""
@@ -53,15 +60,30 @@ class Bucket:
         return (yield from self._average(senders, sent, step, 0, in_place=True))
 
     def _average(
-        self, senders: Sequence[PlainGradient], sent: Sequence[torch.Tensor], step: Step, number: int, in_place: bool
+        self,
+        senders: Sequence[PlainGradient],
+        sent: Sequence[torch.Tensor],
+        step: Step,
+        number: int,
+        in_place: bool,
+        sizes: Sequence[int] = (),
     ):
-        """Averages what they send in one message; returns whether the averages are finite, on the device."""
+        """Averages what they send in one message; returns whether the averages are finite, on the device.
+
+        Args:
+            sizes: of each sender's part, where there are not as many tensors as senders.
+        """
         if not sent:
             return True
+        sizes = sizes or [part.numel() for part in sent]
         flat = torch.cat(list(sent)) if len(sent) > 1 else sent[0]
         mean = self._workers.mean(flat, f"{self._name}.{number}", in_place)
         step.count(flat.nbytes, flat.nbytes)
         flat = yield mean
-        for gradient, part in zip(senders, flat.split([part.numel() for part in sent])):
+        for gradient, part in zip(senders, flat.split(list(sizes))):
             gradient.receive(part)
+        return self._is_finite(flat)
+
+    def _is_finite(self, flat: torch.Tensor) -> torch.Tensor:
+        """Whether an average is finite, on the device."""
         return torch.isfinite(flat).all()

@@ -21,6 +21,7 @@ from horovod_powersgd.torch.generation import generation
 from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.ownership import overlapping, owns_storage
 from horovod_powersgd.torch.step import Step, Verdict
+from horovod_powersgd.torch.streams import Streams
 from horovod_powersgd.torch.workers import Workers
 
 # Between two looks at what has come, where several optimizers are waited for at once.
@@ -82,6 +83,7 @@ class Engine:
         self._unscaled: Union[float, torch.Tensor] = 1.0
         # Backward has a thread for each device.
         self._lock = threading.RLock()
+        self._streams = Streams()
         self.steps, self._parity = 0, False
         self._bytes_sent = self._total_bytes_sent = 0
         self._bytes_received = self._total_bytes_received = 0
@@ -154,6 +156,7 @@ class Engine:
                     )
                 if parameter not in self._early:
                     self.note(parameter, incoming)
+                self._streams.wait_for_current(parameter.device)
                 gradient.arrived, gradient.incoming = True, incoming
                 self._resume()
                 gradient.incoming = None
@@ -197,6 +200,7 @@ class Engine:
                 self._begin()
             for parameter, gradient in self._arriving.items():
                 if not gradient.arrived:
+                    self._streams.wait_for_current(parameter.device)
                     if parameter.grad is None:
                         gradient.make_zero()
                     if parameter not in self._early:
@@ -213,7 +217,8 @@ class Engine:
             for parameter in self._arriving if undoable else ():
                 self.note(parameter)
             self._count()
-            self._pending = tuple(self._arriving.values()), self._step.verdict.result()
+            with self._streams.current():
+                self._pending = tuple(self._arriving.values()), self._step.verdict.result()
         except BaseException as error:
             self._fail(error)
             raise
@@ -260,6 +265,7 @@ class Engine:
             gradient.arrived, gradient.incoming = False, None
         self._arriving, self._waiting = {}, {}
         self._early.clear()
+        self._streams.release()
 
     def stats(self) -> CompressionStats:
         """What compression did in the last step and so far."""
@@ -428,7 +434,8 @@ class Engine:
     def _go_on(self, exchange: Generator, awaited) -> object:
         """Resumes an exchange with what it waits for; returns what it waits for next, or None at its end."""
         try:
-            self._waiting[exchange] = exchange.send(awaited.result())
+            with self._streams.current():
+                self._waiting[exchange] = exchange.send(awaited.result())
             return self._waiting[exchange]
         except StopIteration:
             del self._waiting[exchange]

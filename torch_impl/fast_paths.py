@@ -1,5 +1,6 @@
 """Which code exchanges the gradients of which compressor: the one place that knows of a fast path."""
 
+import os
 from typing import List, NamedTuple, Sequence, Type, Union
 
 from horovod_powersgd.buckets import bucket_name, sort_into_buckets
@@ -36,6 +37,15 @@ def path_of(config: Compressor) -> Path:
     return next((path for cls, path in FAST.items() if isinstance(config.family, cls)), GENERAL)
 
 
+def _runs_grouped_kernels(bucket: Sequence[PlainGradient]) -> bool:
+    if bucket[0].parameter.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return False  # and Triton is not imported
+    from horovod_powersgd.torch import grouped_kernels
+
+    matrices = [gradient for gradient in bucket if gradient.compressed]
+    return grouped_kernels.serve([g.dtype for g in matrices], [g.layout.amount for g in matrices])
+
+
 def make_buckets(
     gradients: Sequence[PlainGradient],
     workers: Workers,
@@ -56,5 +66,7 @@ def make_buckets(
     buckets = []
     for i, bucket in enumerate(sort_into_buckets(gradients, groups)):
         cls = path_of(config).bucket if any(gradient.compressed for gradient in bucket) else Bucket
+        if cls is PowerSGDBucket and _runs_grouped_kernels(bucket):
+            from horovod_powersgd.torch.grouped_bucket import GroupedBucket as cls
         buckets.append(cls(f"bucket.{bucket_name(i, bucket)}", bucket, workers, config))
     return buckets

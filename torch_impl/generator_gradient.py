@@ -12,6 +12,7 @@ from horovod_powersgd.compressors.matrix_state import MatrixState
 from horovod_powersgd.torch import arrays
 from horovod_powersgd.torch.clipping import Sample
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient, sum_of_memories
+from horovod_powersgd.torch.gradient import Copies
 from horovod_powersgd.torch.workers import Workers
 
 
@@ -119,10 +120,10 @@ class GeneratorGradient(CompressedGradient):
         """Whether the update is; a boolean on the device, the same on every worker."""
         return torch.isfinite(self._mean).all()
 
-    def end(self, finite: bool, factor: float, undoable: bool) -> None:
+    def end(self, finite: bool, factor: float, undoable: bool, copies: Copies) -> None:
         """Puts the update, times `factor`, into the gradient."""
         if self.is_sparse:
-            return super().end(finite, factor, undoable)
+            return super().end(finite, factor, undoable, copies)
         self._sample = None
         factor *= self._scale
         update = self._mean if factor == 1 else self._mean * factor
@@ -135,7 +136,7 @@ class GeneratorGradient(CompressedGradient):
             self.accordion.end(self._mean, 1.0)
             if undoable and self._config.keeps_memory:
                 self._sample = Sample.of_matrix(update)
-        self._put(update.view(self.parameter.shape))
+        self._put(update.view(self.parameter.shape), copies)
         self._delta = self._sent = self._mean = self._state = None
 
     def _mixed(self, old: Kept, new: Kept, weight: float) -> Kept:

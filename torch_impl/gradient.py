@@ -1,6 +1,6 @@
 """What one parameter's gradient goes through in a step: one that is averaged as it is."""
 
-from typing import Dict, Mapping, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 
@@ -9,6 +9,9 @@ from horovod_powersgd.torch.clipping import Sample
 from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.ownership import owns_storage
 from horovod_powersgd.torch.workers import Workers
+
+# (to, from) of tensors to be copied.
+Copies = List[Tuple[torch.Tensor, torch.Tensor]]
 
 
 class PlainGradient:
@@ -107,23 +110,24 @@ class PlainGradient:
         """Takes the average of what was sent."""
         self._mean = mean.view(self._dense.shape)
 
-    def end(self, finite: bool, factor: float, undoable: bool) -> None:
+    def end(self, finite: bool, factor: float, undoable: bool, copies: Copies) -> None:
         """Ends an exchange: puts the average, times `factor`, into the gradient.
 
         Args:
             finite: whether all averages are, on all workers. Otherwise the step is to leave no trace.
             factor: W for the sum of all workers' gradients, else 1.
             undoable: whether the step may still be discarded. Otherwise commit follows.
+            copies: gets (to, from) of what the caller is to copy then.
         """
         gradient = self.parameter.grad
         if not gradient.is_sparse and self._mean.data_ptr() == gradient.data_ptr():
             if factor != 1:
                 gradient.mul_(factor)
         else:
-            self._put(self._mean if factor == 1 else self._mean * factor)
+            self._put(self._mean if factor == 1 else self._mean * factor, copies)
         self._mean = self._dense = None
 
-    def _put(self, update: torch.Tensor) -> None:
+    def _put(self, update: torch.Tensor, copies: Copies) -> None:
         gradient = self.parameter.grad
         if gradient.is_sparse:
             gradient.zero_().add_(update if update.is_sparse else update.to(gradient.dtype).to_sparse())
@@ -132,7 +136,7 @@ class PlainGradient:
         elif self.overlaps:
             gradient.set_(torch.empty_like(gradient).copy_(update))
         else:
-            gradient.copy_(update)
+            copies.append((gradient, update))
 
     def sample(self) -> Optional[Tuple[Sample, torch.Tensor]]:
         """What tells by how much a changed update was clipped, and the update as it is now; None where it does not

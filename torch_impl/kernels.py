@@ -6,7 +6,7 @@ compiled when this package was installed, PyTorch's own operations do the same.
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Optional, Tuple
+from typing import Callable, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -35,33 +35,48 @@ class Memory:
             self._p = self._q = None
         return self._delta
 
+    def parts(self) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+        """delta, P and Q; without the last two where the memory has been worked out."""
+        return self._delta, self._p, self._q
+
     def storage(self) -> torch.Tensor:
         """A tensor (n, m) to write over, when the memory is no longer needed."""
         return self._delta
 
 
-def half_step(
-    delta: torch.Tensor,
-    basis: torch.Tensor,
-    makes_q: bool,
-    memory: Optional[Memory] = None,
-    scale: float = 1.0,
-) -> torch.Tensor:
+class HalfStep(NamedTuple):
     """Adds `scale` times the memory to delta, in place, and multiplies it by a basis.
 
-    Args:
+    Attributes:
         delta: (n, m), contiguous.
         basis: (r, m), or (r, n) where Q is made; contiguous.
         makes_q: whether the basis is P^ and the result Q.
-
-    Returns:
-        basis delta^T (r, n), or basis delta (r, m): a factor, transposed.
+        memory, scale: what is added. None adds nothing.
     """
+
+    delta: torch.Tensor
+    basis: torch.Tensor
+    makes_q: bool
+    memory: Optional[Memory] = None
+    scale: float = 1.0
+
+
+class Product(NamedTuple):
+    """P^T Q, written to out (n, m), contiguous; P (r, n) and Q (r, m) are kept transposed."""
+
+    p: torch.Tensor
+    q: torch.Tensor
+    out: torch.Tensor
+
+
+def half_step(task: HalfStep) -> torch.Tensor:
+    """basis delta^T (r, n), or basis delta (r, m): a factor, transposed."""
+    delta, basis, makes_q, memory, scale = task
     if not _compiled(delta):
         if memory is not None:
             delta.add_(memory.tensor(), alpha=scale)
         return basis @ (delta if makes_q else delta.t())
-    previous, p, q = (memory._delta, memory._p, memory._q) if memory is not None else (None, None, None)
+    previous, p, q = (None, None, None) if memory is None else memory.parts()
     if previous is not None and p is None:
         delta.add_(previous, alpha=scale)
         previous = None
@@ -76,8 +91,9 @@ def half_step(
     return out
 
 
-def product(p: torch.Tensor, q: torch.Tensor, out: torch.Tensor) -> None:
-    """Writes P^T Q to out (n, m), contiguous; P (r, n) and Q (r, m) are kept transposed."""
+def product(task: Product) -> None:
+    """Writes P^T Q."""
+    p, q, out = task
     if _compiled(out):
         _run_product(out, None, p, q, 1.0)
     else:

@@ -4,24 +4,34 @@ from typing import Dict, Sequence
 
 import torch
 
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.torch.bucket import Bucket
 from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.orthogonalization import orthogonalize
 from horovod_powersgd.torch.powersgd_gradient import PowerSGDGradient
 from horovod_powersgd.torch.step import Step
+from horovod_powersgd.torch.workers import Workers
 
 
 class PowerSGDBucket(Bucket):
-    """Gradients whose half-steps go together, one flat tensor in each; what is averaged as it is travels with the first.
-    """
+    """Gradients whose half-steps go together, one flat tensor in each: the matrices come first, and what is averaged as
+    it is travels with their first half-step."""
+
+    def __init__(self, name: str, gradients: Sequence[PlainGradient], workers: Workers, config: Compressor):
+        super().__init__(name, sorted(gradients, key=lambda gradient: not gradient.compressed), workers, config)
+
+    def _start(self, step: Step) -> int:
+        """Begins a step of all matrices; returns how many half-steps it has."""
+        renews = self._config.family.renews(step.number)
+        for gradient in self.gradients:
+            if gradient.compressed:
+                gradient.start(step.number, renews, step.rates.get(gradient.parameter))
+        return self._config.family.half_steps(renews)
 
     def _rounds(self, step: Step, sparse: Dict[PlainGradient, SparseMean]):
+        half_steps = self._start(step)
         matrices = [gradient for gradient in self.gradients if gradient.compressed]
-        renews = self._config.family.renews(step.number)
-        half_steps = self._config.family.half_steps(renews)
-        for gradient in matrices:
-            gradient.start(step.number, renews, step.rates.get(gradient.parameter))
         finite, bases = True, _bases(matrices)
         for half_step in range(half_steps):
             senders, sent = [], []

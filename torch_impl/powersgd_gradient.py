@@ -14,7 +14,8 @@ from horovod_powersgd.randomness import SPARE, random_factor
 from horovod_powersgd.statistics import residual
 from horovod_powersgd.torch.clipping import Sample
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient, sum_of_memories
-from horovod_powersgd.torch.kernels import Memory, half_step, product
+from horovod_powersgd.torch.gradient import Copies
+from horovod_powersgd.torch.kernels import HalfStep, Memory, Product, half_step, product
 from horovod_powersgd.torch.profiling import profiled
 
 
@@ -35,6 +36,11 @@ class Kept:
     memory: Optional[Memory] = None
     scale: float = 1.0
     own: Optional[torch.Tensor] = None
+
+    def to(self, device: torch.device) -> "Kept":
+        """The same on another device."""
+        memory = None if self.memory is None else Memory(self.memory.tensor().to(device))
+        return replace(self, factor=self.factor.to(device), memory=memory, own=None)
 
 
 class PowerSGDGradient(CompressedGradient):
@@ -101,6 +107,8 @@ class PowerSGDGradient(CompressedGradient):
             renews: whether the subspace is sought anew.
             rate: the learning rate, where it is known.
         """
+        if self._kept.factor.device != self.parameter.device:  # the model was moved after the optimizer had been made
+            self._kept = self._kept.to(self.parameter.device)
         rank = self.accordion.amount(step, rate)
         if rank != self._rank:
             self._rank = rank
@@ -129,17 +137,29 @@ class PowerSGDGradient(CompressedGradient):
         self._delta, self._scale = gradient.view(self.layout.matrix_shape), scale
         self._added = self._kept.memory
 
+    def half_step(self, basis: torch.Tensor) -> HalfStep:
+        """What is to be multiplied next, by a basis of `mean`; the result is for `made`."""
+        self._basis, memory, self._added = basis, self._added, None
+        return HalfStep(self._delta, basis, not self._mean_is_q, memory, self._scale / self._kept.scale)
+
+    def made(self, own: torch.Tensor) -> None:
+        """Takes this worker's factor, as it is sent."""
+        self._own = own.view(self._rank, -1)
+
     def multiply(self, basis: torch.Tensor) -> torch.Tensor:
         """A half-step: delta Q^ or delta^T P^, flat; in the first one the memory is added to delta on the way."""
-        self._basis = basis
         with profiled("p" if self._mean_is_q else "q"):
-            own = half_step(self._delta, basis, not self._mean_is_q, self._added, self._scale / self._kept.scale)
-        self._own, self._added = own.to(self.sent_dtype), None
+            self.made(half_step(self.half_step(basis)).to(self.sent_dtype))
         return self._own.view(-1)
 
     def receive(self, mean: torch.Tensor) -> None:
         self._mean = mean.view(self._rank, -1).to(self.dtype)
         self._mean_is_q = not self._mean_is_q
+
+    @property
+    def mean_is_q(self) -> bool:
+        """Which of the two `mean` is."""
+        return self._mean_is_q
 
     @property
     def mean(self) -> torch.Tensor:
@@ -152,33 +172,42 @@ class PowerSGDGradient(CompressedGradient):
         p, q = self._p_and_q(self._mean)
         return torch.isfinite((p.t() @ (q * factor)).half()).all()
 
-    def end(self, finite: bool, factor: float, undoable: bool) -> None:
+    def end(self, finite: bool, factor: float, undoable: bool, copies: Copies) -> None:
         """Puts the update P^ Q^T, times `factor`, into the gradient."""
         if self.is_sparse:
-            return super().end(finite, factor, undoable)
-        update, self._undoable, self._sample = self._delta, undoable, None
+            return super().end(finite, factor, undoable, copies)
+        update = self.update(finite, factor, undoable)
+        if finite or torch.isfinite(self._mean).all():
+            with profiled("update"):
+                product(update)
+        else:
+            update.out.fill_(torch.nan)
+        self.put_update(update, finite, factor, copies)
+
+    def update(self, finite: bool, factor: float, undoable: bool) -> Product:
+        """What the update is made of, and where it is to be written; takes note of what the next step needs."""
+        out, self._undoable = self._delta, undoable
         if finite:
             memory = None
             if self._config.error_feedback:
                 # Error feedback from this worker's own last factor.
                 memory = Memory(self._delta, *self._p_and_q(self._own.to(self.dtype)))
-                update = self._room()
+                out = self._room()
             self._next = Kept(self._mean, self._mean_is_q, memory, self._scale, self._own)
-        if finite or torch.isfinite(self._mean).all():
-            p, q = self._p_and_q(self._mean if factor == 1 else self._mean * factor)
-            with profiled("update"):
-                product(p, q, out=update)
-        else:
-            update.fill_(torch.nan)
+        return Product(*self._p_and_q(self._mean if factor == 1 else self._mean * factor), out)
+
+    def put_update(self, update: Product, finite: bool, factor: float, copies: Copies) -> None:
+        """Puts the update, which is written now, into the gradient."""
+        self._sample = None
         if finite:
-            self.accordion.end(update, 1 / (factor * self._scale))
-            if undoable and self._config.error_feedback:
-                self._sample = Sample.of_product(p, q)
-        update = update.view(self.parameter.shape)
+            self.accordion.end(update.out, 1 / (factor * self._scale))
+            if self._undoable and self._config.error_feedback:
+                self._sample = Sample.of_product(update.p, update.q)
+        written = update.out.view(self.parameter.shape)
         if self._in_place:
-            self.parameter.grad.set_(update)
+            self.parameter.grad.set_(written)
         else:
-            self._put(update)
+            self._put(written, copies)
         self._delta = self._basis = self._mean = self._own = None
 
     def _room(self) -> torch.Tensor:

@@ -22,8 +22,10 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+from horovod_powersgd.environment.cuda_toolkit import NoCompiler, compiler_environment, nccl_environment, wants_gpu
 from horovod_powersgd.environment.installation import (
     PATCHES_KEY,
     TENSORFLOW,
@@ -38,7 +40,7 @@ from horovod_powersgd.environment.installation import (
 
 HOROVOD_VERSION = "0.28.1"
 # Part of the key of cached wheels: raise it whenever patch_source changes.
-PATCH_VERSION = 3
+PATCH_VERSION = 4
 # Versions that were tried together. Horovod's setup.py fails with later setuptools, its copy of Gloo with CMake 4.
 BUILD_TOOLS = ("setuptools==80.10.2", "wheel==0.48.0", "packaging>=24", "cmake==3.31.10")
 # Measured for both frameworks: nine minutes of one core.
@@ -167,6 +169,13 @@ def build_wheel(build: HorovodBuild, report: Callable[[str], None], afresh: bool
         tools = _get_tools(work, run, report)
         source = _get_source(work, tools, run, report)
         jobs = _jobs()
+        environment = _build_environment(build, tools, jobs)
+        environment |= nccl_environment(environment, work / "nccl")
+        if wants_gpu(environment):
+            try:
+                environment |= compiler_environment(environment, work / "cuda", partial(_get_compiler, run, report))
+            except NoCompiler as problem:
+                raise BuildError(str(problem)) from None
         minutes = max(1, round(_CORE_MINUTES * (1.0 if build.torch and build.tensorflow else 0.6) / jobs))
         report(f"Building Horovod {HOROVOD_VERSION} for {build}")
         report(f"This takes about {minutes} minute{'s' * (minutes > 1)} with {jobs} core{'s' * (jobs > 1)}, once.")
@@ -175,7 +184,7 @@ def build_wheel(build: HorovodBuild, report: Callable[[str], None], afresh: bool
             # The option comes first to hide the command from setup.py, which would have old setuptools fetch what
             # Horovod needs at run time.
             [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(work / "dist")],
-            _build_environment(build, tools, jobs),
+            environment,
             folder=source,
             report=report,
         )
@@ -243,12 +252,6 @@ def patch_source(source: Path) -> None:
     )
     # So that an installed Horovod tells which of these changes it has.
     replace(source / "CMakeLists.txt", r'\\"dummy\\": \\"none\\"', rf'\\"{PATCHES_KEY}\\": {PATCH_VERSION}')
-    # GCC 15's library no longer brings the fixed-width integers along with others.
-    replace(
-        source / "third_party/gloo/gloo/types.h",
-        r"^#include <iostream>$",
-        "#include <cstdint>\n#include <iostream>",
-    )
     # Clang 19 and later refuse to assign to constants in a template that nobody uses.
     replace(
         source / "third_party/flatbuffers/include/flatbuffers/stl_emulation.h",
@@ -261,17 +264,30 @@ def patch_source(source: Path) -> None:
         r'string\(REGEX REPLACE "\$\{PROJECT_SOURCE_DIR\}\(/\)\?" "" SUB_FOLDER "\$\{CMAKE_CURRENT_SOURCE_DIR\}"\)',
         'file(RELATIVE_PATH SUB_FOLDER "${PROJECT_SOURCE_DIR}" "${CMAKE_CURRENT_SOURCE_DIR}")',
     )
+    # Each GCC from 13 on has a standard library whose headers bring fewer of the others along.
+    headers = " ".join(f"-include {header}" for header in ("algorithm", "cstdint", "stdexcept", "string"))
+    includes = f'add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:SHELL:{headers}>")\n'
     # A wheel goes from the environment that built it to others: look for MPI (a pip-installed one is in lib) and the
     # frameworks relative to where the module is, in lib/pythonX.Y/site-packages/horovod/torch. Only then come the
     # places that were linked against, for an MPI or NCCL of the system.
     replace(
         source / "CMakeLists.txt",
         r"^project\(horovod CXX\)$",
-        "project(horovod CXX)\n"
+        f"project(horovod CXX)\n{includes}"
         "set(CMAKE_BUILD_WITH_INSTALL_RPATH TRUE)\n"
-        'set(CMAKE_INSTALL_RPATH "$ORIGIN/../../../..;$ORIGIN/../../torch/lib;$ORIGIN/../../tensorflow")\n'
+        'set(CMAKE_INSTALL_RPATH "$ORIGIN/../../../..;$ORIGIN/../../torch/lib;$ORIGIN/../../tensorflow;'
+        '$ORIGIN/../../nvidia/nccl/lib")\n'
         "set(CMAKE_INSTALL_RPATH_USE_LINK_PATH TRUE)",
     )
+    # Tensors of a GPU are copied to the host for operations that Horovod was not built for, and the copy is waited for
+    # by an event. A Horovod without CUDA has no events, and sent what was not there yet.
+    replace(
+        source / "horovod/torch/mpi_ops_v2.cc",
+        r"^namespace horovod \{$",
+        "#if HAVE_GPU\nstatic constexpr bool kHasEvents = true;\n#else\nstatic constexpr bool kHasEvents = false;\n"
+        "#endif\n\n\\g<0>",
+    )
+    replace(source / "horovod/torch/mpi_ops_v2.cc", r"/\*non_blocking=\*/true", "/*non_blocking=*/kHasEvents")
     # After a worker's death the background thread ends every tensor in its queue with an error and stops. Whether it
     # has stopped is looked at before the queue is locked, and so a tensor could be added behind its back, and be waited
     # for till the end of days: the queue itself must refuse it.
@@ -309,6 +325,14 @@ def _get_tools(work: Path, run: "_LoggedRun", report: Callable[[str], None]) -> 
         run(failure, _pip("install", "--target", str(unfinished), *BUILD_TOOLS))
         os.replace(unfinished, tools)
     return tools
+
+
+def _get_compiler(run: "_LoggedRun", report: Callable[[str], None], requirement: str, folder: Path) -> None:
+    report("Getting CUDA's compiler ...")
+    unfinished = _emptied(folder.with_name("unfinished-cuda"))
+    failure = "pip could not install CUDA's compiler: install the CUDA toolkit, or set HOROVOD_CUDA_HOME"
+    run(failure, _pip("install", "--target", str(unfinished), requirement))
+    os.replace(unfinished, folder)
 
 
 def _get_source(work: Path, tools: Path, run: "_LoggedRun", report: Callable[[str], None]) -> Path:

@@ -1,0 +1,81 @@
+"""A worker of gpu.py: exchanges a model's gradients, which are on the GPU that all workers share, by several methods."""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch.profiler import ProfilerActivity, profile
+
+import horovod_powersgd.torch as hvd
+from exchange_torch import exchanges
+from methods import METHODS
+from models import MODELS, parameters
+from rounds import slowest_ms
+
+STEPS = 10
+ROUNDS = 5
+# What makes the host wait for the device, by the names of CUDA's functions.
+WAITS = "cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy"
+LAUNCHES = "cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC"
+
+
+def milliseconds(exchange):
+    """Of each of some steps, by the device's clock."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS + 1)]
+    events[0].record()
+    for event in events[1:]:
+        exchange.step()
+        event.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in zip(events, events[1:])]
+
+
+def counted(exchange):
+    """How often a step makes the host wait, and how many kernels it starts."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        exchange.step()
+    counts = {event.key: event.count for event in trace.key_averages()}
+    return {
+        "waits": sum(counts.get(name, 0) for name in WAITS),
+        "launches": sum(counts.get(name, 0) for name in LAUNCHES),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--methods", choices=METHODS, nargs="+", required=True)
+    parser.add_argument("--results", type=Path, required=True)
+    args = parser.parse_args()
+    hvd.init()
+    rows = []
+    for key in args.methods:
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        with torch.device("cuda"):
+            [exchange] = exchanges(args.model, [key]).values()
+        for _ in range(4):  # DDP's hook begins to compress in the third step
+            exchange.step()
+        torch.cuda.reset_peak_memory_stats()
+        times = [milliseconds(exchange) for _ in range(ROUNDS)]
+        everyone = hvd.allgather_object([ms / 1000 for some in times for ms in some])
+        rows.append(
+            {
+                "method": key,
+                "median_ms": statistics.median(slowest_ms(everyone)),
+                "peak": (torch.cuda.max_memory_allocated() - before) / (4 * parameters(args.model)),
+                "bytes_sent": exchange.bytes_sent(),
+                **counted(exchange),
+            }
+        )
+        exchange.pause()
+        del exchange
+    if hvd.rank() == 0:
+        args.results.write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What a Horovod for NVIDIA's GPUs is built with: CUDA's compiler, and NCCL."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from horovod_powersgd.environment.installation import TORCH
+
+# What Horovod's build looks at, to know whether it is for GPUs.
+_CHOICES = re.compile(r"HOROVOD_GPU(_(OPERATIONS|ALLREDUCE|ALLGATHER|BROADCAST|ALLTOALL|REDUCESCATTER))?")
+# From this version of CUDA on, pip has its compiler.
+_FIRST_OF_PIP = 13
+
+
+class NoCompiler(Exception):
+    """There is no compiler for GPUs. The message says what to do."""
+
+
+def wants_gpu(environment: Mapping[str, str]) -> bool:
+    """Whether Horovod's variables ask for operations on GPUs."""
+    return any(_CHOICES.fullmatch(name) and value for name, value in environment.items())
+
+
+def cuda_version() -> str | None:
+    """The CUDA that the installed PyTorch is for, as in 13.0; None where there is no PyTorch, or it is for none."""
+    directory = TORCH.directory()
+    stated = None if directory is None else directory / "version.py"
+    if stated is None or not stated.is_file():
+        return None
+    match = re.search(r"^cuda\b.*=\s*['\"](\d+\.\d+).*['\"]$", stated.read_text(), re.MULTILINE)
+    return match and match.group(1)
+
+
+def has_gpu() -> bool:
+    """Whether this machine has a driver for NVIDIA's GPUs."""
+    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
+
+
+def compiler_environment(
+    environment: Mapping[str, str], folder: Path, get: Callable[[str, Path], None]
+) -> dict[str, str]:
+    """The variables by which Horovod's build finds CUDA's compiler; none where it finds the system's by itself.
+
+    Args:
+        environment: of the build.
+        folder: for a compiler of pip's.
+        get: (requirement, folder) installs what pip has.
+
+    Raises:
+        NoCompiler: there is none, and pip has none for this version.
+    """
+    homes = (environment.get(name) for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH"))
+    if any(homes) or shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists():
+        return {}
+    version = cuda_version()
+    major = 0 if version is None else int(version.split(".")[0])
+    if major < _FIRST_OF_PIP:
+        raise NoCompiler(
+            f"Horovod is to be built for GPUs, and there is no CUDA compiler (nvcc): install the CUDA toolkit"
+            f"{'' if version is None else f' {version}'}, and say where with HOROVOD_CUDA_HOME."
+        )
+    home = folder / f"nvidia/cu{major}"
+    if not home.exists():
+        get(f"cuda-toolkit[nvcc,crt,nvvm,cccl,cudart]=={version}.*", folder)
+    # nvcc looks for libraries where an installed toolkit has them, and CMake for names without a version.
+    for link, target in ((home / "lib64", "lib"), (home / "lib/libcudart.so", f"libcudart.so.{major}")):
+        if not link.is_symlink():
+            link.symlink_to(target)
+    path = os.pathsep.join([str(home / "bin"), environment.get("PATH", os.defpath)])
+    return {"HOROVOD_CUDA_HOME": str(home), "CUDA_HOME": str(home), "PATH": path}
+
+
+def nccl_environment(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """The variables by which Horovod's build finds the NCCL that came with PyTorch, since a process should have one
+    only; none where NCCL is not asked for, or the user says which.
+
+    Args:
+        environment: of the build.
+        folder: for a link that the linker needs.
+    """
+    directory = TORCH.directory()
+    nccl = None if directory is None else directory.parent / "nvidia/nccl"
+    asked = any(value.startswith("NCCL") for name, value in environment.items() if _CHOICES.fullmatch(name))
+    said = any(name.startswith("HOROVOD_NCCL") for name in environment)
+    if not asked or said or nccl is None or not nccl.is_dir():
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "libnccl.so"
+    link.unlink(missing_ok=True)
+    link.symlink_to(nccl / "lib/libnccl.so.2")
+    return {
+        "HOROVOD_NCCL_INCLUDE": str(nccl / "include"),
+        "HOROVOD_NCCL_LIB": str(folder),
+        "HOROVOD_NCCL_LINK": "SHARED",
+    }

@@ -1,0 +1,327 @@
+"""The passes over the gradients of a bucket on a GPU, by one kernel each.
+
+A GPU goes over a gradient of a few megabytes in ten microseconds, and a host takes as long to ask for anything: asked
+for one by one, as kernels.py does, the passes take the time of the asking. Here a table says where the matrices are,
+and a kernel's programs share out tiles of all of them. The kernels are written in Triton, which comes with PyTorch for
+GPUs. As there, factors are kept transposed.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+
+from horovod_powersgd.torch.kernels import HalfStep, Product
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+# Of the factors; with more rows, a tile's sums do not fit into registers.
+LARGEST_RANK = 16
+# A program's tile, rows and columns, of which it takes one after the other: to make P it goes along its rows, to make
+# Q down its columns, at most so far. What several programs find of the same number is added up by another kernel.
+ROWS, COLUMNS = 8, 128
+COLUMNS_OF_A_PROGRAM, ROWS_OF_A_PROGRAM = 16384, 256
+# Numbers that a program of the adding kernel takes.
+SUMS = 1024
+# Added to a rounding, for a factor of zeros.
+TINY = 1e-100
+
+
+def serve(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> bool:
+    """Whether these kernels can be had, for matrices of these dtypes and ranks."""
+    return triton is not None and set(dtypes) == {torch.float32} and max(ranks) <= LARGEST_RANK
+
+
+def half_steps(tasks: Sequence[HalfStep], dtype: torch.dtype) -> torch.Tensor:
+    """kernels.half_step of several float32 matrices: all factors, flat, one after the other, in a dtype."""
+    device = tasks[0].delta.device
+    plan = _plan(tuple((*task.delta.shape, len(task.basis), task.makes_q) for task in tasks), device)
+    table = []
+    for delta, basis, _, memory, scale in tasks:
+        left, p, q = (None, None, None) if memory is None else memory.parts()
+        table.append(
+            (
+                delta.data_ptr(), basis.data_ptr(), *delta.shape, len(basis), _address(left), _address(p), _address(q),
+                0 if p is None else len(p), np.float64(scale).view(np.int64),
+            )
+        )  # fmt: skip
+    table = _on(device, table)
+    adds = any(task.memory is not None for task in tasks)
+    found = torch.empty(plan.found, dtype=torch.float32, device=device)
+    for makes_q, tiles, count in plan.tiles:
+        _half_step[(count,)](
+            table, tiles, found, makes_q, adds, plan.rank, ROWS, COLUMNS,
+            ROWS_OF_A_PROGRAM if makes_q else COLUMNS_OF_A_PROGRAM,
+        )  # fmt: skip
+    if not plan.sums_count:
+        return found.to(dtype)
+    sums = torch.empty(plan.numbers, dtype=dtype, device=device)
+    _add_up[(plan.sums_count,)](plan.sums, found, sums, SUMS)
+    return sums
+
+
+def products(tasks: Sequence[Product]) -> None:
+    """kernels.product of several float32 matrices."""
+    device = tasks[0].out.device
+    plan = _plan(tuple((*task.out.shape, len(task.p), False) for task in tasks), device)
+    table = [(out.data_ptr(), p.data_ptr(), q.data_ptr(), *out.shape, len(p)) for p, q, out in tasks]
+    [(_, tiles, count)] = plan.tiles
+    _product[(count,)](_on(device, table), tiles, ROWS, COLUMNS, COLUMNS_OF_A_PROGRAM)
+
+
+def orthogonalize(factors: Sequence[torch.Tensor], spares: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    """orthogonalization.orthogonalize of float32 factors (r, n), on a GPU; the spares are there."""
+    device = factors[0].device
+    sizes = [factor.numel() for factor in factors]
+    bases = torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
+    rows = torch.empty(2 * sum(sizes), dtype=torch.float64, device=device)
+    address, table = rows.data_ptr(), []
+    for factor, spare, basis in zip(factors, spares, bases):
+        nbytes = spare.nbytes
+        table.append(
+            (factor.data_ptr(), spare.data_ptr(), basis.data_ptr(), address, address + nbytes, *factor.shape)
+        )
+        address += 2 * nbytes
+    rank = _padded(max(map(len, factors)))
+    length = min(1024, 8192 // rank)
+    _orthogonalize[(len(factors),)](_on(device, table), TINY, rank, length, num_warps=16)
+    return [basis.view_as(factor) for basis, factor in zip(bases, factors)]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How half_steps shares out its work, for matrices of these shapes and ranks.
+
+    Attributes:
+        rank: of the largest, as the kernels see it.
+        tiles: for those that make P, and for those that make Q: (whether it is Q, a table of what the programs take, how
+            many they are).
+        found: how many numbers the programs write.
+        sums, sums_count: a table of what the programs of the adding kernel take, and how many they are.
+        numbers: that the factors have.
+    """
+
+    rank: int
+    tiles: List[Tuple[bool, torch.Tensor, int]]
+    found: int
+    sums: Optional[torch.Tensor]
+    sums_count: int
+    numbers: int
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(layout: Tuple[Tuple[int, int, int, bool], ...], device: torch.device) -> _Plan:
+    tiles, sums, found, numbers = {False: [], True: []}, [], 0, 0
+    for i, (n, m, rank, makes_q) in enumerate(layout):
+        size = rank * (m if makes_q else n)
+        along, length = (n, ROWS_OF_A_PROGRAM) if makes_q else (m, COLUMNS_OF_A_PROGRAM)
+        starts = range(0, along, length)
+        for part, start in enumerate(starts):
+            place = found + part * size
+            across = range(0, m, COLUMNS) if makes_q else range(0, n, ROWS)
+            tiles[makes_q] += [(i, *((start, at) if makes_q else (at, start)), place) for at in across]
+        sums += [(found, len(starts), size, numbers, at) for at in range(0, size, SUMS)]
+        found, numbers = found + len(starts) * size, numbers + size
+    alone = found == numbers
+    return _Plan(
+        _padded(max(rank for _, _, rank, _ in layout)),
+        [(makes_q, _on(device, some), len(some)) for makes_q, some in tiles.items() if some],
+        found,
+        None if alone else _on(device, sums),
+        0 if alone else len(sums),
+        numbers,
+    )
+
+
+def _padded(rank: int) -> int:
+    """A power of two."""
+    return 1 << (rank - 1).bit_length()
+
+
+def _on(device: torch.device, rows: Sequence[Tuple[int, ...]]) -> torch.Tensor:
+    """A table on the device, which the host does not wait for."""
+    # So little is on its way when this returns, though it comes from memory that is not pinned.
+    return torch.from_numpy(np.array(rows, np.int64)).to(device, non_blocking=True)
+
+
+def _address(tensor: Optional[torch.Tensor]) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+if triton is not None:
+
+    @triton.jit
+    def _pointer(table, row, column: tl.constexpr, columns: tl.constexpr, dtype: tl.constexpr):
+        return tl.load(table + row * columns + column).to(tl.pointer_type(dtype))
+
+    @triton.jit
+    def _half_step(
+        table, tiles, found, MAKES_Q: tl.constexpr, ADDS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr, LENGTH: tl.constexpr,
+    ):  # fmt: skip
+        tile = tiles + 4 * tl.program_id(0)
+        i = tl.load(tile)
+        row, column, place = tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+        delta, basis = _pointer(table, i, 0, 10, tl.float32), _pointer(table, i, 1, 10, tl.float32)
+        n, m, rank = tl.load(table + 10 * i + 2), tl.load(table + 10 * i + 3), tl.load(table + 10 * i + 4)
+        left, p, q = (
+            _pointer(table, i, 5, 10, tl.float32), _pointer(table, i, 6, 10, tl.float32),
+            _pointer(table, i, 7, 10, tl.float32),
+        )  # fmt: skip
+        is_left = tl.load(table + 10 * i + 5) != 0
+        rank_left = tl.load(table + 10 * i + 8)
+        scale = tl.load((table + 10 * i + 9).to(tl.pointer_type(tl.float64))).to(tl.float32)
+        ranks = tl.arange(0, RANK)
+        sums = tl.zeros((RANK, ROWS, COLUMNS), tl.float32)
+        along = row if MAKES_Q else column
+        end = min(along + LENGTH, n if MAKES_Q else m)
+        step: tl.constexpr = ROWS if MAKES_Q else COLUMNS
+        for at in range(along, end, step):
+            rows = (at if MAKES_Q else row) + tl.arange(0, ROWS)
+            columns = (column if MAKES_Q else at) + tl.arange(0, COLUMNS)
+            inside = (rows < n)[:, None] & (columns < m)[None, :]
+            places = rows[:, None] * m + columns[None, :]
+            numbers = tl.load(delta + places, inside, 0.0)
+            if ADDS:
+                if is_left:
+                    memory = tl.load(left + places, inside, 0.0)
+                    for k in range(rank_left):
+                        of_p = tl.load(p + k * n + rows, rows < n, 0.0)
+                        of_q = tl.load(q + k * m + columns, columns < m, 0.0)
+                        memory -= of_p[:, None] * of_q[None, :]
+                    numbers += scale * memory
+                    tl.store(delta + places, numbers, inside)
+            if MAKES_Q:
+                some = tl.load(basis + ranks[:, None] * n + rows[None, :], (ranks < rank)[:, None] & (rows < n), 0.0)
+                sums += numbers[None, :, :] * some[:, :, None]
+            else:
+                some = tl.load(
+                    basis + ranks[:, None] * m + columns[None, :], (ranks < rank)[:, None] & (columns < m), 0.0
+                )
+                sums += numbers[None, :, :] * some[:, None, :]
+        if MAKES_Q:
+            columns = column + tl.arange(0, COLUMNS)
+            to = found + place + ranks[:, None] * m + columns[None, :]
+            tl.store(to, tl.sum(sums, axis=1), (ranks < rank)[:, None] & (columns < m)[None, :])
+        else:
+            rows = row + tl.arange(0, ROWS)
+            to = found + place + ranks[:, None] * n + rows[None, :]
+            tl.store(to, tl.sum(sums, axis=2), (ranks < rank)[:, None] & (rows < n)[None, :])
+
+    @triton.jit
+    def _add_up(sums, found, out, SUMS: tl.constexpr):
+        of = sums + 5 * tl.program_id(0)
+        place, parts, size = tl.load(of), tl.load(of + 1), tl.load(of + 2)
+        numbers = tl.load(of + 4) + tl.arange(0, SUMS)
+        total = tl.zeros((SUMS,), tl.float32)
+        for part in range(parts):
+            total += tl.load(found + place + part * size + numbers, numbers < size, 0.0)
+        tl.store(out + tl.load(of + 3) + numbers, total.to(out.dtype.element_ty), numbers < size)
+
+    @triton.jit
+    def _product(table, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LENGTH: tl.constexpr):
+        tile = tiles + 4 * tl.program_id(0)
+        i = tl.load(tile)
+        row, column = tl.load(tile + 1), tl.load(tile + 2)
+        out, p, q = (
+            _pointer(table, i, 0, 6, tl.float32), _pointer(table, i, 1, 6, tl.float32),
+            _pointer(table, i, 2, 6, tl.float32),
+        )  # fmt: skip
+        n, m, rank = tl.load(table + 6 * i + 3), tl.load(table + 6 * i + 4), tl.load(table + 6 * i + 5)
+        rows = row + tl.arange(0, ROWS)
+        for at in range(column, min(column + LENGTH, m), COLUMNS):
+            columns = at + tl.arange(0, COLUMNS)
+            numbers = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for k in range(rank):
+                of_p = tl.load(p + k * n + rows, rows < n, 0.0)
+                of_q = tl.load(q + k * m + columns, columns < m, 0.0)
+                numbers += of_p[:, None] * of_q[None, :]
+            inside = (rows < n)[:, None] & (columns < m)[None, :]
+            tl.store(out + rows[:, None] * m + columns[None, :], numbers, inside)
+
+    @triton.jit
+    def _inverse_triangle(gram, RANK: tl.constexpr):
+        """The inverse of the Cholesky factor of a matrix (RANK, RANK)."""
+        ranks = tl.arange(0, RANK)
+        down, across = ranks[:, None], ranks[None, :]
+        triangle = tl.zeros((RANK, RANK), tl.float64)
+        for j in range(RANK):
+            column = tl.sum(tl.where(across == j, gram, 0.0), axis=1)
+            row = tl.sum(tl.where(down == j, gram, 0.0), axis=0)
+            pivot = tl.sqrt(tl.sum(tl.where(ranks == j, row, 0.0), axis=0))
+            column, row = column / pivot, row / pivot
+            triangle = tl.where((across == j) & (down >= j), column[:, None], triangle)
+            gram -= column[:, None] * row[None, :]
+        inverse = tl.zeros((RANK, RANK), tl.float64)
+        for j in range(RANK):
+            row = tl.sum(tl.where(down == j, triangle, 0.0), axis=0)
+            pivot = tl.sum(tl.where(ranks == j, row, 0.0), axis=0)
+            known = tl.sum(tl.where(down < j, row[:, None] * inverse, 0.0), axis=0)
+            inverse = tl.where(down == j, ((tl.where(ranks == j, 1.0, 0.0) - known) / pivot)[None, :], inverse)
+        return inverse
+
+    @triton.jit
+    def _gram(rows, rank, n, absent, RANK: tl.constexpr, LENGTH: tl.constexpr):
+        """Of rows (rank, n). What is read again is near."""
+        ranks, length = tl.arange(0, RANK), tl.arange(0, LENGTH)
+        gram = absent
+        for j in range(rank):
+            sums = tl.zeros((RANK, LENGTH), tl.float64)
+            for at in range(0, n, LENGTH):
+                inside, places = at + length < n, at + length
+                some = (ranks < rank)[:, None] & inside[None, :]
+                numbers = tl.load(rows + ranks[:, None] * n + places[None, :], some, 0.0)
+                sums += numbers * tl.load(rows + j * n + places, inside, 0.0)[None, :]
+            gram += tl.where(ranks[None, :] == j, tl.sum(sums, axis=1)[:, None], 0.0)
+        return gram
+
+    @triton.jit
+    def _multiply(matrix, rows, out, rank, n, RANK: tl.constexpr, LENGTH: tl.constexpr):
+        """Writes the matrix times rows (rank, n)."""
+        ranks, length = tl.arange(0, RANK), tl.arange(0, LENGTH)
+        for at in range(0, n, LENGTH):
+            inside, places = at + length < n, at + length
+            product = tl.zeros((RANK, LENGTH), tl.float64)
+            for j in range(rank):
+                column = tl.sum(tl.where(ranks[None, :] == j, matrix, 0.0), axis=1)
+                product += column[:, None] * tl.load(rows + j * n + places, inside, 0.0)[None, :]
+            some = (ranks < rank)[:, None] & inside[None, :]
+            tl.store(out + ranks[:, None] * n + places[None, :], product.to(out.dtype.element_ty), some)
+
+    @triton.jit
+    def _orthogonalize(table, TINY: tl.constexpr, RANK: tl.constexpr, LENGTH: tl.constexpr):
+        i = tl.program_id(0)
+        factor, spare = _pointer(table, i, 0, 7, tl.float32), _pointer(table, i, 1, 7, tl.float64)
+        basis, rows = _pointer(table, i, 2, 7, tl.float32), _pointer(table, i, 3, 7, tl.float64)
+        once = _pointer(table, i, 4, 7, tl.float64)
+        rank, n = tl.load(table + 7 * i + 5), tl.load(table + 7 * i + 6)
+        ranks, length = tl.arange(0, RANK), tl.arange(0, LENGTH)
+        # Rows that are not there are those of the identity.
+        absent = tl.where((ranks[:, None] == ranks[None, :]) & (ranks >= rank)[:, None], 1.0, 0.0).to(tl.float64)
+        squares, spare_squares = tl.zeros((RANK, LENGTH), tl.float64), tl.zeros((RANK, LENGTH), tl.float64)
+        for at in range(0, n, LENGTH):
+            inside, places = (ranks < rank)[:, None] & (at + length < n)[None, :], at + length[None, :]
+            numbers = tl.load(factor + ranks[:, None] * n + places, inside, 0.0).to(tl.float64)
+            others = tl.load(spare + ranks[:, None] * n + places, inside, 0.0)
+            squares += numbers * numbers
+            spare_squares += others * others
+        rounding = 1.1920928955078125e-07 * tl.sqrt(tl.max(tl.sum(squares, axis=1), axis=0)) + TINY
+        weights = rounding / tl.sqrt(tl.where(ranks < rank, tl.sum(spare_squares, axis=1), 1.0))
+        for at in range(0, n, LENGTH):
+            inside, places = (ranks < rank)[:, None] & (at + length < n)[None, :], at + length[None, :]
+            numbers = tl.load(factor + ranks[:, None] * n + places, inside, 0.0).to(tl.float64)
+            numbers += weights[:, None] * tl.load(spare + ranks[:, None] * n + places, inside, 0.0)
+            tl.store(rows + ranks[:, None] * n + places, numbers, inside)
+        # What one thread has written, another one reads.
+        tl.debug_barrier()
+        inverse = _inverse_triangle(_gram(rows, rank, n, absent, RANK, LENGTH), RANK)
+        _multiply(inverse, rows, once, rank, n, RANK, LENGTH)
+        tl.debug_barrier()
+        inverse = _inverse_triangle(_gram(once, rank, n, absent, RANK, LENGTH), RANK)
+        _multiply(inverse, once, basis, rank, n, RANK, LENGTH)

@@ -42,7 +42,7 @@ from horovod_powersgd.tensorflow.compression_state import (  # noqa: E402, F401
     forget_compression,
     load_compression_state_dict,
 )
-from horovod_powersgd.tensorflow.exchange import new_world  # noqa: E402
+from horovod_powersgd.tensorflow.agreement import new_generation  # noqa: E402
 from horovod_powersgd.tensorflow.normalization import SyncBatchNormalization  # noqa: E402, F401
 from horovod_powersgd.tensorflow.optimizer import DistributedOptimizer  # noqa: E402, F401
 from horovod_powersgd.tensorflow.replicas import assert_replicas_equal, broadcast_variables  # noqa: E402, F401
@@ -58,7 +58,7 @@ def init(*args, **kwargs):
     horovod.tensorflow.init(*args, **kwargs)
     if not (args or kwargs.get("comm")):  # a communicator of one worker is no mistake
         launcher.check_world(horovod.tensorflow.size())
-    new_world()
+    new_generation()
 
 
 @functools.wraps(horovod.tensorflow.join)
@@ -66,7 +66,7 @@ def join(*args, **kwargs):
     # TensorFlow takes Horovod's op, which has no inputs, for a constant, and would not run it a second time.
     context.context().clear_kernel_cache()
     last = horovod.tensorflow.join(*args, **kwargs)
-    new_world()
+    new_generation()
     return last
 
 

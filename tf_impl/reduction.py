@@ -9,10 +9,13 @@ from horovod.tensorflow.mpi_ops import Average, ProcessSet, Sum
 from horovod_powersgd.compressors.compressor import compressor_of
 from horovod_powersgd.tensorflow.clipping import clip_memory
 from horovod_powersgd.tensorflow.compression_state import load, saved
-from horovod_powersgd.tensorflow.exchange import Exchange, Settings, exchange_of
+from horovod_powersgd.tensorflow.exchange import Exchange
+from horovod_powersgd.tensorflow.exchanges import exchange_of
+from horovod_powersgd.tensorflow.settings import Settings
 from horovod_powersgd.tensorflow.snapshot import Snapshot
-from horovod_powersgd.tensorflow.state import Training, VariableState, state_in, states_of
+from horovod_powersgd.tensorflow.training import Training, state_in, states_of
 from horovod_powersgd.tensorflow.variable import native
+from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import Workers, transportable
 
 
@@ -191,7 +194,7 @@ class Reduction:
         self.exchange = exchange_of(self._settings, self.training, once, gradients)
         new = []
         if self.discardable:
-            kept = [holder.snapshot for holder in (self.exchange.clock, *self.exchange.states)]
+            kept = [holder.snapshot for holder in (self.exchange.counters, *self.exchange.states)]
             new = [snapshot for snapshot in kept if snapshot not in self._snapshots]
             self._snapshots += new
         updates = dict(zip(places, self.exchange(gradients, learning_rate, tuple(new))))

@@ -10,7 +10,7 @@ from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.clipping import clipping_factors
 from horovod_powersgd.tensorflow.local_variables import LocalVariables
 from horovod_powersgd.tensorflow.reduction import Reduction, native_groups, scaled, unscaled
-from horovod_powersgd.tensorflow.state import TAPES
+from horovod_powersgd.tensorflow.training import TAPES
 from horovod_powersgd.tensorflow.variable import native
 
 

@@ -9,7 +9,7 @@ import torch
 from horovod.torch.mpi_ops import Sum
 
 from horovod_powersgd.compressors.accordion import Accordion
-from horovod_powersgd.agreement import Description
+from horovod_powersgd.agreement import Description, configuration
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.torch import agreement
 from horovod_powersgd.torch.control_messages import largest
@@ -104,13 +104,9 @@ class DistributedMethods(Horovods):
         groups = self._groups
         if isinstance(groups, list):
             groups = [[self._parameter_names.get(p) for p in group] for group in groups]
-        return {
-            "compression": repr(self._compression),
-            "op": "Sum" if self.op == Sum else "Average",
-            "gradient_predivide_factor": repr(self.gradient_predivide_factor),
-            "groups": repr(groups),
-            "sparse_as_dense": repr(self.sparse_as_dense),
-        }
+        return configuration(
+            repr(self._compression), self.op == Sum, self.gradient_predivide_factor, groups, self.sparse_as_dense
+        )
 
     def _hook_parameters(self):
         """Hooks the parameters that have become trainable since the last call."""

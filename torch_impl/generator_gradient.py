@@ -90,8 +90,8 @@ class GeneratorGradient(CompressedGradient):
         return [torch.where(self._finite, t, torch.nan) if t.is_floating_point() else t for t in tensors]
 
     def go_on(self, answers: List[torch.Tensor]) -> None:
-        """Takes the answer to parts. What is not finite goes on as zeros, on all workers: they let the generator finish,
-        and the step is discarded."""
+        """Takes the answer. What is not finite goes on as zeros, on all workers: they let the generator finish, and the
+        step is discarded."""
         for i, part in enumerate(answers):
             if part.is_floating_point():
                 finite = torch.isfinite(part).all()

@@ -13,8 +13,8 @@ from horovod_powersgd.torch.step import Step
 
 
 class PowerSGDBucket(Bucket):
-    """Gradients whose half-steps go together, one flat tensor in each; what is averaged as it is travels with the first.
-    """
+    """Gradients whose half-steps go together, a flat tensor in each; those that are averaged as they are travel with
+    the first."""
 
     def _rounds(self, step: Step, sparse: Dict[PlainGradient, SparseMean]):
         matrices = [gradient for gradient in self.gradients if gradient.compressed]

@@ -1,7 +1,7 @@
 """One step of all buckets, and whether it is finite."""
 
 from dataclasses import dataclass
-from typing import List, Mapping
+from typing import Mapping
 
 import torch
 

@@ -44,12 +44,14 @@ class Compressor:
         error_feedback: whether what one step left out is added to the next step's gradient.
         warmup_steps: this many first steps are exchanged uncompressed.
         low_rank: whether matrices travel as factors.
+        refresh_every: every that many steps a step is another one than the rest (PowerSGD.refresh_every). None: none.
     """
 
     linear: ClassVar[bool]
     error_feedback: bool = True
     warmup_steps: int = 0
     low_rank: ClassVar[bool] = False
+    refresh_every: Optional[int] = None
     seed: int = 0
 
     @property

@@ -4,7 +4,7 @@ import inspect
 
 import tensorflow as tf
 
-from horovod_powersgd.tensorflow.which_keras import KERAS_3
+from horovod_powersgd.tensorflow.keras_version import KERAS_3
 
 # The package that tf.keras is, and the other one.
 _PACKAGE = tf.keras.optimizers.Optimizer.__module__.partition(".")[0]

@@ -14,7 +14,7 @@ from horovod_powersgd.tensorflow.keras.aggregation import Aggregation
 from horovod_powersgd.tensorflow.keras.eligibility import check_optimizer
 from horovod_powersgd.tensorflow.keras.learning_rate import current_learning_rate
 from horovod_powersgd.tensorflow.reduction import Reduction
-from horovod_powersgd.tensorflow.which_keras import KERAS_3
+from horovod_powersgd.tensorflow.keras_version import KERAS_3
 
 LOSS_SCALE_OPTIMIZERS = loss_scaling.loss_scale_optimizers()
 

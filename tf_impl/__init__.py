@@ -15,26 +15,9 @@ from tensorflow.python.eager import context  # noqa: E402
 
 # Not "from ... import elastic": that would find Horovod's, which the line above has brought.
 import horovod_powersgd.tensorflow.elastic  # noqa: E402, F401
-from horovod_powersgd import (  # noqa: E402, F401
-    Accordion,
-    Allgather,
-    AllreduceMean,
-    Atomo,
-    BestRank,
-    Custom,
-    Float16,
-    GradiVeq,
-    NoCompression,
-    PowerSGD,
-    RandomBlock,
-    RandomK,
-    SignNorm,
-    Signum,
-    TopK,
-    UnbiasedRank,
-    launcher,
-)
-from horovod_powersgd.compressors.compressor import without_compressors  # noqa: E402
+from horovod_powersgd import *  # noqa: E402, F401, F403
+from horovod_powersgd import launcher  # noqa: E402
+from horovod_powersgd.arguments import without_compressors  # noqa: E402
 from horovod_powersgd.tensorflow.compression_state import (  # noqa: E402, F401
     CompressionState,
     compression_state_dict,
@@ -54,10 +37,7 @@ from horovod_powersgd.tensorflow.tape import (  # noqa: E402, F401
 
 @functools.wraps(horovod.tensorflow.init)
 def init(*args, **kwargs):
-    launcher.prepare_worker()
-    horovod.tensorflow.init(*args, **kwargs)
-    if not (args or kwargs.get("comm")):  # a communicator of one worker is no mistake
-        launcher.check_world(horovod.tensorflow.size())
+    launcher.careful_init(horovod.tensorflow)(*args, **kwargs)
     new_generation()
 
 

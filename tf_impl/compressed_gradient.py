@@ -4,7 +4,7 @@ from typing import Generator, List, Sequence, Union
 
 import tensorflow as tf
 
-from horovod_powersgd.compressors.compressor import Allgather
+from horovod_powersgd.compressors.collectives import Allgather
 from horovod_powersgd.tensorflow.gradient import PlainGradient, Step, all_finite
 from horovod_powersgd.tensorflow.graph_function import zeros_unless
 from horovod_powersgd.tensorflow.variable_state import VariableState

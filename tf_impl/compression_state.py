@@ -7,7 +7,8 @@ import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from horovod_powersgd import checkpoint
-from horovod_powersgd.compressors.compressor import Compressor, compressor_of
+from horovod_powersgd.arguments import compressor_of
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.training import LOADED, known_states, last_training, states_of
 from horovod_powersgd.tensorflow.variable_state import VariableState

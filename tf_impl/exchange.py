@@ -10,7 +10,8 @@ import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
 from horovod_powersgd.buckets import bucket_name, sort_into_buckets
-from horovod_powersgd.compressors.compressor import AllreduceMean, Traffic
+from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.compressor import Traffic
 from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.tensorflow.agreement import Agreement, describe
 from horovod_powersgd.tensorflow.gradient import PlainGradient, Step

@@ -4,7 +4,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import tensorflow as tf
 
-from horovod_powersgd.compressors.compressor import AllreduceMean
+from horovod_powersgd.compressors.collectives import AllreduceMean
 from horovod_powersgd.tensorflow.variable import plain_name
 from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import transportable

@@ -7,15 +7,15 @@ import numpy as np
 import tensorflow as tf
 
 from horovod_powersgd.compressors.accordion import Accordion
-from horovod_powersgd.compressors.compressor import AllreduceMean
+from horovod_powersgd.compressors.collectives import AllreduceMean
 from horovod_powersgd.factors import initial_factor
 from horovod_powersgd.randomness import SPARE, random_factor
 from horovod_powersgd.tensorflow import arrays, orthogonalization
+from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
+from horovod_powersgd.tensorflow.gradient import Step
 from horovod_powersgd.tensorflow.graph_function import graph_function, marked
 from horovod_powersgd.tensorflow.variable import make_variable
 from horovod_powersgd.tensorflow.variable_state import VariableState
-from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
-from horovod_powersgd.tensorflow.gradient import Step
 
 # Whether a factor is Q; not known before the graph runs where P and Q alternate.
 Flag = Union[bool, tf.Tensor]

@@ -6,7 +6,7 @@ import horovod.tensorflow as horovod
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import Average, ProcessSet, Sum
 
-from horovod_powersgd.compressors.compressor import compressor_of
+from horovod_powersgd.arguments import check_op, compressor_of
 from horovod_powersgd.tensorflow.clipping import clip_memory
 from horovod_powersgd.tensorflow.compression_state import load, saved
 from horovod_powersgd.tensorflow.exchange import Exchange
@@ -60,12 +60,8 @@ class Reduction:
         self._settings: Optional[Settings] = None
         self._process_set, self._sparse_as_dense = process_set, sparse_as_dense
         groups = native_groups(groups)
+        check_op(self.compressor, op in (Average, Sum))
         if self.compressor is not None:
-            if op not in (Average, Sum):
-                raise ValueError(
-                    f"{type(self.compressor).__name__} averages or sums gradients: op must be hvd.Average or hvd.Sum "
-                    "(Adasum is neither)"
-                )
             if isinstance(groups, list):
                 self._grouped = groups  # their identities count as long as they live
                 groups = tuple(tuple(id(variable) for variable in group) for group in groups)

@@ -5,7 +5,7 @@ from typing import Sequence
 import horovod.tensorflow as horovod
 import tensorflow as tf
 
-from horovod_powersgd.compressors.compressor import refuse_misplaced
+from horovod_powersgd.arguments import refuse_misplaced
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.clipping import clipping_factors
 from horovod_powersgd.tensorflow.local_variables import LocalVariables

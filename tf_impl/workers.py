@@ -9,7 +9,8 @@ import tensorflow as tf
 from horovod.tensorflow import mpi_ops
 from horovod.tensorflow.mpi_ops import Average, ProcessSet, Sum
 
-from horovod_powersgd.compressors.compressor import Compressor, refusal_of_join
+from horovod_powersgd.compressors.collectives import refusal_of_join
+from horovod_powersgd.compressors.compressor import Compressor
 
 
 @dataclass(frozen=True)

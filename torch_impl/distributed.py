@@ -8,8 +8,8 @@ import horovod.torch.optimizer as horovod_optimizer
 import torch
 from horovod.torch.mpi_ops import Sum
 
-from horovod_powersgd.compressors.accordion import Accordion
 from horovod_powersgd.agreement import Description, configuration
+from horovod_powersgd.compressors.accordion import Accordion
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.torch import agreement
 from horovod_powersgd.torch.control_messages import largest

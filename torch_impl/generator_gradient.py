@@ -6,9 +6,10 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor
-from horovod_powersgd.layout import Layout
+from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.matrix_state import MatrixState
+from horovod_powersgd.layout import Layout
 from horovod_powersgd.torch import arrays
 from horovod_powersgd.torch.clipping import Sample
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient, sum_of_memories

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor
+from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.compressor import Compressor
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import ClassVar, Optional
 
 import numpy as np
 
-from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor
+from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.factors import initial_factor, orthogonalize, resized
 from horovod_powersgd.randomness import SPARE, random_factor
 

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from horovod_powersgd.compressors.compressor import Allgather, Compressor
+from horovod_powersgd.compressors.collectives import Allgather
+from horovod_powersgd.compressors.compressor import Compressor
 
 
 @dataclass(frozen=True)

@@ -564,7 +564,8 @@ def check_a_step_that_is_not_finite_leaves_no_trace_of_any_compressor():
 
         def kept(v=v):
             state = known_states([v])[0]
-            return {name: variable.numpy() for name, variable in {**state.variables(), "s": state.counters.steps}.items()}
+            everything = {**state.variables(), "s": state.counters.steps}
+            return {name: variable.numpy() for name, variable in everything.items()}
 
         zeros = tf.zeros(7)
         for i in range(3):

@@ -223,7 +223,7 @@ def test_doctor_names_a_variable_that_keeps_jobs_from_mpi(monkeypatch):
 
 
 def test_doctor_names_a_horovod_without_the_latest_patches(monkeypatch):
-    monkeypatch.setattr(horovod_build, "horovod_patches", lambda: None)
+    monkeypatch.setattr(horovod_patches, "horovod_patches", lambda: None)
     report = doctor.find_facts()
     report["jobs"] = [{"launcher": "mpirun", "framework": "torch", "works": True, "seconds": 1.0, "error": None}]
     (problem,) = doctor.find_problems(report)

@@ -17,7 +17,8 @@ from horovod_powersgd.arguments import (
     refuse_misplaced,
 )
 from horovod_powersgd.torch import agreement
-from horovod_powersgd.torch.distributed import CompressingMethods, DistributedMethods, Horovods
+from horovod_powersgd.torch.compressing import CompressingMethods
+from horovod_powersgd.torch.distributed import DistributedMethods, Horovods
 from horovod_powersgd.torch.engine import Engine
 from horovod_powersgd.torch.transport import Transported
 

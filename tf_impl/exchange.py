@@ -87,17 +87,11 @@ class Exchange:
 
     def stats(self) -> CompressionStats:
         """What compression did in the last step and so far."""
-        clock, steps = self.counters, int(self.counters.steps)
+        counts = {name: int(variable) for name, variable in self.counters.variables().items()}
         # The last step was one of those, if there was one.
-        warming_up = int(clock.total_bytes_uncompressed) > 0 and steps <= self._config.warmup_steps > 0
+        warming_up = counts["total_bytes_uncompressed"] > 0 and counts["steps"] <= self._config.warmup_steps > 0
         return CompressionStats(
-            steps=steps,
-            bytes_sent=int(clock.bytes_sent),
-            bytes_received=int(clock.bytes_received),
-            bytes_uncompressed=int(clock.bytes_uncompressed),
-            total_bytes_sent=int(clock.total_bytes_sent),
-            total_bytes_received=int(clock.total_bytes_received),
-            total_bytes_uncompressed=int(clock.total_bytes_uncompressed),
+            **counts,
             tensors=tuple(
                 TensorStats.of(
                     state.name, state.layout, self._config, sparse, warming_up, state.residual, state.decisions()
@@ -242,6 +236,7 @@ class Exchange:
         if self._settings.sum_gradients:
             update *= self._workers.count(update.dtype)
         return tf.cast(tf.reshape(update, gradient.state.layout.shape), gradient.state.variable_dtype)
+
 
 def _bytes_uncompressed(gradients: Sequence[Tensor]) -> tf.Tensor:
     """What plain allreduce would be handed, int64."""

@@ -24,7 +24,7 @@ def zeros_unless(condition: tf.Tensor, tensor: tf.Tensor) -> tf.Tensor:
 
 
 def marked(tensor: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
-    """The tensor; not a number where `finite`, a boolean, is false."""
+    """The tensor; NaN where `finite`, a boolean, is false."""
     found = _marked(tensor, finite)
     found.set_shape(tensor.shape)
     return found

@@ -83,6 +83,6 @@ class PlainGradient:
 
 
 def all_finite(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Whether there are only numbers in them."""
+    """Whether all their floats are finite."""
     finite = [tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors if tensor.dtype.is_floating]
     return tf.reduce_all(tf.stack(finite)) if finite else tf.constant(True)

@@ -1,4 +1,4 @@
-"""What a compressor's generator keeps of a matrix from step to step."""
+"""What a compressor's generator keeps of a matrix, before the first step."""
 
 from typing import Dict, Tuple
 

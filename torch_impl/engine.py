@@ -384,8 +384,8 @@ class Engine:
             gradient.load_shared_state(state)
 
     def _drive(self) -> None:
-        """Lets this engine's exchanges, and those of others that are under way, go on until this one's are complete
-        but for the verdict: workers may step two optimizers in different orders."""
+        """Lets this engine's exchanges go on until all of them wait for the verdict; meanwhile, those of other engines
+        as well: workers may step two optimizers in different orders."""
         self._resume()
         while True:
             sent = [item for item in self._waiting.items() if not isinstance(item[1], Verdict)]
@@ -429,7 +429,7 @@ class Engine:
             return None
 
     def _fail(self, error: BaseException) -> None:
-        """Drops a step whose exchange has failed: what it has made of the gradients is nobody's to use."""
+        """Drops a step whose exchange has failed: some of its gradients are local ones, others are averages."""
         if not self._arriving:
             return
         for parameter in self._arriving:

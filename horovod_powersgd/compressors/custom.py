@@ -46,7 +46,7 @@ class Custom(Compressor):
 
 
 def _name(function: Callable) -> str:
-    """In words that are the same on all workers."""
+    """Of a function, or a partial of one: the same on all workers."""
     if isinstance(function, functools.partial):
         arguments = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
         return f"partial({', '.join([_name(function.func), *arguments])})"

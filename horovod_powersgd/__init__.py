@@ -12,13 +12,16 @@ __path__ = extend_path(__path__, __name__)
 __version__ = "0.1.0"
 
 from horovod_powersgd.compressors.accordion import Accordion  # noqa: E402  (after the path is set)
-from horovod_powersgd.compressors.compressor import Allgather, AllreduceMean, Compressor, Custom, Traffic  # noqa: E402
+from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean  # noqa: E402
+from horovod_powersgd.compressors.compressor import Compressor, Traffic  # noqa: E402
+from horovod_powersgd.compressors.custom import Custom  # noqa: E402
 from horovod_powersgd.compressors.gradiveq import GradiVeq  # noqa: E402
 from horovod_powersgd.compressors.low_rank import Atomo, BestRank, UnbiasedRank  # noqa: E402
 from horovod_powersgd.compressors.powersgd import PowerSGD  # noqa: E402
 from horovod_powersgd.compressors.precision import Float16, NoCompression  # noqa: E402
 from horovod_powersgd.compressors.signs import SignNorm, Signum  # noqa: E402
 from horovod_powersgd.compressors.sparsification import RandomBlock, RandomK, TopK  # noqa: E402
+from horovod_powersgd.statistics import CompressionStats, TensorStats  # noqa: E402
 
 __all__ = [
     "Accordion",
@@ -26,6 +29,7 @@ __all__ = [
     "AllreduceMean",
     "Atomo",
     "BestRank",
+    "CompressionStats",
     "Compressor",
     "Custom",
     "Float16",
@@ -36,6 +40,7 @@ __all__ = [
     "RandomK",
     "SignNorm",
     "Signum",
+    "TensorStats",
     "TopK",
     "Traffic",
     "UnbiasedRank",

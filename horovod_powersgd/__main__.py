@@ -9,6 +9,7 @@ if sys.version_info < (3, 10):  # before what follows fails with a SyntaxError o
     sys.exit(f"error: Python 3.10 or later is needed, and this is {sys.version.split()[0]}.")
 
 from horovod_powersgd.environment import doctor, horovod_build
+from horovod_powersgd.environment.horovod_patches import missing_patches
 from horovod_powersgd.environment.installation import (
     FEATURES,
     INSTALL_COMMAND,
@@ -18,6 +19,7 @@ from horovod_powersgd.environment.installation import (
     horovod_patches,
     horovod_version,
 )
+from horovod_powersgd.environment.logged_run import BuildError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a build's compilers must end with it
     try:
         return options.run(options)
-    except horovod_build.BuildError as error:
+    except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -77,8 +79,8 @@ def _install_horovod(options: argparse.Namespace) -> int:
         problems, features = _examine(build)
         for problem in problems:
             if problem.command != INSTALL_COMMAND:
-                raise horovod_build.BuildError(str(problem))
-        outdated = horovod_build.missing_patches()
+                raise BuildError(str(problem))
+        outdated = missing_patches()
         # One that somebody else built, with settings of their own, is theirs to replace.
         if not problems and (outdated is None or horovod_patches() is None):
             _say(f"Horovod {horovod_version()} works already, for {_titles(build)}, with {_names(features)}.")
@@ -99,7 +101,7 @@ def _install_horovod(options: argparse.Namespace) -> int:
 
     problems, features = _examine(build)
     if problems:
-        raise horovod_build.BuildError(
+        raise BuildError(
             f"{problems[0].what}, although it was just installed: {INSTALL_COMMAND} --force builds it afresh "
             f"(log: {build.folder / 'build.log'})"
         )

@@ -13,6 +13,27 @@ DIGEST_BITS = 48
 MOST_WORKERS = 2**20
 
 
+def configuration(
+    compression: str, sum_gradients: bool, predivide_factor: float, groups: object, sparse_as_dense: bool
+) -> Dict[str, str]:
+    """What of a distributed optimizer's or a tape's arguments must be the same on every worker, in words.
+
+    Args:
+        compression: its repr.
+        sum_gradients: whether op is Sum; else it is Average.
+        predivide_factor: gradient_predivide_factor.
+        groups: Horovod's, with names or numbers in the place of parameters.
+        sparse_as_dense: as given.
+    """
+    return {
+        "compression": compression,
+        "op": "Sum" if sum_gradients else "Average",
+        "gradient_predivide_factor": repr(predivide_factor),
+        "groups": repr(groups),
+        "sparse_as_dense": repr(sparse_as_dense),
+    }
+
+
 def ballot(description: Description) -> List[int]:
     """Eight numbers, all positive and below 2^50. The workers' descriptions are equal where the largest of all
     workers' ballots, number by number, is each worker's own.

@@ -6,9 +6,10 @@ each of which trains alone. The first is prevented here, the second is turned in
 """
 
 import contextlib
+import functools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from horovod_powersgd.environment.installation import INSTALL_COMMAND, find_program
@@ -72,6 +73,19 @@ def check_world(size: int) -> None:
         f"{launcher} started {workers} workers, but each of them came up as a job of size 1: they would train "
         f"separately. {cause}. What to do: {remedy}; or start the job with horovodrun --gloo -np {workers} python ..."
     )
+
+
+def careful_init(horovod) -> Callable[..., None]:
+    """The init() of one of Horovod's modules, between prepare_worker and check_world."""
+
+    @functools.wraps(horovod.init)
+    def init(*args, **kwargs):
+        prepare_worker()
+        horovod.init(*args, **kwargs)
+        if not (args or kwargs.get("comm")):  # a communicator of one worker is no mistake
+            check_world(horovod.size())
+
+    return init
 
 
 def launch_command(launcher: str, workers: int, program: list[str]) -> list[str] | None:

@@ -14,8 +14,10 @@ from typing import Any, Dict, Generator, List, Mapping, Optional, Sequence, Unio
 import numpy as np
 
 from horovod_powersgd import arrays
+from horovod_powersgd.arguments import compressor_of
 from horovod_powersgd.compressors.accordion import Accordion, Regime
-from horovod_powersgd.compressors.compressor import Allgather, AllreduceMean, Compressor, compressor_of
+from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.matrix_state import MatrixState
 from horovod_powersgd.factors import initial_factor, orthogonalize, resized  # noqa: F401  (offered here as well)
 from horovod_powersgd.layout import Layout, layout_of, leading_rows

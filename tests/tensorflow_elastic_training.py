@@ -20,7 +20,7 @@ import horovod_powersgd.tensorflow as hvd
 import horovod_powersgd.tensorflow.elastic as elastic
 import horovod_powersgd.tensorflow.keras.elastic as keras_elastic
 from horovod_powersgd.tensorflow.replicas import assert_replicas_equal, optimizer_variables
-from horovod_powersgd.tensorflow.state import known_states
+from horovod_powersgd.tensorflow.training import known_states
 
 FOLDER, KIND = Path(sys.argv[1]), sys.argv[2]
 BATCHES, EPOCHS, DIES_AT = 6, 4, 8

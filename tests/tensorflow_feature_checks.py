@@ -25,7 +25,7 @@ from horovod_powersgd import (
 )
 from horovod_powersgd.layout import trailing_columns
 from horovod_powersgd.tensorflow.clipping import after_clipping
-from horovod_powersgd.tensorflow.state import known_states
+from horovod_powersgd.tensorflow.training import known_states
 from tensorflow_trainee import EagerTrainee, FunctionTrainee, KerasTrainee
 
 SHAPE = (24, 32)
@@ -564,7 +564,8 @@ def check_a_step_that_is_not_finite_leaves_no_trace_of_any_compressor():
 
         def kept(v=v):
             state = known_states([v])[0]
-            return {name: variable.numpy() for name, variable in {**state.variables(), "s": state.clock.steps}.items()}
+            everything = {**state.variables(), "s": state.counters.steps}
+            return {name: variable.numpy() for name, variable in everything.items()}
 
         zeros = tf.zeros(7)
         for i in range(3):

@@ -9,7 +9,7 @@ from tensorflow import keras
 import cases
 import horovod_powersgd.tensorflow as hvd
 from horovod_powersgd import reference
-from horovod_powersgd.tensorflow.state import known_states
+from horovod_powersgd.tensorflow.training import known_states
 
 
 class Trainee:
@@ -45,7 +45,7 @@ class Trainee:
         """This worker's state as the reference keeps it."""
         state = reference.State()
         for kept in known_states(self.variables.values()):
-            state.steps = int(kept.clock.steps)
+            state.steps = int(kept.counters.steps)
             if state.steps <= kept.config.warmup_steps or np.isnan(0 if kept.norm is None else kept.norm):
                 continue
             if kept.memory is not None:

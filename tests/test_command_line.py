@@ -13,7 +13,7 @@ import pytest
 from environments import Environment, link_programs
 
 from horovod_powersgd import __main__ as command_line
-from horovod_powersgd.environment import doctor, horovod_build
+from horovod_powersgd.environment import doctor, horovod_build, horovod_patches
 
 COMMAND = "python -m horovod_powersgd install-horovod"
 REPORT_KEYS = {"works", "python", "frameworks", "keras", "mpi", "nccl", "kernels", "horovod", "jobs", "problems"}
@@ -61,7 +61,7 @@ def test_a_horovod_with_older_patches_is_replaced(monkeypatch, capsys):
     def build(*arguments, **options):
         raise horovod_build.BuildError("it goes on to build")
 
-    monkeypatch.setattr(horovod_build, "PATCH_VERSION", horovod_build.PATCH_VERSION + 1)
+    monkeypatch.setattr(horovod_patches, "PATCH_VERSION", horovod_patches.PATCH_VERSION + 1)
     monkeypatch.setattr(horovod_build.HorovodBuild, "cached_wheel", lambda self: None)
     monkeypatch.setattr(horovod_build, "build_wheel", build)
     assert command_line.main(["install-horovod"]) == 1
@@ -71,7 +71,7 @@ def test_a_horovod_with_older_patches_is_replaced(monkeypatch, capsys):
 
 
 def test_a_horovod_that_somebody_else_built_is_left_alone_with_a_word_on_what_it_lacks(monkeypatch, capsys):
-    for module in (horovod_build, command_line):
+    for module in (horovod_patches, command_line):
         monkeypatch.setattr(module, "horovod_patches", lambda: None)
     assert command_line.main(["install-horovod"]) == 0
     assert f"{COMMAND} --force builds one that has all of it." in capsys.readouterr().out
@@ -125,7 +125,7 @@ def test_an_interrupted_build_leaves_no_wheel_and_says_how_to_go_on(monkeypatch,
         raise KeyboardInterrupt
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(horovod_build._LoggedRun, "__call__", interrupt)
+    monkeypatch.setattr(horovod_build.LoggedRun, "__call__", interrupt)
     assert command_line.main(["install-horovod", "--force"]) == 130
     assert "The same command goes on from here." in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.whl"))
@@ -223,7 +223,7 @@ def test_doctor_names_a_variable_that_keeps_jobs_from_mpi(monkeypatch):
 
 
 def test_doctor_names_a_horovod_without_the_latest_patches(monkeypatch):
-    monkeypatch.setattr(horovod_build, "horovod_patches", lambda: None)
+    monkeypatch.setattr(horovod_patches, "horovod_patches", lambda: None)
     report = doctor.find_facts()
     report["jobs"] = [{"launcher": "mpirun", "framework": "torch", "works": True, "seconds": 1.0, "error": None}]
     (problem,) = doctor.find_problems(report)

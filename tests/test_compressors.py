@@ -27,7 +27,7 @@ from horovod_powersgd import (
     TopK,
     UnbiasedRank,
 )
-from horovod_powersgd.compressors.compressor import compressor_of
+from horovod_powersgd.arguments import compressor_of
 from horovod_powersgd.reference import State, exchange, lockstep, simulate
 
 WORKERS = st.integers(1, 4)

@@ -15,26 +15,9 @@ from tensorflow.python.eager import context  # noqa: E402
 
 # Not "from ... import elastic": that would find Horovod's, which the line above has brought.
 import horovod_powersgd.tensorflow.elastic  # noqa: E402, F401
-from horovod_powersgd import (  # noqa: E402, F401
-    Accordion,
-    Allgather,
-    AllreduceMean,
-    Atomo,
-    BestRank,
-    Custom,
-    Float16,
-    GradiVeq,
-    NoCompression,
-    PowerSGD,
-    RandomBlock,
-    RandomK,
-    SignNorm,
-    Signum,
-    TopK,
-    UnbiasedRank,
-    launcher,
-)
-from horovod_powersgd.compressors.compressor import without_compressors  # noqa: E402
+from horovod_powersgd import *  # noqa: E402, F401, F403
+from horovod_powersgd import launcher  # noqa: E402
+from horovod_powersgd.arguments import without_compressors  # noqa: E402
 from horovod_powersgd.tensorflow.compression_state import (  # noqa: E402, F401
     CompressionState,
     compression_state_dict,
@@ -42,7 +25,7 @@ from horovod_powersgd.tensorflow.compression_state import (  # noqa: E402, F401
     forget_compression,
     load_compression_state_dict,
 )
-from horovod_powersgd.tensorflow.exchange import new_world  # noqa: E402
+from horovod_powersgd.tensorflow.agreement import new_generation  # noqa: E402
 from horovod_powersgd.tensorflow.normalization import SyncBatchNormalization  # noqa: E402, F401
 from horovod_powersgd.tensorflow.optimizer import DistributedOptimizer  # noqa: E402, F401
 from horovod_powersgd.tensorflow.replicas import assert_replicas_equal, broadcast_variables  # noqa: E402, F401
@@ -54,11 +37,8 @@ from horovod_powersgd.tensorflow.tape import (  # noqa: E402, F401
 
 @functools.wraps(horovod.tensorflow.init)
 def init(*args, **kwargs):
-    launcher.prepare_worker()
-    horovod.tensorflow.init(*args, **kwargs)
-    if not (args or kwargs.get("comm")):  # a communicator of one worker is no mistake
-        launcher.check_world(horovod.tensorflow.size())
-    new_world()
+    launcher.careful_init(horovod.tensorflow)(*args, **kwargs)
+    new_generation()
 
 
 @functools.wraps(horovod.tensorflow.join)
@@ -66,7 +46,7 @@ def join(*args, **kwargs):
     # TensorFlow takes Horovod's op, which has no inputs, for a constant, and would not run it a second time.
     context.context().clear_kernel_cache()
     last = horovod.tensorflow.join(*args, **kwargs)
-    new_world()
+    new_generation()
     return last
 
 

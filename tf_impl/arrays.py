@@ -6,7 +6,7 @@ import sys
 import tensorflow as tf
 
 from horovod_powersgd.tensorflow import orthogonalization
-from horovod_powersgd.tensorflow.built_once import built_once
+from horovod_powersgd.tensorflow.graph_function import graph_function
 
 
 def reshape(x, shape):
@@ -127,7 +127,7 @@ def apart(function, *integers):
 
 @functools.cache
 def _built(function):
-    return built_once(functools.partial(function, sys.modules[__name__]))
+    return graph_function(functools.partial(function, sys.modules[__name__]))
 
 
 def until(done, change, x):

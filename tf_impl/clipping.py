@@ -5,11 +5,11 @@ from typing import List, Optional, Sequence
 import tensorflow as tf
 
 from horovod_powersgd.clipping import SPIKE
-from horovod_powersgd.tensorflow.built_once import built_once
-from horovod_powersgd.tensorflow.state import VariableState
+from horovod_powersgd.tensorflow.graph_function import graph_function
+from horovod_powersgd.tensorflow.variable_state import VariableState
 
 
-@built_once
+@graph_function
 def after_clipping(factor: tf.Tensor, usual: tf.Tensor):
     """horovod_powersgd.clipping.after_clipping, of float64 scalars; `usual` is 0 where nothing is."""
     one, known = tf.ones_like(factor), usual > 0
@@ -55,7 +55,7 @@ def clipping_factors(gradients: Sequence, clipped: Sequence) -> List[tf.Tensor]:
     return [tf.constant(1, tf.float64) if g is None else _ratio(_length(c), _length(g)) for g, c in pairs]
 
 
-@built_once
+@graph_function
 def _ratio(short: tf.Tensor, long: tf.Tensor) -> tf.Tensor:
     return tf.where(long > 0, short / tf.where(long > 0, long, tf.ones_like(long)), tf.ones_like(long))
 

@@ -7,9 +7,11 @@ import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from horovod_powersgd import checkpoint
-from horovod_powersgd.compressors.compressor import Compressor, compressor_of
+from horovod_powersgd.arguments import compressor_of
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.statistics import CompressionStats
-from horovod_powersgd.tensorflow.state import LOADED, VariableState, known_states, last_training, states_of
+from horovod_powersgd.tensorflow.training import LOADED, known_states, last_training, states_of
+from horovod_powersgd.tensorflow.variable_state import VariableState
 
 
 def compression_stats(variables: Sequence) -> CompressionStats:
@@ -19,7 +21,7 @@ def compression_stats(variables: Sequence) -> CompressionStats:
     Raises:
         RuntimeError: they were not exchanged together yet.
     """
-    exchanges = [e for state in known_states(variables) for e in state.clock.exchanges.values()]
+    exchanges = [e for state in known_states(variables) for e in state.counters.exchanges.values()]
     if not exchanges:
         raise RuntimeError("no gradients of these variables have been compressed yet")
     return exchanges[-1].stats()
@@ -40,7 +42,7 @@ def forget_compression(variables: Sequence) -> None:
     if not tf.executing_eagerly():
         raise RuntimeError("hvd.forget_compression belongs before a training, outside of any tf.function")
     states = known_states(variables)
-    for holder in {id(holder): holder for state in states for holder in (state, state.clock)}.values():
+    for holder in {id(holder): holder for state in states for holder in (state, state.counters)}.values():
         holder.begin_again()
 
 
@@ -68,7 +70,7 @@ def saved(states: Sequence[VariableState]) -> Dict[str, object]:
     config, process_set = states[0].config, states[0].process_set
     tensors = {state.name: state.state_dict() for state in states}
     return checkpoint.state_dict(
-        config, process_set.size(), process_set.rank(), int(states[0].clock.steps), tensors
+        config, process_set.size(), process_set.rank(), int(states[0].counters.steps), tensors
     )
 
 
@@ -130,7 +132,7 @@ def load(
         mine[0].process_set.size(),
         mine[0].process_set.rank(),
     )
-    mine[0].clock.steps.assign(share.steps)
+    mine[0].counters.steps.assign(share.steps)
     for state in mine:
         state.load_state_dict(share.tensors[state.name], share.memories.get(state.name, ()), share.weight)
 
@@ -175,7 +177,7 @@ class CompressionState(tf.Module):
     ):
         super().__init__()
         states = _begun_or_loaded(variables, compressor_of(compression), process_set)
-        self.steps = states[0].clock.steps
+        self.steps = states[0].counters.steps
         self.tensors = {}
         for state in states:
             memory = {} if state.memory is None else {"memory": state.memory}

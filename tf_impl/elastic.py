@@ -1,6 +1,6 @@
 """horovod.tensorflow.elastic for TensorFlow 2, Keras 3 and Keras 2 (tf_keras), executing eagerly.
 
-What compressors keep needs no care: the workers of a new world agree on it before their first exchange.
+What compressors keep needs no care: the workers of a new generation agree on it before their first exchange.
 """
 
 import functools

@@ -2,96 +2,61 @@
 
 import functools
 import itertools
-import weakref
 import zlib
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Callable, List, Optional, Sequence, Tuple, Union
 
-import numpy as np
 import tensorflow as tf
-from horovod.tensorflow.mpi_ops import ProcessSet
-from tensorflow.python.eager import context
 from tensorflow.python.ops import control_flow_util
 
-from horovod_powersgd import PowerSGD
 from horovod_powersgd.buckets import bucket_name, sort_into_buckets
-from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor, Traffic
+from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.compressor import Traffic
 from horovod_powersgd.statistics import CompressionStats, TensorStats
-from horovod_powersgd.tensorflow.factored_gradient import FactoredGradient
-from horovod_powersgd.tensorflow.gradient import MatrixGradient, PlainGradient, Step
+from horovod_powersgd.tensorflow.agreement import Agreement, describe
+from horovod_powersgd.tensorflow.gradient import PlainGradient, Step
 from horovod_powersgd.tensorflow.message import Message, nbytes
+from horovod_powersgd.tensorflow.order import Order
+from horovod_powersgd.tensorflow.settings import Settings
 from horovod_powersgd.tensorflow.snapshot import Snapshot
-from horovod_powersgd.tensorflow.state import Training, VariableState, plain_name, states_of
-from horovod_powersgd.tensorflow.variable import make_variable, native
+from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import Workers, transportable
 
 Tensor = Union[tf.Tensor, tf.IndexedSlices]
 
 # Counts the exchanges in sessions of each process set, on every worker alike, so that their tensors' names differ.
 _numbers = defaultdict(itertools.count)
-# Those outside of TensorFlow 1's graphs.
-_all = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How gradients are exchanged, by whatever tape or optimizer.
-
-    Attributes:
-        config: the same on every worker.
-        process_set: Horovod's.
-        sum_gradients: deliver the sum over the workers in place of the mean.
-        predivide_factor: the part of the division by the number of workers that comes before the sum.
-        sparse_as_dense: compress sparse gradients, too.
-        groups: Horovod's: their number, or for each group its variables' identities.
-        device: of Horovod's ops.
-        device_sparse: of those for sparse gradients.
-    """
-
-    config: Compressor
-    process_set: ProcessSet
-    sum_gradients: bool = False
-    predivide_factor: float = 1.0
-    sparse_as_dense: bool = False
-    groups: Union[None, int, Tuple[Tuple[int, ...], ...]] = None
-    device: str = ""
-    device_sparse: str = ""
 
 
 class Exchange:
-    """Exchanges the gradients of certain variables. Made by exchange_of.
+    """Exchanges the gradients of certain variables. Made by exchange_of (exchanges.py).
 
     Everything that a step needs is in the graph; Python only builds it. One graph serves all steps and, in an elastic
-    job, all worlds.
+    job, all generations of workers.
     """
 
     def __init__(self, settings: Settings, states: Sequence[VariableState], groups, sparse: Tuple[bool, ...]):
         self._settings, self._config = settings, settings.config
-        self.states, self.clock = list(states), states[0].clock
+        self.states, self.counters = list(states), states[0].counters
         self._groups, self._sparse = groups, sparse
+        description = functools.partial(describe, settings, groups, self.states, sparse)
         name = name_of_agreement = f"powersgd.{next(_numbers[settings.process_set.process_set_id])}"
         self._in_session = not tf.compat.v1.executing_eagerly_outside_functions()
         if not self._in_session:
             # Not a count: a worker may have made one more, to look at a graph for example. Those that do not agree must
             # come to one message.
-            name = f"powersgd.{zlib.crc32(repr(self._description()).encode()):x}"
+            name = f"powersgd.{zlib.crc32(repr(description()).encode()):x}"
             name_of_agreement = "powersgd"
-        self._name = name
         self._workers = Workers(
             settings.process_set,
             name,
             settings.predivide_factor,
             settings.device,
             settings.device_sparse,
-            name_of_agreement,
         )
-        self._compressed = FactoredGradient if isinstance(self._config.family, PowerSGD) else MatrixGradient
-        # Whether these workers have compared what they are going to do. Not so in a new world.
-        self.agreed = make_variable(self._workers.alone)
+        self._agreement = Agreement(description, self.states, self._workers, name_of_agreement, self._in_session)
+        self._order = Order(name, self._in_session)
         self._eagerly = tf.function(self._build, autograph=False, reduce_retracing=True)
-        if not self._in_session:
-            _all.add(self)
 
     def __call__(
         self, gradients: Sequence[Tensor], learning_rate=None, snapshots: Tuple[Snapshot, ...] = ()
@@ -122,17 +87,11 @@ class Exchange:
 
     def stats(self) -> CompressionStats:
         """What compression did in the last step and so far."""
-        clock, steps = self.clock, int(self.clock.steps)
+        counts = {name: int(variable) for name, variable in self.counters.variables().items()}
         # The last step was one of those, if there was one.
-        warming_up = int(clock.total_bytes_uncompressed) > 0 and steps <= self._config.warmup_steps > 0
+        warming_up = counts["total_bytes_uncompressed"] > 0 and counts["steps"] <= self._config.warmup_steps > 0
         return CompressionStats(
-            steps=steps,
-            bytes_sent=int(clock.bytes_sent),
-            bytes_received=int(clock.bytes_received),
-            bytes_uncompressed=int(clock.bytes_uncompressed),
-            total_bytes_sent=int(clock.total_bytes_sent),
-            total_bytes_received=int(clock.total_bytes_received),
-            total_bytes_uncompressed=int(clock.total_bytes_uncompressed),
+            **counts,
             tensors=tuple(
                 TensorStats.of(
                     state.name, state.layout, self._config, sparse, warming_up, state.residual, state.decisions()
@@ -152,32 +111,34 @@ class Exchange:
             )
         # Horovod's ops are known by their names: without a scope, TensorFlow makes them differ in one graph.
         with graph.name_scope(None), tf.control_dependencies([self._prepare(snapshots)]):
-            number = tf.identity(self.clock.steps)
+            number = tf.identity(self.counters.steps)
             dense = [i for i, is_sparse in enumerate(self._sparse) if not is_sparse]
             sparse = {i: self._exchange_sparse(i, gradients[i]) for i, s in enumerate(self._sparse) if s}
             finite = [tf.reduce_all(tf.math.is_finite(update.values)) for update, _ in sparse.values()]
 
-            def exchange(course, renews=False):
+            def exchange(branch, renews=False):
                 step = Step(number, self._workers.number(), self._workers.count(tf.int64), learning_rate, renews)
-                return self._exchange_dense(course, dense, [gradients[i] for i in dense], step, finite)
+                return self._exchange_dense(branch, dense, [gradients[i] for i in dense], step, finite)
 
-            updates, finite, traffic = self._by_course(number, exchange)
+            updates, finite, traffic = self._by_branch(number, exchange)
             updates = {**dict(zip(dense, updates)), **{i: update for i, (update, _) in sparse.items()}}
             traffic = _total([traffic, *(of_sparse for _, of_sparse in sparse.values())])
-            counted = self._count(finite, traffic, gradients)
+            if self._workers.alone:
+                traffic = _total([])
+            counted = self.counters.count(finite, traffic, _bytes_uncompressed(gradients))
         updates = [updates[i] for i in range(len(gradients))]
-        self._end_turn(self._name, [counted, *tf.nest.flatten(updates, expand_composites=True)])
+        self._order.end([counted, *tf.nest.flatten(updates, expand_composites=True)])
         if not self._in_session:
             return updates
         with tf.control_dependencies([counted]):
             return tf.nest.map_structure(tf.identity, updates, expand_composites=True)
 
-    def _by_course(self, number: tf.Tensor, exchange: Callable):
-        """The exchange that the step takes, of those that there are: in the warm-up, in a renewal, else."""
+    def _by_branch(self, number: tf.Tensor, exchange: Callable):
+        """The exchange of the branch that the step takes: "warmup", "renewal", or else "bucket"."""
 
         def after_warmup():
             family = self._config.family
-            if not isinstance(family, PowerSGD) or family.refresh_every is None:
+            if family.refresh_every is None:
                 return exchange("bucket")
             return tf.cond(family.renews(number), lambda: exchange("renewal", True), lambda: exchange("bucket"))
 
@@ -187,54 +148,20 @@ class Exchange:
 
     def _prepare(self, snapshots: Tuple[Snapshot, ...]) -> tf.Operation:
         """What comes before a step: in a graph of TensorFlow 1 it makes the variables' initial values, so that no job
-        has to initialise or restore variables that it does not know of; in the first step of a world, the workers'
-        agreement; and the snapshots."""
+        has to initialise or restore variables that it does not know of; in the first step of a generation, the
+        workers' agreement; and the snapshots."""
         if self._in_session:
             ready = []
-            kept = [v for holder in (self.clock, *self.states) for v in holder.variables().values()]
-            for variable in (self.agreed, *kept):
+            kept = [v for holder in (self.counters, *self.states) for v in holder.variables().values()]
+            for variable in (self._agreement.agreed, *kept):
                 there = tf.compat.v1.is_variable_initialized(variable)
                 ready.append(tf.cond(there, tf.no_op, functools.partial(_initialise, variable)))
         else:
-            ready = [tf.convert_to_tensor(_turns(self._name))]
+            ready = [self._order.begin()]
         with tf.control_dependencies(ready):
-            agreed = tf.constant(True) if self._workers.alone else tf.cond(self.agreed, lambda: True, self._agree)
+            agreed = self._agreement.reached()
         with tf.control_dependencies([agreed]):
             return tf.group([snapshot.take() for snapshot in snapshots])
-
-    def _agree(self) -> tf.Tensor:
-        names = [state.name for state in self.states]
-        done = self._workers.agree(self._description(), names, tf.identity(self.clock.steps), self._take_state)
-        with tf.control_dependencies([self._end_turn("powersgd", [done])]):
-            with tf.control_dependencies([self.agreed.assign(True, read_value=False)]):
-                return tf.constant(True)
-
-    def _description(self) -> Dict[str, str]:
-        """What must be the same on all workers."""
-        description = {
-            "compression": repr(self._config),
-            "op": "Sum" if self._settings.sum_gradients else "Average",
-            "gradient_predivide_factor": repr(self._settings.predivide_factor),
-            "groups": repr(self._groups),
-            "sparse_as_dense": repr(self._settings.sparse_as_dense),
-        }
-        for i, (state, sparse) in enumerate(zip(self.states, self._sparse)):
-            kind = f"{state.layout.shape} {state.variable_dtype.name}{' sparse' if sparse else ''}"
-            description[f"variable {i}"] = f"{plain_name(state.name)} {kind}"
-        return description
-
-    def _take_state(self, root: tf.Tensor) -> tf.Operation:
-        """What is the same on every worker, from the worker that is farthest: in an elastic job others may be new, or
-        have missed a step. And what random numbers are drawn from, from the first worker, where they call the
-        variables differently."""
-        ops = []
-        variables = [{"steps": self.clock.steps}, *(state.shared_with_keys() for state in self.states)]
-        for i, named in enumerate(variables):
-            if named:
-                tensors = [tf.identity(variable) for variable in named.values()]
-                taken = self._workers.taken(root, tensors, f"state.{i}")
-                ops += [variable.assign(value, read_value=False) for variable, value in zip(named.values(), taken)]
-        return tf.group(*ops)
 
     def _exchange_sparse(self, i: int, slices: tf.IndexedSlices) -> Tuple[tf.IndexedSlices, Traffic]:
         """The mean (or sum) of slices, and what was sent for it."""
@@ -247,13 +174,14 @@ class Exchange:
         return update, Traffic(*(nbytes(part.values) + nbytes(part.indices) for part in (sent, mean)))
 
     def _exchange_dense(
-        self, course: str, indices: Sequence[int], tensors: Sequence[tf.Tensor], step: Step, finite: Sequence[tf.Tensor]
+        self, branch: str, indices: Sequence[int], tensors: Sequence[tf.Tensor], step: Step, finite: Sequence[tf.Tensor]
     ):
         """Returns the updates, whether the step is finite on all workers, and what was sent."""
         gradients = []
         for i, tensor in zip(indices, tensors):
-            compressed = self.states[i].layout.compressed and course != "warmup"
-            gradients.append((self._compressed if compressed else PlainGradient)(self.states[i], tensor))
+            compressed = self.states[i].layout.compressed and branch != "warmup"
+            gradient_class = self.states[i].gradient_class if compressed else PlainGradient
+            gradients.append(gradient_class(self.states[i], tensor))
         groups = self._groups
         if isinstance(groups, list):
             by_index = dict(zip(indices, gradients))
@@ -261,7 +189,7 @@ class Exchange:
         there = functools.cache(lambda: self._workers.all_there("all_there", self._config))
         messages = []
         for i, bucket in enumerate(sort_into_buckets(gradients, groups)):
-            messages += self._exchange_bucket(f"{course}.{bucket_name(i, bucket)}", bucket, step, there)
+            messages += self._exchange_bucket(f"{branch}.{bucket_name(i, bucket)}", bucket, step, there)
         updates = [self._update(gradient) for gradient in gradients]
         finite = [*finite, *(gradient.finite for gradient in gradients)]
         # What is finite as computed can be too large for half precision.
@@ -309,35 +237,14 @@ class Exchange:
             update *= self._workers.count(update.dtype)
         return tf.cast(tf.reshape(update, gradient.state.layout.shape), gradient.state.variable_dtype)
 
-    def _end_turn(self, name: str, done: Sequence) -> tf.Operation:
-        """Lets the next exchange of that name begin after what is done."""
-        with tf.control_dependencies(done):
-            return tf.no_op() if self._in_session else tf.group(_turns(name).assign_add(1, read_value=False))
 
-    def _count(self, finite: tf.Tensor, traffic: Traffic, gradients: Sequence[Tensor]):
-        clock = self.clock
-        if self._workers.alone:
-            traffic = _total([])
-        uncompressed = tf.constant(0, tf.int64)
-        for gradient in gradients:
-            parts = (gradient.values, gradient.indices) if isinstance(gradient, tf.IndexedSlices) else (gradient,)
-            uncompressed += sum(nbytes(part) for part in parts)
-        return tf.group(
-            clock.steps.assign_add(tf.cast(finite, tf.int64), read_value=False),
-            clock.bytes_sent.assign(traffic.sent, read_value=False),
-            clock.total_bytes_sent.assign_add(traffic.sent, read_value=False),
-            clock.bytes_received.assign(traffic.received, read_value=False),
-            clock.total_bytes_received.assign_add(traffic.received, read_value=False),
-            clock.bytes_uncompressed.assign(uncompressed, read_value=False),
-            clock.total_bytes_uncompressed.assign_add(uncompressed, read_value=False),
-        )
-
-
-@functools.cache
-def _turns(name: str) -> tf.Variable:
-    """How often a name was used. Exchanges of one name in one function read it when they begin, and change it when they
-    end: so that TensorFlow lets one come after the other."""
-    return make_variable(np.int64(0))
+def _bytes_uncompressed(gradients: Sequence[Tensor]) -> tf.Tensor:
+    """What plain allreduce would be handed, int64."""
+    total = tf.constant(0, tf.int64)
+    for gradient in gradients:
+        parts = (gradient.values, gradient.indices) if isinstance(gradient, tf.IndexedSlices) else (gradient,)
+        total += sum(nbytes(part) for part in parts)
+    return total
 
 
 def _total(traffics: Sequence[Traffic]) -> Traffic:
@@ -347,35 +254,3 @@ def _total(traffics: Sequence[Traffic]) -> Traffic:
 
 def _initialise(variable: tf.Variable) -> tf.Operation:
     return tf.group(variable.assign(variable.initial_value, read_value=False))
-
-
-def exchange_of(
-    settings: Settings, training: Training, variables: Sequence, gradients: Sequence[Tensor]
-) -> Exchange:
-    """The exchange of these variables, the same as in the last step where they are.
-
-    Args:
-        settings: how to exchange.
-        training: whose step it is.
-        variables: tf.Variable or Keras 3's, each once.
-        gradients: theirs; which of them are sparse must not change.
-    """
-    states = states_of(variables, settings.config, settings.process_set, training)
-    sparse = tuple(isinstance(gradient, tf.IndexedSlices) for gradient in gradients)
-    groups: Union[None, int, List[List[int]]] = settings.groups
-    if isinstance(groups, tuple):
-        places = {id(native(variable)): i for i, variable in enumerate(variables)}
-        groups = [[places[identity] for identity in group if identity in places] for group in groups]
-    key = (settings, tuple(id(state) for state in states), sparse)
-    exchanges = states[0].clock.exchanges
-    if key not in exchanges:
-        exchanges[key] = Exchange(settings, states, groups, sparse)
-    return exchanges[key]
-
-
-def new_world() -> None:
-    """Lets the workers agree again before their next exchange."""
-    # Horovod can be initialised inside a graph of TensorFlow 1, too.
-    with context.eager_mode():
-        for exchange in list(_all):
-            exchange.agreed.assign(exchange._workers.alone)

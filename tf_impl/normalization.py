@@ -4,7 +4,7 @@ import horovod.tensorflow as horovod
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import Average, _allreduce
 
-from horovod_powersgd.tensorflow.which_keras import KERAS_3
+from horovod_powersgd.tensorflow.keras_version import KERAS_3
 
 
 class SyncBatchNormalization(tf.keras.layers.BatchNormalization):

@@ -3,7 +3,7 @@
 import horovod.tensorflow as horovod
 import tensorflow as tf
 
-from horovod_powersgd.compressors.compressor import compressor_of, refuse_misplaced
+from horovod_powersgd.arguments import compressor_of, refuse_misplaced
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.reduction import Reduction
 

@@ -11,7 +11,7 @@ from horovod_powersgd.factors import DEPENDENT
 def orthogonalize(matrix: tf.Tensor, spare: Callable[[], tf.Tensor]) -> tf.Tensor:
     """factors.orthogonalize, by Householder QR in double precision, which is exact whatever the matrix's condition.
 
-    Where a column depends on those before it, QR goes on with an arbitrary direction, and what follows is judged against
+    Where a column depends on those before it, QR goes on with an arbitrary direction, and what follows is judged by
     that: then Gram-Schmidt does the work. It is rare.
 
     Args:

@@ -6,13 +6,16 @@ import horovod.tensorflow as horovod
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import Average, ProcessSet, Sum
 
-from horovod_powersgd.compressors.compressor import compressor_of
+from horovod_powersgd.arguments import check_op, compressor_of
 from horovod_powersgd.tensorflow.clipping import clip_memory
 from horovod_powersgd.tensorflow.compression_state import load, saved
-from horovod_powersgd.tensorflow.exchange import Exchange, Settings, exchange_of
+from horovod_powersgd.tensorflow.exchange import Exchange
+from horovod_powersgd.tensorflow.exchanges import exchange_of
+from horovod_powersgd.tensorflow.settings import Settings
 from horovod_powersgd.tensorflow.snapshot import Snapshot
-from horovod_powersgd.tensorflow.state import Training, VariableState, state_in, states_of
+from horovod_powersgd.tensorflow.training import Training, state_in, states_of
 from horovod_powersgd.tensorflow.variable import native
+from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import Workers, transportable
 
 
@@ -57,12 +60,8 @@ class Reduction:
         self._settings: Optional[Settings] = None
         self._process_set, self._sparse_as_dense = process_set, sparse_as_dense
         groups = native_groups(groups)
+        check_op(self.compressor, op in (Average, Sum))
         if self.compressor is not None:
-            if op not in (Average, Sum):
-                raise ValueError(
-                    f"{type(self.compressor).__name__} averages or sums gradients: op must be hvd.Average or hvd.Sum "
-                    "(Adasum is neither)"
-                )
             if isinstance(groups, list):
                 self._grouped = groups  # their identities count as long as they live
                 groups = tuple(tuple(id(variable) for variable in group) for group in groups)
@@ -191,7 +190,7 @@ class Reduction:
         self.exchange = exchange_of(self._settings, self.training, once, gradients)
         new = []
         if self.discardable:
-            kept = [holder.snapshot for holder in (self.exchange.clock, *self.exchange.states)]
+            kept = [holder.snapshot for holder in (self.exchange.counters, *self.exchange.states)]
             new = [snapshot for snapshot in kept if snapshot not in self._snapshots]
             self._snapshots += new
         updates = dict(zip(places, self.exchange(gradients, learning_rate, tuple(new))))

@@ -5,12 +5,12 @@ from typing import Sequence
 import horovod.tensorflow as horovod
 import tensorflow as tf
 
-from horovod_powersgd.compressors.compressor import refuse_misplaced
+from horovod_powersgd.arguments import refuse_misplaced
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.clipping import clipping_factors
 from horovod_powersgd.tensorflow.local_variables import LocalVariables
 from horovod_powersgd.tensorflow.reduction import Reduction, native_groups, scaled, unscaled
-from horovod_powersgd.tensorflow.state import TAPES
+from horovod_powersgd.tensorflow.training import TAPES
 from horovod_powersgd.tensorflow.variable import native
 
 

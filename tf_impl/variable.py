@@ -1,5 +1,6 @@
 """The variables that are kept beside the model's."""
 
+import re
 from typing import Optional, Tuple
 
 import numpy as np
@@ -22,3 +23,9 @@ def make_variable(value, shape: Optional[Tuple] = None) -> tf.Variable:
 def native(variable) -> tf.Variable:
     """The tf.Variable of a Keras 3 variable, and any other itself."""
     return variable.value if hasattr(variable, "path") and hasattr(variable, "value") else variable
+
+
+def plain_name(name: str) -> str:
+    """What is the same on all workers of a Keras variable's name: not the layers that it belongs to, which Keras counts
+    from the first that a process makes, and names anew when it loads a model."""
+    return re.sub(r"_\d+$", "", name.rpartition("/")[2])

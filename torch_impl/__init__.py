@@ -7,8 +7,6 @@ from horovod_powersgd.environment.installation import require_horovod
 
 require_horovod("torch")
 
-import functools  # noqa: E402
-
 import horovod.torch  # noqa: E402
 from horovod.torch import *  # noqa: E402, F401, F403
 
@@ -16,8 +14,9 @@ from horovod.torch import *  # noqa: E402, F401, F403
 import horovod_powersgd.torch.elastic  # noqa: E402, F401
 from horovod_powersgd import *  # noqa: E402, F401, F403
 from horovod_powersgd import launcher  # noqa: E402
-from horovod_powersgd.compressors.compressor import without_compressors  # noqa: E402
+from horovod_powersgd.arguments import without_compressors  # noqa: E402
 from horovod_powersgd.torch.error_feedback_sgd import ErrorFeedbackSGD  # noqa: E402, F401
+from horovod_powersgd.torch.generation import join  # noqa: E402, F401
 from horovod_powersgd.torch.loss_scaling import synchronize_before_unscaling  # noqa: E402
 from horovod_powersgd.torch.optimizer import DistributedOptimizer  # noqa: E402, F401
 from horovod_powersgd.torch.replicas import (  # noqa: E402, F401
@@ -25,16 +24,8 @@ from horovod_powersgd.torch.replicas import (  # noqa: E402, F401
     broadcast_optimizer_state,
     broadcast_parameters,
 )
-from horovod_powersgd.torch.generation import join  # noqa: E402, F401
 
 synchronize_before_unscaling()
+init = launcher.careful_init(horovod.torch)
 allreduce = without_compressors(horovod.torch.allreduce)
 grouped_allreduce = without_compressors(horovod.torch.grouped_allreduce)
-
-
-@functools.wraps(horovod.torch.init)
-def init(*args, **kwargs):
-    launcher.prepare_worker()
-    horovod.torch.init(*args, **kwargs)
-    if not (args or kwargs.get("comm")):  # a communicator of one worker is no mistake
-        launcher.check_world(horovod.torch.size())

@@ -65,7 +65,13 @@ class CompressedGradient(PlainGradient):
 def sum_of_memories(
     memories: Sequence[Tuple[torch.Tensor, float]], weight: float, like: torch.Tensor
 ) -> Optional[torch.Tensor]:
-    """The sum of (memory, its loss scale), each in scale 1, times `weight`, as `like` is; None of none."""
+    """The sum of memories, each divided by its loss scale, times `weight`; None where there are none.
+
+    Args:
+        memories: (memory, its loss scale).
+        weight: a factor of the sum.
+        like: the sum gets its dtype and device.
+    """
     total = None
     for memory, scale in memories:
         part = memory.to(like, copy=True).mul_(weight / scale)

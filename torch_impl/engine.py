@@ -14,12 +14,15 @@ from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.layout import layout_of
 from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.torch import agreement as agreement_of_workers
+from horovod_powersgd.torch.byte_counters import ByteCounters
 from horovod_powersgd.torch.clipping import factors_of
 from horovod_powersgd.torch.control_messages import from_worker, largest
 from horovod_powersgd.torch.fast_paths import make_buckets, path_of
 from horovod_powersgd.torch.generation import generation
 from horovod_powersgd.torch.gradient import PlainGradient
-from horovod_powersgd.torch.ownership import overlapping, owns_storage
+from horovod_powersgd.torch.gradient_watch import GradientWatch
+from horovod_powersgd.torch.model_description import describe, sparse_dim
+from horovod_powersgd.torch.ownership import overlapping
 from horovod_powersgd.torch.step import Step, Verdict
 from horovod_powersgd.torch.streams import Streams
 from horovod_powersgd.torch.workers import Workers
@@ -70,8 +73,8 @@ class Engine:
         self._arriving: Dict[torch.nn.Parameter, PlainGradient] = {}
         # Those whose gradients were there before the workers had agreed.
         self._early: Set[torch.nn.Parameter] = set()
-        # The gradients as they were when they arrived, and then as the exchange has left them, with their versions.
-        self._noted: Dict[torch.nn.Parameter, Tuple[torch.Tensor, Optional[int]]] = {}
+        # Of the gradients as they were when they arrived, and then as the exchange has left them.
+        self._watch = GradientWatch()
         # The gradients of the exchange that has ended, and whether it was finite.
         self._pending: Optional[Tuple[Sequence[PlainGradient], bool]] = None
         # Why the exchange of this step failed, in words and whether a worker was lost, and how often that has happened
@@ -85,9 +88,7 @@ class Engine:
         self._lock = threading.RLock()
         self._streams = Streams()
         self.steps, self._parity = 0, False
-        self._bytes_sent = self._total_bytes_sent = 0
-        self._bytes_received = self._total_bytes_received = 0
-        self._bytes_uncompressed = self._total_bytes_uncompressed = 0
+        self._byte_counters = ByteCounters()
         agreement_of_workers.enter(self)
 
     def add(self, name: str, parameter: torch.nn.Parameter) -> None:
@@ -142,7 +143,7 @@ class Engine:
             # The first exchange of a generation waits for finish: workers may call backward in another order than step.
             if self._generation is not generation():
                 self.discard()
-                self.note(parameter, incoming)
+                self._watch.note(parameter, incoming)
                 self._early.add(parameter)
                 return
             try:
@@ -155,7 +156,7 @@ class Engine:
                         "not know of it: freeze and thaw parameters between steps, on all workers"
                     )
                 if parameter not in self._early:
-                    self.note(parameter, incoming)
+                    self._watch.note(parameter, incoming)
                 self._streams.wait_for_current(parameter.device)
                 gradient.arrived, gradient.incoming = True, incoming
                 self._resume()
@@ -163,6 +164,10 @@ class Engine:
             except BaseException as error:  # Ctrl-C, too
                 self._fail(error)
                 raise
+
+    def note(self, parameter: torch.nn.Parameter) -> None:
+        """Notes a gradient as it is: from now on nobody is to change it before the exchange has ended."""
+        self._watch.note(parameter)
 
     @property
     def pending(self) -> bool:
@@ -173,7 +178,7 @@ class Engine:
     def replaced(self) -> bool:
         """Whether there are other gradients than those of the exchange that has ended."""
         return self._pending is not None and any(
-            gradient.parameter.grad is not self._noted[gradient.parameter][0] for gradient in self._pending[0]
+            self._watch.is_replaced(gradient.parameter) for gradient in self._pending[0]
         )
 
     def finish(self, undoable: bool) -> None:
@@ -204,19 +209,20 @@ class Engine:
                     if parameter.grad is None:
                         gradient.make_zero()
                     if parameter not in self._early:
-                        self.note(parameter)
+                        self._watch.note(parameter)
                 gradient.arrived = True
-            changed = self._changed()
+            changed = self._watch.changes(self._arriving.values())
             self._drive()
             if changed:
                 raise RuntimeError(changed)
-            self._mark_overlaps()
+            _mark_overlaps(self._arriving.values())
             self._step.undoable, self._step.verdict.called_for, self._unscaled = undoable, True, 1.0
             self._resume()
-            self._noted.clear()
+            self._watch.clear()
             for parameter in self._arriving if undoable else ():
-                self.note(parameter)
-            self._count()
+                self._watch.note(parameter)
+            uncompressed = sum(gradient.uncompressed_bytes() for gradient in self._arriving.values())
+            self._byte_counters.count(self._step.sent, self._step.received, uncompressed)
             with self._streams.current():
                 self._pending = tuple(self._arriving.values()), self._step.verdict.result()
         except BaseException as error:
@@ -235,13 +241,13 @@ class Engine:
             factors = self._clipping(gradients) if self._step.undoable else {}
             for gradient in gradients:
                 gradient.commit(factors.get(gradient))
-        self._noted.clear()
+        self._watch.clear()
 
     def _clipping(self, gradients: Sequence[PlainGradient]) -> Dict[PlainGradient, float]:
         """What each update was clipped to, between 0 and 1, since the exchange has ended."""
         samples = {}
         for gradient in gradients:
-            sample = None if self._is_known(gradient.parameter) else gradient.sample()
+            sample = None if self._watch.is_known(gradient.parameter) else gradient.sample()
             if sample is not None:
                 samples[gradient] = sample
         factors = dict.fromkeys(gradients, 1.0)
@@ -256,7 +262,7 @@ class Engine:
             for gradient in self._pending[0]:
                 gradient.discard()
             self._pending = None
-            self._noted.clear()
+            self._watch.clear()
         self._failure = None
 
     def reset(self) -> None:
@@ -271,12 +277,7 @@ class Engine:
         """What compression did in the last step and so far."""
         return CompressionStats(
             steps=self.steps + bool(self._pending and self._pending[1]),
-            bytes_sent=self._bytes_sent,
-            bytes_received=self._bytes_received,
-            bytes_uncompressed=self._bytes_uncompressed,
-            total_bytes_sent=self._total_bytes_sent,
-            total_bytes_received=self._total_bytes_received,
-            total_bytes_uncompressed=self._total_bytes_uncompressed,
+            **vars(self._byte_counters),
             tensors=tuple(self._tensor_stats(gradient) for gradient in self._gradients),
         )
 
@@ -314,13 +315,6 @@ class Engine:
             gradient.residual,
             decisions,
         )
-
-    def _count(self) -> None:
-        self._bytes_sent, self._bytes_received = self._step.sent, self._step.received
-        self._bytes_uncompressed = sum(gradient.uncompressed_bytes() for gradient in self._arriving.values())
-        self._total_bytes_sent += self._bytes_sent
-        self._total_bytes_received += self._bytes_received
-        self._total_bytes_uncompressed += self._bytes_uncompressed
 
     def _trainable(self) -> Tuple[PlainGradient, ...]:
         """The gradients of a step: a frozen parameter has none, on all workers."""
@@ -396,8 +390,8 @@ class Engine:
             gradient.load_shared_state(state)
 
     def _drive(self) -> None:
-        """Lets this engine's exchanges, and those of others that are under way, go on until this one's are complete
-        but for the verdict: workers may step two optimizers in different orders."""
+        """Lets this engine's exchanges go on until all of them wait for the verdict; meanwhile, those of other engines
+        as well: workers may step two optimizers in different orders."""
         self._resume()
         while True:
             sent = [item for item in self._waiting.items() if not isinstance(item[1], Verdict)]
@@ -442,13 +436,13 @@ class Engine:
             return None
 
     def _fail(self, error: BaseException) -> None:
-        """Drops a step whose exchange has failed: what it has made of the gradients is nobody's to use."""
+        """Drops a step whose exchange has failed: some of its gradients are local ones, others are averages."""
         if not self._arriving:
             return
         for parameter in self._arriving:
             parameter.grad = None
         self.reset()
-        self._noted.clear()
+        self._watch.clear()
         self._failure = f"{type(error).__name__}: {error}", isinstance(error, HorovodInternalError)
         # Messages that other workers have sent, or this one, must not meet those of the next step.
         self._failures += 1
@@ -468,57 +462,9 @@ class Engine:
     def _name_of(self, parameter: torch.nn.Parameter) -> str:
         return next((gradient.name for gradient in self._gradients if gradient.parameter is parameter), "a parameter")
 
-    def _changed(self) -> Optional[str]:
-        """What to say where gradients were changed since they arrived; None where they were not."""
-        changed = [g for parameter, g in self._arriving.items() if self._is_changed(parameter)]
-        for gradient in changed:
-            if gradient.parameter.grad is None:
-                gradient.make_zero()  # for the other workers, which cannot know
-        if not changed:
-            return None
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        return (
-            f"The gradient of {', '.join(gradient.name for gradient in changed[:3])}{more} was changed while it was "
-            "exchanged: call synchronize() first, then change it, then step() inside skip_synchronize()"
-        )
 
-    def note(self, parameter: torch.nn.Parameter, incoming: Optional[torch.Tensor] = None) -> None:
-        """Notes a gradient as it is: from now on nobody is to change it before the exchange has ended.
-
-        Args:
-            parameter: whose gradient it is.
-            incoming: as for arrived.
-        """
-        gradient = parameter.grad
-        if not gradient.is_sparse and 0 in gradient.stride() and gradient.numel() > 1:
-            # An expanded tensor has no room for what its elements are going to be.
-            gradient = parameter.grad = gradient.contiguous()
-        # Tensors that have memory in common can have their versions in common, too.
-        tells = gradient.is_sparse or owns_storage(gradient, incoming)
-        self._noted[parameter] = gradient, gradient._version if tells else None
-
-    def _is_known(self, parameter: torch.nn.Parameter) -> bool:
-        """Whether the gradient is certainly as it was noted."""
-        gradient, version = self._noted[parameter]
-        return parameter.grad is gradient and gradient._version == version
-
-    def _is_changed(self, parameter: torch.nn.Parameter) -> bool:
-        """Whether the gradient is certainly not as it was noted."""
-        gradient, version = self._noted[parameter]
-        return parameter.grad is not gradient or version not in (None, gradient._version)
-
-    def _mark_overlaps(self) -> None:
-        borrowed = [gradient for gradient in self._arriving.values() if gradient.borrowed is not None]
-        overlaps = overlapping([gradient.borrowed for gradient in borrowed])
-        for gradient, overlaps_others in zip(borrowed, overlaps):
-            gradient.overlaps = overlaps_others
-
-
-def describe(parameters: Iterable[Tuple[str, torch.nn.Parameter]]) -> Dict[str, str]:
-    """What all workers must have in common of their models, in words."""
-    return {f"parameter {name}": f"{tuple(p.shape)} {p.dtype}" for name, p in parameters}
-
-
-def sparse_dim(parameter: torch.nn.Parameter) -> int:
-    """Of its gradient; 0 where that is dense, or not there."""
-    return parameter.grad.sparse_dim() if parameter.grad is not None and parameter.grad.is_sparse else 0
+def _mark_overlaps(gradients: Iterable[PlainGradient]) -> None:
+    borrowed = [gradient for gradient in gradients if gradient.borrowed is not None]
+    overlaps = overlapping([gradient.borrowed for gradient in borrowed])
+    for gradient, overlaps_others in zip(borrowed, overlaps):
+        gradient.overlaps = overlaps_others

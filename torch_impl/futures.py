@@ -6,7 +6,8 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 
-from horovod_powersgd.compressors.compressor import Compressor, refusal_of_join
+from horovod_powersgd.compressors.collectives import refusal_of_join
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.torch.profiling import profiled
 
 

@@ -18,7 +18,7 @@ def generation() -> object:
 
 
 def join(device: int = -1) -> int:
-    """horovod.torch.join; the workers' next exchange starts from what the worker with the most completed steps knows."""
+    """horovod.torch.join; the next exchange starts from what the worker with the most completed steps knows."""
     global _current
     last = mpi_ops.join(device)
     _current = [mpi_ops._handle_map]

@@ -6,7 +6,7 @@ from typing import Dict, List, Sequence, Tuple
 
 import torch
 
-from horovod_powersgd.compressors.compressor import AllreduceMean
+from horovod_powersgd.compressors.collectives import AllreduceMean
 from horovod_powersgd.torch.bucket import Bucket
 from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.generator_gradient import GeneratorGradient

@@ -6,9 +6,10 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor
-from horovod_powersgd.layout import Layout
+from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.matrix_state import MatrixState
+from horovod_powersgd.layout import Layout
 from horovod_powersgd.torch import arrays
 from horovod_powersgd.torch.clipping import Sample
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient, sum_of_memories
@@ -91,8 +92,8 @@ class GeneratorGradient(CompressedGradient):
         return [torch.where(self._finite, t, torch.nan) if t.is_floating_point() else t for t in tensors]
 
     def go_on(self, answers: List[torch.Tensor]) -> None:
-        """Takes the answer to parts. What is not finite goes on as zeros, on all workers: they let the generator finish,
-        and the step is discarded."""
+        """Takes the answer. What is not finite goes on as zeros, on all workers: they let the generator finish, and the
+        step is discarded."""
         for i, part in enumerate(answers):
             if part.is_floating_point():
                 finite = torch.isfinite(part).all()

@@ -62,7 +62,7 @@ class PlainGradient:
         return self.parameter.grad
 
     def make_zero(self) -> None:
-        """Makes a gradient of zeros, where backward computed none: another worker may have."""
+        """Makes a gradient of zeros where backward computed none: another worker may have computed one."""
         zeros = torch.zeros_like(self.parameter)
         self.parameter.grad = zeros.to_sparse(self.sparse_dim) if self.sparse_dim else zeros
 
@@ -175,4 +175,4 @@ class PlainGradient:
         """
 
     def take_over(self, other: "PlainGradient") -> None:
-        """Takes what another gradient of the same parameter and configuration has kept, which ends."""
+        """Takes what another gradient of the same parameter and configuration has kept, and comes in its place."""

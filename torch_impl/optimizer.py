@@ -1,6 +1,5 @@
 """hvd.DistributedOptimizer that takes a compressor."""
 
-import warnings
 import weakref
 from typing import Iterator, Mapping, Optional
 
@@ -9,9 +8,17 @@ import torch
 from horovod.torch.compression import Compression
 from horovod.torch.mpi_ops import Adasum, Average, ProcessSet, Sum, global_process_set, rocm_built, size
 
-from horovod_powersgd.compressors.compressor import compressor_of, refuse_misplaced
+from horovod_powersgd.arguments import (
+    check_op,
+    check_passes,
+    check_predivide_factor,
+    compressor_of,
+    groups_of,
+    refuse_misplaced,
+)
 from horovod_powersgd.torch import agreement
-from horovod_powersgd.torch.distributed import CompressingMethods, DistributedMethods, Horovods
+from horovod_powersgd.torch.compressing import CompressingMethods
+from horovod_powersgd.torch.distributed import DistributedMethods, Horovods
 from horovod_powersgd.torch.engine import Engine
 from horovod_powersgd.torch.transport import Transported
 
@@ -126,19 +133,10 @@ def DistributedOptimizer(
     )
     compressor = compressor_of(compression)
     adasum = op == Adasum and size() > 1
-    if compressor is not None and op not in (Average, Sum):
-        name = type(compressor).__name__
-        raise ValueError(f"{name} averages or sums gradients: op must be hvd.Average or hvd.Sum (Adasum is neither)")
-    if gradient_predivide_factor != 1.0 and rocm_built():
-        raise ValueError("gradient_predivide_factor not supported yet with ROCm")
-    if gradient_predivide_factor != 1.0 and op != Average:
-        raise ValueError("gradient_predivide_factor not supported with op != Average")
-    if backward_passes_per_step <= 0:
-        raise ValueError("backward_passes_per_step must be > 0")
-    if num_groups != 0:
-        warnings.warn("Parameter `num_groups` has been replaced by `groups`.", DeprecationWarning)
-        if groups is None:
-            arguments["groups"] = num_groups
+    check_op(compressor, op in (Average, Sum))
+    check_predivide_factor(gradient_predivide_factor, op == Average, rocm_built())
+    check_passes(backward_passes_per_step)
+    arguments["groups"] = groups_of(num_groups, groups)
     if adasum:
         methods = vars(horovod_optimizer._DistributedAdasumOptimizer)
         return _wrap(optimizer, methods, named_parameters, compression, backward_passes_per_step)

@@ -162,8 +162,8 @@ class Regime:
 
 
 def is_critical(last: Optional[float], now: Optional[float], threshold: float) -> bool:
-    """Whether the norm has changed so much that what follows is to be compressed less; so it is where it was
-    nothing."""
+    """Whether the norm has changed so much that what follows is to be compressed less; also where the last one is zero
+    or not known, or this one is not finite."""
     if last is None or now is None or not last > 0 or not math.isfinite(now):
         return True
     return abs(last - now) >= threshold * last

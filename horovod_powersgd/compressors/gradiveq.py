@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor
+from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.compressor import Compressor
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class GradiVeq(Compressor):
 
         learnt = slices(xp.cast(update, "float64"))
         products = xp.cond(learning, lambda: products + xp.transpose(learnt) @ learnt, lambda: products * 0)
-        # Not ==, which compares no numbers in the graphs of TensorFlow 1.
+        # Not ==, which compares identities in the graphs of TensorFlow 1.
         last = learning & (place >= self.learning_steps - 1)
         state.put("basis", xp.cond(last, lambda: xp.eigh(products)[:, -self.dimensions :], lambda: basis))
         state.put("products", products)

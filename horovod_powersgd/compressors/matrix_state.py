@@ -16,7 +16,7 @@ class MatrixState:
         worker: this one's number.
         workers: how many there are.
         finite: whether this worker's gradient is. Where it is not, delta is zeros, and of what the worker sends, floats
-            become not a number, which makes the step fail on all workers.
+            become NaN, which makes the step fail on all workers.
 
     In a graph of TensorFlow, all but arrays and shape are tensors.
     """

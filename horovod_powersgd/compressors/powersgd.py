@@ -6,7 +6,8 @@ from typing import ClassVar, Optional
 
 import numpy as np
 
-from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor
+from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.factors import initial_factor, orthogonalize, resized
 from horovod_powersgd.randomness import SPARE, random_factor
 
@@ -95,7 +96,7 @@ class PowerSGD(Compressor):
         """Whether the step that comes after so many steps renews the subspace; in TensorFlow both are tensors."""
         if self.refresh_every is None:
             return False
-        # Not ==, which compares no numbers in the graphs of TensorFlow 1.
+        # Not ==, which compares identities in the graphs of TensorFlow 1.
         return (step > 0) & (step % self.refresh_every < 1)
 
     def half_steps(self, renews: bool) -> int:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor
+from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.compressor import Compressor
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from horovod_powersgd.compressors.compressor import Allgather, Compressor
+from horovod_powersgd.compressors.collectives import Allgather
+from horovod_powersgd.compressors.compressor import Compressor
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Signum(Compressor):
         (packed,) = yield Allgather((xp.pack_bits(xp.concat([finite, positive])),))
         bits = xp.unpack_bits(packed, size + 1)
         votes = xp.sign(xp.sum(_signs(xp, bits[:, 1:], delta), axis=0))
-        # 1, or not a number: which is not computed where all is well, as some debuggers would tell of it.
+        # 1, or NaN: which is not computed where all is well, as some debuggers would tell of it.
         mark = xp.sqrt(2 * xp.like(xp.all(bits[:, 0]), delta) - 1)
         return votes * mark, (1 - self.momentum) * delta
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from horovod_powersgd.compressors.compressor import Allgather, AllreduceMean, Compressor
+from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.randomness import draw, subset
 
 

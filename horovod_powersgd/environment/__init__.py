@@ -1,1 +1,1 @@
-"""What has to be installed beside this package: it is looked for, built and tried here. No framework is imported."""
+"""What has to be installed beside this package: it is looked for, built and tried here."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from horovod_powersgd import kernels
-from horovod_powersgd.environment.horovod_build import missing_patches
+from horovod_powersgd.environment.horovod_patches import missing_patches
 from horovod_powersgd.environment.installation import (
     FEATURES,
     FRAMEWORKS,

@@ -1,9 +1,9 @@
-"""Horovod from its source: what of it must be changed, and where wheels are kept.
+"""Horovod from its source: how a wheel is built, kept and installed.
 
-`pip install horovod` fails beside every current torch and TensorFlow. The released source builds with a few lines
-changed, and a few more keep jobs from waiting for ever. The wheel that comes out is kept in the user's cache,
-under a key that says all it was built for, so that a second environment installs it in seconds. Nothing of the build is
-left in the environment: the tools that it needs go into a folder of its own.
+`pip install horovod` fails beside every current torch and TensorFlow; the released source builds with a few lines
+changed (horovod_patches). The wheel that comes out is kept in the user's cache, under a key that says all it was built
+for, so that a second environment installs it in seconds. Nothing of the build is left in the environment: the tools
+that it needs go into a folder of its own.
 """
 
 import contextlib
@@ -13,12 +13,10 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 import tarfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,21 +24,18 @@ from functools import partial
 from pathlib import Path
 
 from horovod_powersgd.environment.cuda_toolkit import NoCompiler, compiler_environment, nccl_environment, wants_gpu
+from horovod_powersgd.environment.horovod_patches import PATCH_VERSION, patch_source
 from horovod_powersgd.environment.installation import (
-    PATCHES_KEY,
     TENSORFLOW,
     TORCH,
     Framework,
     extension_path,
     find_mpi,
     find_program,
-    horovod_patches,
-    horovod_version,
 )
+from horovod_powersgd.environment.logged_run import BuildError, LoggedRun
 
 HOROVOD_VERSION = "0.28.1"
-# Part of the key of cached wheels: raise it whenever patch_source changes.
-PATCH_VERSION = 4
 # Versions that were tried together. Horovod's setup.py fails with later setuptools, its copy of Gloo with CMake 4.
 BUILD_TOOLS = ("setuptools==80.10.2", "wheel==0.48.0", "packaging>=24", "cmake==3.31.10")
 # Measured for both frameworks: nine minutes of one core.
@@ -49,10 +44,6 @@ _CORE_MINUTES = 10
 _BUILD_VARIABLE = re.compile(
     r"HOROVOD_(WITH|GPU|CUDA|NCCL|NVTX|ROCM|BUILD|ALLOW_MIXED|CPU_OPERATIONS|DEBUG|SKIP_COMPILE|LOCAL_VERSION).*"
 )
-
-
-class BuildError(Exception):
-    """Horovod cannot be built here. The first line of the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +156,7 @@ def build_wheel(build: HorovodBuild, report: Callable[[str], None], afresh: bool
             shutil.rmtree(work, ignore_errors=True)
         elif build.cached_wheel() is not None:  # another process built it while this one waited
             return build.cached_wheel()
-        run = _LoggedRun(build.folder / "build.log", lock)
+        run = LoggedRun(build.folder / "build.log", lock)
         tools = _get_tools(work, run, report)
         source = _get_source(work, tools, run, report)
         jobs = _jobs()
@@ -204,119 +195,13 @@ def install_wheel(wheel: Path, log: Path) -> None:
     Raises:
         BuildError: pip failed; the message has the last lines of its log.
     """
-    run = _LoggedRun(log)
+    run = LoggedRun(log)
     # Forced, because pip takes the same version for the same build; alone, because force would reinstall all it needs.
     for options in (["--force-reinstall", "--no-deps"], []):
         run("Installing Horovod failed", _pip("install", *options, str(wheel)))
 
 
-def missing_patches() -> str | None:
-    """What is wrong with the installed Horovod where it does not have all of patch_source's changes; else None."""
-    if horovod_version() is None or (horovod_patches() or 0) >= PATCH_VERSION:
-        return None
-    return (
-        "Horovod was built without the latest of what install-horovod mends: with Gloo nobody is told of a worker "
-        "that does not come, and an elastic job can wait for ever"
-    )
-
-
-def patch_source(source: Path) -> None:
-    """Change Horovod's unpacked source so that it builds beside current frameworks and with current compilers, runs
-    wherever it is installed, loses nothing that it is given while it shuts down, and tells of workers that do not come.
-
-    Raises:
-        BuildError: the source is not the one that these changes are for.
-    """
-
-    def replace(path: Path, pattern: str, replacement: str) -> None:
-        text, count = re.subn(pattern, replacement, path.read_text(), flags=re.MULTILINE)
-        if count == 0:
-            raise BuildError(f"Horovod's source is not as expected: {path.relative_to(source)} lacks {pattern!r}")
-        path.write_text(text)
-
-    # Current frameworks' headers are C++17.
-    for cmake_lists in (source / "CMakeLists.txt", source / "horovod/torch/CMakeLists.txt"):
-        replace(cmake_lists, r"CMAKE_CXX_STANDARD 14\b", "CMAKE_CXX_STANDARD 17")
-    # TensorFlow's wheel lacks a header that the optional XLA operations need.
-    replace(source / "horovod/tensorflow/CMakeLists.txt", r"^.*xla_mpi_ops\.cc.*\n", "")
-    # Python 3.12 has no distutils.
-    replace(
-        source / "horovod/torch/CMakeLists.txt",
-        r"from distutils\.sysconfig import get_python_inc; print\(get_python_inc\(\)\)",
-        "import sysconfig; print(sysconfig.get_path('include'))",
-    )
-    replace(
-        source / "horovod/runner/js_run.py",
-        r"^from distutils\.spawn import find_executable$",
-        "from shutil import which as find_executable",
-    )
-    # So that an installed Horovod tells which of these changes it has.
-    replace(source / "CMakeLists.txt", r'\\"dummy\\": \\"none\\"', rf'\\"{PATCHES_KEY}\\": {PATCH_VERSION}')
-    # Clang 19 and later refuse to assign to constants in a template that nobody uses.
-    replace(
-        source / "third_party/flatbuffers/include/flatbuffers/stl_emulation.h",
-        r"(span &operator=\(const span &other\))\s+FLATBUFFERS_NOEXCEPT \{[^}]*\}",
-        r"\1 = delete;",
-    )
-    # A regular expression made of a folder's name fails where that has a plus sign.
-    replace(
-        source / "cmake/Utilities.cmake",
-        r'string\(REGEX REPLACE "\$\{PROJECT_SOURCE_DIR\}\(/\)\?" "" SUB_FOLDER "\$\{CMAKE_CURRENT_SOURCE_DIR\}"\)',
-        'file(RELATIVE_PATH SUB_FOLDER "${PROJECT_SOURCE_DIR}" "${CMAKE_CURRENT_SOURCE_DIR}")',
-    )
-    # Each GCC from 13 on has a standard library whose headers bring fewer of the others along.
-    headers = " ".join(f"-include {header}" for header in ("algorithm", "cstdint", "stdexcept", "string"))
-    includes = f'add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:SHELL:{headers}>")\n'
-    # A wheel goes from the environment that built it to others: look for MPI (a pip-installed one is in lib) and the
-    # frameworks relative to where the module is, in lib/pythonX.Y/site-packages/horovod/torch. Only then come the
-    # places that were linked against, for an MPI or NCCL of the system.
-    replace(
-        source / "CMakeLists.txt",
-        r"^project\(horovod CXX\)$",
-        f"project(horovod CXX)\n{includes}"
-        "set(CMAKE_BUILD_WITH_INSTALL_RPATH TRUE)\n"
-        'set(CMAKE_INSTALL_RPATH "$ORIGIN/../../../..;$ORIGIN/../../torch/lib;$ORIGIN/../../tensorflow;'
-        '$ORIGIN/../../nvidia/nccl/lib")\n'
-        "set(CMAKE_INSTALL_RPATH_USE_LINK_PATH TRUE)",
-    )
-    # Tensors of a GPU are copied to the host for operations that Horovod was not built for, and the copy is waited for
-    # by an event. A Horovod without CUDA has no events, and sent what was not there yet.
-    replace(
-        source / "horovod/torch/mpi_ops_v2.cc",
-        r"^namespace horovod \{$",
-        "#if HAVE_GPU\nstatic constexpr bool kHasEvents = true;\n#else\nstatic constexpr bool kHasEvents = false;\n"
-        "#endif\n\n\\g<0>",
-    )
-    replace(source / "horovod/torch/mpi_ops_v2.cc", r"/\*non_blocking=\*/true", "/*non_blocking=*/kHasEvents")
-    # After a worker's death the background thread ends every tensor in its queue with an error and stops. Whether it
-    # has stopped is looked at before the queue is locked, and so a tensor could be added behind its back, and be waited
-    # for till the end of days: the queue itself must refuse it.
-    queue = source / "horovod/common/tensor_queue.cc"
-    lock = r"\) {\n  std::lock_guard<std::mutex> guard\(mutex_\);\n"
-    for last_argument in ("TensorTableEntry& e, Request& message", "std::vector<Request>& messages"):
-        replace(queue, last_argument + lock, r"\g<0>  if (finalized_) {\n    return SHUT_DOWN_ERROR;\n  }\n")
-    replace(queue, r"FinalizeTensorQueue\(const Status& status" + lock, r"\g<0>  finalized_ = true;\n")
-    replace(
-        source / "horovod/common/tensor_queue.h",
-        r"^  void FinalizeTensorQueue\(.*\);$",
-        r"\g<0>\n\n  void Reopen() {\n    std::lock_guard<std::mutex> guard(mutex_);\n    finalized_ = false;\n  }\n\n"
-        r"  bool finalized_ = false;",
-    )
-    replace(
-        source / "horovod/common/process_set.cc",
-        r"^  initialization_done = true;$",
-        r"  tensor_queue.Reopen();\n\g<0>",
-    )
-    # Gloo's controller writes the workers' ranks into a vector that stays empty, so that none of them ever counts as
-    # missing: who waited for one was never warned, nor the job ended after HOROVOD_STALL_SHUTDOWN_TIME_SECONDS.
-    replace(
-        source / "horovod/common/gloo/gloo_controller.cc",
-        r"global_ranks_\.reserve\(size_\);",
-        "global_ranks_.resize(size_);",
-    )
-
-
-def _get_tools(work: Path, run: "_LoggedRun", report: Callable[[str], None]) -> Path:
+def _get_tools(work: Path, run: LoggedRun, report: Callable[[str], None]) -> Path:
     tools = work / "tools"
     if not tools.exists():
         report("Getting build tools ...")
@@ -327,7 +212,7 @@ def _get_tools(work: Path, run: "_LoggedRun", report: Callable[[str], None]) -> 
     return tools
 
 
-def _get_compiler(run: "_LoggedRun", report: Callable[[str], None], requirement: str, folder: Path) -> None:
+def _get_compiler(run: LoggedRun, report: Callable[[str], None], requirement: str, folder: Path) -> None:
     report("Getting CUDA's compiler ...")
     unfinished = _emptied(folder.with_name("unfinished-cuda"))
     failure = "pip could not install CUDA's compiler: install the CUDA toolkit, or set HOROVOD_CUDA_HOME"
@@ -335,7 +220,7 @@ def _get_compiler(run: "_LoggedRun", report: Callable[[str], None], requirement:
     os.replace(unfinished, folder)
 
 
-def _get_source(work: Path, tools: Path, run: "_LoggedRun", report: Callable[[str], None]) -> Path:
+def _get_source(work: Path, tools: Path, run: LoggedRun, report: Callable[[str], None]) -> Path:
     source = work / "source"
     if not source.exists():
         report("Getting Horovod's source ...")
@@ -416,62 +301,3 @@ def _locked(path: Path, report: Callable[[str], None]) -> Iterator[int]:
             report("Waiting for another process that builds the same Horovod ...")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
-
-
-class _LoggedRun:
-    """Runs commands, with what they print in a log."""
-
-    def __init__(self, log: Path, lock: int | None = None):
-        self._log = log
-        self._lock = lock
-        log.unlink(missing_ok=True)
-
-    def __call__(
-        self,
-        failure: str,
-        command: list[str],
-        environment: dict[str, str] | None = None,
-        folder: Path | None = None,
-        report: Callable[[str], None] | None = None,
-    ) -> None:
-        """Run one command; with `report`, say from time to time how far its make is."""
-        with open(self._log, "ab") as output:
-            output.write(f"+ {' '.join(command)}\n".encode())
-            output.flush()
-            start = output.tell()
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                cwd=folder,
-                start_new_session=True,  # so that its whole family can be ended
-                pass_fds=() if self._lock is None else (self._lock,),  # the lock lasts as long as the build does
-            )
-        try:
-            self._wait(process, start, report)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
-        if process.returncode != 0:
-            tail = self._log.read_text(errors="replace").splitlines()[-15:]
-            raise BuildError("\n".join([f"{failure} (log: {self._log})", *(f"  | {line}" for line in tail)]))
-
-    def _wait(self, process: subprocess.Popen, start: int, report: Callable[[str], None] | None) -> None:
-        began = told = time.monotonic()
-        while True:
-            try:
-                process.wait(timeout=1)
-                return
-            except subprocess.TimeoutExpired:
-                now = time.monotonic()
-            if report is not None and now - told >= 20:
-                told = now
-                with open(self._log, "rb") as log:
-                    log.seek(start)
-                    percentages = re.findall(rb"^\[ *(\d+)%\]", log.read(), re.MULTILINE)
-                minutes, seconds = divmod(int(now - began), 60)
-                share = int(percentages[-1]) if percentages else 0
-                report(f"  {share:3d} %   {minutes}:{seconds:02d}")

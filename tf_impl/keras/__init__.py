@@ -16,24 +16,7 @@ from horovod.tensorflow.keras import *  # noqa: E402, F401, F403
 # Not "from ... import callbacks": that would find Horovod's, which the line above has brought.
 import horovod_powersgd.tensorflow.keras.callbacks  # noqa: E402
 import horovod_powersgd.tensorflow.keras.elastic  # noqa: E402, F401
-from horovod_powersgd import (  # noqa: E402, F401
-    Accordion,
-    Allgather,
-    AllreduceMean,
-    Atomo,
-    BestRank,
-    Custom,
-    Float16,
-    GradiVeq,
-    NoCompression,
-    PowerSGD,
-    RandomBlock,
-    RandomK,
-    SignNorm,
-    Signum,
-    TopK,
-    UnbiasedRank,
-)
+from horovod_powersgd import *  # noqa: E402, F401, F403
 from horovod_powersgd.tensorflow import CompressionState, assert_replicas_equal, init  # noqa: E402, F401
 from horovod_powersgd.tensorflow.keras.error_feedback_sgd import ErrorFeedbackSGD  # noqa: E402, F401
 from horovod_powersgd.tensorflow.keras.optimizer import (  # noqa: E402, F401
@@ -41,3 +24,6 @@ from horovod_powersgd.tensorflow.keras.optimizer import (  # noqa: E402, F401
     PartialDistributedOptimizer,
     load_model,
 )
+from horovod_powersgd.tensorflow.keras.patches import patch_keras  # noqa: E402
+
+patch_keras()

@@ -11,7 +11,7 @@ from horovod_powersgd.compressors.accordion import Accordion
 from horovod_powersgd.tensorflow.clipping import clipping_factors
 from horovod_powersgd.tensorflow.local_variables import LocalVariables
 from horovod_powersgd.tensorflow.reduction import Reduction
-from horovod_powersgd.tensorflow.state import Training
+from horovod_powersgd.tensorflow.training import Training
 from horovod_powersgd.tensorflow.variable import make_variable, native
 
 

@@ -7,8 +7,8 @@ from horovod.tensorflow.functions import allgather_object
 from horovod.tensorflow.mpi_ops import rank, size
 from tensorflow import keras
 
+from horovod_powersgd.tensorflow.keras_version import KERAS_3
 from horovod_powersgd.tensorflow.replicas import broadcast_variables, optimizer_variables
-from horovod_powersgd.tensorflow.which_keras import KERAS_3
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):

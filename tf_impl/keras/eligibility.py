@@ -4,7 +4,7 @@ import inspect
 
 import tensorflow as tf
 
-from horovod_powersgd.tensorflow.which_keras import KERAS_3
+from horovod_powersgd.tensorflow.keras_version import KERAS_3
 
 # The package that tf.keras is, and the other one.
 _PACKAGE = tf.keras.optimizers.Optimizer.__module__.partition(".")[0]
@@ -12,9 +12,10 @@ _OTHER = "tf_keras" if KERAS_3 else "keras"
 
 
 def check_optimizer(optimizer) -> None:
-    """
+    """Checks that an optimizer can be made a distributed one.
+
     Raises:
-        TypeError: it is none of tf.keras. It says what it is, and what to give instead.
+        TypeError: it is none of tf.keras. The message says what it is, and what to give instead.
     """
     # In TensorFlow 2, tf.keras has two kinds.
     legacy = () if KERAS_3 else (tf.keras.optimizers.legacy.Optimizer,)

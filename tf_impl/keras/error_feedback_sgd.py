@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from horovod_powersgd.tensorflow.which_keras import KERAS_3
+from horovod_powersgd.tensorflow.keras_version import KERAS_3
 
 
 @tf.keras.utils.register_keras_serializable(package="horovod_powersgd")

@@ -12,8 +12,8 @@ import sys
 import tensorflow as tf
 
 from horovod_powersgd.tensorflow.keras.learning_rate import current_learning_rate
+from horovod_powersgd.tensorflow.keras_version import KERAS_3
 from horovod_powersgd.tensorflow.reduction import scaled, unscaled
-from horovod_powersgd.tensorflow.which_keras import KERAS_3
 
 
 def aggregation_inside(optimizer):

@@ -1,34 +1,26 @@
 """hvd.DistributedOptimizer for Keras 3 and Keras 2 (tf_keras), that takes a compressor."""
 
 import copy
-import warnings
 from typing import Dict, Iterable, Mapping, Union
 
 import horovod.tensorflow as horovod
 import tensorflow as tf
 
-from horovod_powersgd.compressors.compressor import refuse_misplaced
+from horovod_powersgd.arguments import check_passes, check_predivide_factor, groups_of, refuse_misplaced
 from horovod_powersgd.statistics import CompressionStats
-from horovod_powersgd.tensorflow.keras import compilation, loss_scaling
+from horovod_powersgd.tensorflow.keras import loss_scaling
 from horovod_powersgd.tensorflow.keras.aggregation import Aggregation
 from horovod_powersgd.tensorflow.keras.eligibility import check_optimizer
 from horovod_powersgd.tensorflow.keras.learning_rate import current_learning_rate
+from horovod_powersgd.tensorflow.keras_version import KERAS_3
 from horovod_powersgd.tensorflow.reduction import Reduction
-from horovod_powersgd.tensorflow.which_keras import KERAS_3
-
-LOSS_SCALE_OPTIMIZERS = loss_scaling.loss_scale_optimizers()
-
-for _cls in LOSS_SCALE_OPTIMIZERS:
-    (loss_scaling.average_before_apply if KERAS_3 else loss_scaling.average_after_unscaling)(_cls)
-if KERAS_3:
-    compilation.interpret_distributed_models(tf.keras.Model)
 
 # An object's real class, whatever a property of that name says.
 _CLASS = vars(object)["__class__"]
 
 
 class _DistributedOptimizer:
-    """What comes before the class of an optimizer that is made a distributed one.
+    """A mixin: in the method resolution order it comes before the class of the optimizer that is made distributed.
 
     Attributes:
         _wrapped: that class.
@@ -81,7 +73,7 @@ class _DistributedOptimizer:
 
 
 class _CompressingOptimizer:
-    """What comes before that in an optimizer that compresses."""
+    """The mixin that comes first in an optimizer that compresses."""
 
     def compression_stats(self) -> CompressionStats:
         """What compression did in the last step and in all steps so far, for this worker.
@@ -273,17 +265,11 @@ def DistributedOptimizer(
     """
     refuse_misplaced(locals())
     check_optimizer(optimizer)
-    if gradient_predivide_factor != 1.0 and horovod.rocm_built():
-        raise ValueError("gradient_predivide_factor not supported yet with ROCm")
-    if gradient_predivide_factor != 1.0 and op != horovod.Average:
-        raise ValueError("gradient_predivide_factor not supported with op != Average")
+    check_predivide_factor(gradient_predivide_factor, op == horovod.Average, horovod.rocm_built())
     if op not in (horovod.Average, horovod.Sum):
         raise ValueError("op currently only supports Average and Sum")
-    if backward_passes_per_step <= 0:
-        raise ValueError("backward_passes_per_step must be > 0")
-    if num_groups != 0:
-        warnings.warn("Parameter `num_groups` has been replaced by `groups`.", DeprecationWarning)
-        groups = num_groups if groups is None else groups
+    check_passes(backward_passes_per_step)
+    groups = groups_of(num_groups, groups)
     if not (groups is None or isinstance(groups, list) or groups > 0):
         raise ValueError("groups should be a positive integer or a list of list of variables")
     reduction = Reduction(
@@ -304,7 +290,7 @@ def DistributedOptimizer(
         process_set,
         scale_local_gradients,
     )
-    if isinstance(optimizer, LOSS_SCALE_OPTIMIZERS):
+    if isinstance(optimizer, loss_scaling.loss_scale_optimizers()):
         _distribute(optimizer.inner_optimizer, aggregation)
         return _expose(optimizer)
     return _distribute(optimizer, aggregation)

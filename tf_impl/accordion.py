@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from horovod_powersgd.compressors.accordion import Accordion, Regime
 from horovod_powersgd.layout import Layout
-from horovod_powersgd.tensorflow.built_once import built_once
+from horovod_powersgd.tensorflow.graph_function import graph_function
 from horovod_powersgd.tensorflow.variable import make_variable
 
 # The learning rate where it is not known: none is lower. It is a number, or tf.debugging.enable_check_numerics would
@@ -35,7 +35,7 @@ class Decision(NamedTuple):
     rate: tf.Tensor
 
 
-class Adaptation:
+class AccordionState:
     """accordion.Regime in variables.
 
     Attributes:
@@ -103,7 +103,7 @@ class Adaptation:
         self.decisions.assign(np.array(decisions, np.int64).reshape(-1, 2))
 
 
-@built_once
+@graph_function
 def _decide(total, last, last_rate, was_low, interval, threshold, step, rate):
     """A Decision, from is_low to norm."""
     begins = tf.equal(tf.math.floormod(step, interval), 0)
@@ -114,12 +114,12 @@ def _decide(total, last, last_rate, was_low, interval, threshold, step, rate):
     return is_low, begins | (decays & tf.logical_not(was_low)), begins, norm
 
 
-@built_once
+@graph_function
 def _added(begins, total, update):
     return tf.cond(begins, lambda: update, lambda: total + update)
 
 
-@built_once
+@graph_function
 def _appended(decision: Decision, decisions):
     row = tf.stack([decision.step, tf.cast(decision.is_low, tf.int64)])
     return tf.cond(decision.is_new, lambda: tf.concat([decisions, [row]], 0), lambda: decisions)

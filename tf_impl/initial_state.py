@@ -1,11 +1,12 @@
-"""What a compressor's generator keeps of a matrix from step to step."""
+"""What a compressor's generator keeps of a matrix, before the first step."""
 
 from typing import Dict, Tuple
 
 import numpy as np
 import tensorflow as tf
 
-from horovod_powersgd.compressors.compressor import AllreduceMean, Compressor
+from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.matrix_state import MatrixState
 from horovod_powersgd.tensorflow import arrays
 

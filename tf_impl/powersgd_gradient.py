@@ -1,23 +1,37 @@
-"""A gradient that travels as factors, by PowerSGD."""
+"""A gradient that travels as PowerSGD's factors: the fast twin of PowerSGD.exchange."""
 
 import functools
 from typing import Callable, Generator, List, Union
 
+import numpy as np
 import tensorflow as tf
 
-from horovod_powersgd.compressors.compressor import AllreduceMean
+from horovod_powersgd.compressors.accordion import Accordion
+from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.factors import initial_factor
 from horovod_powersgd.randomness import SPARE, random_factor
-from horovod_powersgd.tensorflow import arrays
-from horovod_powersgd.tensorflow.built_once import built_once, marked
-from horovod_powersgd.tensorflow.gradient import MatrixGradient, Step
-from horovod_powersgd.tensorflow import orthogonalization
+from horovod_powersgd.tensorflow import arrays, orthogonalization
+from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
+from horovod_powersgd.tensorflow.gradient import Step
+from horovod_powersgd.tensorflow.graph_function import graph_function, marked
+from horovod_powersgd.tensorflow.variable import make_variable
+from horovod_powersgd.tensorflow.variable_state import VariableState
 
 # Whether a factor is Q; not known before the graph runs where P and Q alternate.
 Flag = Union[bool, tf.Tensor]
 
 
-class FactoredGradient(MatrixGradient):
-    """reference.powersgd of one matrix. Factors are kept transposed."""
+class PowerSGDGradient(CompressedGradient):
+    """PowerSGD.exchange of one matrix. Factors are kept transposed."""
+
+    @staticmethod
+    def prepare(state: VariableState) -> None:
+        rank, columns = state.layout.amount, state.layout.matrix_shape[1]
+        alternates = state.config.family.alternates
+        shape = None if isinstance(state.config, Accordion) else rank, None if alternates else columns
+        starting = initial_factor(state.name, columns, rank, state.config.seed).T
+        state.factor = make_variable(np.ascontiguousarray(starting, state.dtype.as_numpy_dtype), shape)
+        state.factor_is_q = make_variable(np.bool_(True)) if alternates else True
 
     @property
     def sent_dtype(self) -> tf.DType:
@@ -32,7 +46,7 @@ class FactoredGradient(MatrixGradient):
         if step.renews or not config.warm_start:
             columns = state.layout.matrix_shape[1]
             factor, is_q = self._random(key, columns, amount, step.number), True
-        elif state.adaptation is not None:
+        elif state.accordion is not None:
             found = _resized(factor, amount, key)
             found.set_shape(factor.shape)
             factor = found
@@ -55,7 +69,7 @@ class FactoredGradient(MatrixGradient):
         return _product(basis, marked(factor, self.finite), is_q), _product(basis, own, is_q)
 
     def _marked_part(self, part: tf.Tensor) -> tf.Tensor:
-        return part
+        return part  # a factor is not finite where delta is not
 
     def _keep(self) -> List[tf.Operation]:
         state = self.state
@@ -83,14 +97,14 @@ def _basis(factor: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     return basis
 
 
-@built_once
+@graph_function
 def _orthonormal(factor: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     rank, length = tf.unstack(tf.shape(factor))
     spare = functools.partial(random_factor, arrays, key, SPARE, length, rank)
     return tf.transpose(orthogonalization.orthogonalize(tf.transpose(factor), spare))
 
 
-@built_once
+@graph_function
 def _resized(factor: tf.Tensor, rank: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     """factors.resized of a transposed factor, where it has another rank."""
     old, length = tf.unstack(tf.shape(factor, tf.int64))

@@ -1,0 +1,33 @@
+"""What compressors ask of the other workers."""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+
+@dataclass(frozen=True)
+class AllreduceMean:
+    """The request to average over all workers: a tensor; or several, by name. It is answered in the same form."""
+
+    tensors: Any
+
+
+@dataclass(frozen=True)
+class Allgather:
+    """The request for the tensors of all workers: a tuple of tensors; or several tuples, by name. It is answered in the
+    same form, each tensor with the workers as first axis."""
+
+    tensors: Any
+
+
+def refusal_of_join(compressor: Optional[object]) -> str:
+    """What to tell users where a worker has joined and the others gather.
+
+    Args:
+        compressor: that gathers; None where it is sparse gradients that are gathered.
+    """
+    who = "sparse gradients are gathered" if compressor is None else f"{compressor!r} gathers what the workers send"
+    instead = "Use a compressor whose attribute `linear` is true, such as PowerSGD or RandomK"
+    return (
+        f"A worker has called hvd.join(), and {who}, which Horovod cannot do then. "
+        f"{'Set sparse_as_dense=True' if compressor is None else instead}, or give all workers as many steps."
+    )

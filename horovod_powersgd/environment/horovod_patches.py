@@ -1,0 +1,116 @@
+"""What of Horovod's released source must be changed, and whether the installed Horovod has all of it."""
+
+import re
+from pathlib import Path
+
+from horovod_powersgd.environment.installation import PATCHES_KEY, horovod_patches, horovod_version
+from horovod_powersgd.environment.logged_run import BuildError
+
+# Part of the key of cached wheels: raise it whenever patch_source changes.
+PATCH_VERSION = 4
+
+
+def missing_patches() -> str | None:
+    """What is wrong with the installed Horovod where it does not have all of patch_source's changes; else None."""
+    if horovod_version() is None or (horovod_patches() or 0) >= PATCH_VERSION:
+        return None
+    return (
+        "Horovod was built without the latest of what install-horovod mends: with Gloo nobody is told of a worker "
+        "that does not come, and an elastic job can wait for ever"
+    )
+
+
+def patch_source(source: Path) -> None:
+    """Change Horovod's unpacked source so that it builds beside current frameworks and with current compilers, runs
+    wherever it is installed, loses nothing that it is given while it shuts down, and tells of workers that do not come.
+
+    Raises:
+        BuildError: the source is not the one that these changes are for.
+    """
+
+    def replace(path: Path, pattern: str, replacement: str) -> None:
+        text, count = re.subn(pattern, replacement, path.read_text(), flags=re.MULTILINE)
+        if count == 0:
+            raise BuildError(f"Horovod's source is not as expected: {path.relative_to(source)} lacks {pattern!r}")
+        path.write_text(text)
+
+    # Current frameworks' headers are C++17.
+    for cmake_lists in (source / "CMakeLists.txt", source / "horovod/torch/CMakeLists.txt"):
+        replace(cmake_lists, r"CMAKE_CXX_STANDARD 14\b", "CMAKE_CXX_STANDARD 17")
+    # TensorFlow's wheel lacks a header that the optional XLA operations need.
+    replace(source / "horovod/tensorflow/CMakeLists.txt", r"^.*xla_mpi_ops\.cc.*\n", "")
+    # Python 3.12 has no distutils.
+    replace(
+        source / "horovod/torch/CMakeLists.txt",
+        r"from distutils\.sysconfig import get_python_inc; print\(get_python_inc\(\)\)",
+        "import sysconfig; print(sysconfig.get_path('include'))",
+    )
+    replace(
+        source / "horovod/runner/js_run.py",
+        r"^from distutils\.spawn import find_executable$",
+        "from shutil import which as find_executable",
+    )
+    # So that an installed Horovod tells which of these changes it has.
+    replace(source / "CMakeLists.txt", r'\\"dummy\\": \\"none\\"', rf'\\"{PATCHES_KEY}\\": {PATCH_VERSION}')
+    # Clang 19 and later refuse to assign to constants in a template that nobody uses.
+    replace(
+        source / "third_party/flatbuffers/include/flatbuffers/stl_emulation.h",
+        r"(span &operator=\(const span &other\))\s+FLATBUFFERS_NOEXCEPT \{[^}]*\}",
+        r"\1 = delete;",
+    )
+    # A regular expression made of a folder's name fails where that has a plus sign.
+    replace(
+        source / "cmake/Utilities.cmake",
+        r'string\(REGEX REPLACE "\$\{PROJECT_SOURCE_DIR\}\(/\)\?" "" SUB_FOLDER "\$\{CMAKE_CURRENT_SOURCE_DIR\}"\)',
+        'file(RELATIVE_PATH SUB_FOLDER "${PROJECT_SOURCE_DIR}" "${CMAKE_CURRENT_SOURCE_DIR}")',
+    )
+    # Each GCC from 13 on has a standard library whose headers bring fewer of the others along.
+    headers = " ".join(f"-include {header}" for header in ("algorithm", "cstdint", "stdexcept", "string"))
+    includes = f'add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:SHELL:{headers}>")\n'
+    # A wheel goes from the environment that built it to others: look for MPI (a pip-installed one is in lib) and the
+    # frameworks relative to where the module is, in lib/pythonX.Y/site-packages/horovod/torch. Only then come the
+    # places that were linked against, for an MPI or NCCL of the system.
+    replace(
+        source / "CMakeLists.txt",
+        r"^project\(horovod CXX\)$",
+        f"project(horovod CXX)\n{includes}"
+        "set(CMAKE_BUILD_WITH_INSTALL_RPATH TRUE)\n"
+        'set(CMAKE_INSTALL_RPATH "$ORIGIN/../../../..;$ORIGIN/../../torch/lib;$ORIGIN/../../tensorflow;'
+        '$ORIGIN/../../nvidia/nccl/lib")\n'
+        "set(CMAKE_INSTALL_RPATH_USE_LINK_PATH TRUE)",
+    )
+    # Tensors of a GPU are copied to the host for operations that Horovod was not built for, and the copy is waited for
+    # by an event. A Horovod without CUDA has no events, and sent what was not there yet.
+    replace(
+        source / "horovod/torch/mpi_ops_v2.cc",
+        r"^namespace horovod \{$",
+        "#if HAVE_GPU\nstatic constexpr bool kHasEvents = true;\n#else\nstatic constexpr bool kHasEvents = false;\n"
+        "#endif\n\n\\g<0>",
+    )
+    replace(source / "horovod/torch/mpi_ops_v2.cc", r"/\*non_blocking=\*/true", "/*non_blocking=*/kHasEvents")
+    # After a worker's death the background thread ends every tensor in its queue with an error and stops. Whether it
+    # has stopped is looked at before the queue is locked, and so a tensor could be added behind its back, and be waited
+    # for till the end of days: the queue itself must refuse it.
+    queue = source / "horovod/common/tensor_queue.cc"
+    lock = r"\) {\n  std::lock_guard<std::mutex> guard\(mutex_\);\n"
+    for last_argument in ("TensorTableEntry& e, Request& message", "std::vector<Request>& messages"):
+        replace(queue, last_argument + lock, r"\g<0>  if (finalized_) {\n    return SHUT_DOWN_ERROR;\n  }\n")
+    replace(queue, r"FinalizeTensorQueue\(const Status& status" + lock, r"\g<0>  finalized_ = true;\n")
+    replace(
+        source / "horovod/common/tensor_queue.h",
+        r"^  void FinalizeTensorQueue\(.*\);$",
+        r"\g<0>\n\n  void Reopen() {\n    std::lock_guard<std::mutex> guard(mutex_);\n    finalized_ = false;\n  }\n\n"
+        r"  bool finalized_ = false;",
+    )
+    replace(
+        source / "horovod/common/process_set.cc",
+        r"^  initialization_done = true;$",
+        r"  tensor_queue.Reopen();\n\g<0>",
+    )
+    # Gloo's controller writes the workers' ranks into a vector that stays empty, so that none of them ever counts as
+    # missing: who waited for one was never warned, nor the job ended after HOROVOD_STALL_SHUTDOWN_TIME_SECONDS.
+    replace(
+        source / "horovod/common/gloo/gloo_controller.cc",
+        r"global_ranks_\.reserve\(size_\);",
+        "global_ranks_.resize(size_);",
+    )

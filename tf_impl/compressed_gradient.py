@@ -1,0 +1,87 @@
+"""What compressed gradients have in common: delta, the generator that exchanges it, and the memory."""
+
+from typing import Generator, List, Sequence, Union
+
+import tensorflow as tf
+
+from horovod_powersgd.compressors.collectives import Allgather
+from horovod_powersgd.tensorflow.gradient import PlainGradient, Step, all_finite
+from horovod_powersgd.tensorflow.graph_function import zeros_unless
+from horovod_powersgd.tensorflow.variable_state import VariableState
+
+
+class CompressedGradient(PlainGradient):
+    """A gradient that travels compressed: reference.exchange of one matrix, with its memory and Accordion."""
+
+    compressed = True
+
+    @property
+    def sent_dtype(self) -> tf.DType:
+        return self.state.dtype
+
+    def begin(self, step: Step) -> None:
+        state, amount = self.state, self.state.layout.amount
+        self._delta = tf.reshape(tf.cast(self._tensor, state.dtype), state.layout.matrix_shape)
+        if state.memory is not None:
+            self._delta += state.memory
+        if state.accordion is not None:
+            self._decision = state.accordion.decide(step.number, step.learning_rate)
+            amount = state.accordion.amount(self._decision)
+        self.finite = tf.constant(True)
+        self._generator = self._exchange(step, amount)
+        self._resume(None)
+
+    def receive(self, answers: Sequence[tf.Tensor]) -> None:
+        gathered = isinstance(self.request, Allgather)
+        finite = all_finite(answers)
+        self.finite &= finite
+        # On all workers: zeros let the generator finish, and the step is discarded.
+        answers = [zeros_unless(finite, answer) if answer.dtype.is_floating else answer for answer in answers]
+        answers = [_in_shape_of(part, answer, gathered) for part, answer in zip(self._parts, answers)]
+        self._resume(answers if gathered else answers[0])
+
+    def commit(self) -> List[tf.Operation]:
+        state, ops = self.state, []
+        if state.memory is not None:
+            memory = self._delta - tf.reshape(self._sent, state.layout.matrix_shape)
+            ops.append(state.memory.assign(memory, read_value=False))
+        if state.accordion is not None:
+            ops += state.accordion.keep(self._decision, self.mean)
+        return ops + self._keep()
+
+    @staticmethod
+    def prepare(state: VariableState) -> None:
+        """Makes the variables that this kind of gradient keeps."""
+        raise NotImplementedError
+
+    def _exchange(self, step: Step, amount: Union[int, tf.Tensor]) -> Generator:
+        """Yields requests; returns the mean, and this worker's part of it, which leaves the memory."""
+        raise NotImplementedError
+
+    def _marked_part(self, part: tf.Tensor) -> tf.Tensor:
+        """What is sent of a part: floats become NaN where this worker's delta is not finite."""
+        raise NotImplementedError
+
+    def _keep(self) -> List[tf.Operation]:
+        """The ops that keep what this kind of gradient keeps."""
+        raise NotImplementedError
+
+    def _resume(self, answer) -> None:
+        try:
+            request = self._generator.send(answer)
+        except StopIteration as finished:
+            self.request = None
+            mean, self._sent = finished.value
+            self.mean = tf.reshape(mean, self.state.layout.matrix_shape)
+            return
+        tensors = request.tensors
+        self._parts = [tf.convert_to_tensor(t) for t in (tensors if isinstance(request, Allgather) else [tensors])]
+        self.request = type(request)([tf.reshape(self._marked_part(part), [-1]) for part in self._parts])
+
+
+def _in_shape_of(part: tf.Tensor, answer: tf.Tensor, gathered: bool) -> tf.Tensor:
+    """What came back for a part, in its shape; with the workers as first axis where it was gathered."""
+    shape = part.shape.as_list()
+    if shape.count(None) > (0 if gathered else 1):
+        shape = [tf.shape(part)[i] if side is None else side for i, side in enumerate(shape)]
+    return tf.reshape(answer, [-1 if side is None else side for side in ([None] if gathered else []) + shape])

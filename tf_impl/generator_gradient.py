@@ -1,0 +1,48 @@
+"""A gradient that travels as its compressor's generator says."""
+
+from typing import Generator, List, Union
+
+import tensorflow as tf
+
+from horovod_powersgd.compressors.matrix_state import MatrixState
+from horovod_powersgd.tensorflow import arrays
+from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
+from horovod_powersgd.tensorflow.gradient import Step, all_finite
+from horovod_powersgd.tensorflow.graph_function import marked, zeros_unless
+from horovod_powersgd.tensorflow.initial_state import initial_values
+from horovod_powersgd.tensorflow.variable import make_variable
+from horovod_powersgd.tensorflow.variable_state import VariableState
+
+
+class GeneratorGradient(CompressedGradient):
+    """Compressor.exchange of one matrix."""
+
+    @staticmethod
+    def prepare(state: VariableState) -> None:
+        layout, family = state.layout, state.config.family
+        initial = initial_values(family, state.name, layout.matrix_shape, layout.amount, state.dtype)
+        state.kept = {key: make_variable(value) for key, value in initial.items()}
+
+    def _exchange(self, step: Step, amount: Union[int, tf.Tensor]) -> Generator:
+        state = self.state
+        finite = self._sends_numbers = all_finite([self._delta])
+        self._delta = tf.ensure_shape(zeros_unless(finite, self._delta), state.layout.matrix_shape)
+        kept = {key: tf.convert_to_tensor(variable) for key, variable in state.kept.items()}
+        key = tf.convert_to_tensor(state.key)
+        self._kept = MatrixState(arrays, state.name, state.layout.matrix_shape, key, kept, tf.constant)
+        self._kept.begin(step.number, amount, step.worker, step.workers, finite)
+        update, sent = yield from state.config.family.exchange(self._delta, self._kept)
+        update = marked(update, self.finite)
+        self.finite = all_finite([update])
+        return update, sent
+
+    def _marked_part(self, part: tf.Tensor) -> tf.Tensor:
+        return marked(part, self._sends_numbers) if part.dtype.is_floating else part
+
+    def _keep(self) -> List[tf.Operation]:
+        state = self.state
+        ops = [state.kept[key].assign(value, read_value=False) for key, value in self._kept.kept.items()]
+        if state.norm is not None:
+            norm = tf.sqrt(2 * tf.nn.l2_loss(self._delta))
+            ops.append(state.norm.assign(tf.cast(norm, tf.float64), read_value=False))
+        return ops

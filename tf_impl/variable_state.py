@@ -1,0 +1,161 @@
+"""What is kept of a variable from step to step."""
+
+import functools
+from typing import Dict, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+import tensorflow as tf
+from horovod.tensorflow.mpi_ops import ProcessSet
+
+from horovod_powersgd.compressors.accordion import Accordion
+from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.layout import layout_of, trailing_columns
+from horovod_powersgd.randomness import key_of
+from horovod_powersgd.statistics import residual
+from horovod_powersgd.tensorflow.accordion import AccordionState
+from horovod_powersgd.tensorflow.snapshot import Snapshot
+from horovod_powersgd.tensorflow.step_counters import StepCounters
+from horovod_powersgd.tensorflow.variable import make_variable
+
+
+class VariableState:
+    """What is kept of one variable in one training. It lives as long as both.
+
+    The dtype of memory, factors and totals is float64 for float64 variables, else float32. What a variable or its
+    compressor has no use for is None.
+
+    Attributes:
+        name: of the variable.
+        config: with which it is exchanged.
+        process_set: with which it is exchanged.
+        layout: of the variable, an n x m matrix.
+        counters: of the variables that it is exchanged with.
+        gradient_class: what its gradient goes through where it is compressed; makes the variables that it needs.
+        key: int64 variable: MatrixState.key, of the name, or of what the variable is called on another worker, if that
+            has gone farther.
+        factor: PowerSGD's last averaged factor, transposed: a variable of (r, m), or of (r, n) where factor_is_q is
+            false.
+        factor_is_q: True, or a boolean variable where P and Q alternate.
+        kept: the other compressors': variables, by the key that the compressor keeps them under.
+        memory: (n, m) variable, zeros at first; this worker's own.
+        usual_clipping: float64 variable: the usual factor of horovod_powersgd.clipping; 0 at first.
+        accordion: Accordion's.
+        norm: float64 variable: of the part of delta that was sent in the last step, for PowerSGD; of delta, for the
+            others. NaN before the first step.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: tf.DType,
+        config: Compressor,
+        process_set: ProcessSet,
+        counters: StepCounters,
+        gradient_class,
+    ):
+        self.name, self.config, self.process_set, self.counters = name, config, process_set, counters
+        self.gradient_class = gradient_class
+        self.layout = layout_of(shape, config, trailing_columns)
+        self.variable_dtype = dtype
+        self.dtype = tf.float64 if dtype == tf.float64 else tf.float32
+        self.key = self.factor = self.factor_is_q = None
+        self.memory = self.usual_clipping = self.accordion = self.norm = None
+        self.kept: Dict[str, tf.Variable] = {}
+        if not self.layout.compressed:
+            return
+        self.key = make_variable(np.int64(key_of(name, config.seed)))
+        gradient_class.prepare(self)
+        if config.keeps_memory:
+            self.memory = make_variable(np.zeros(self.layout.matrix_shape, self.dtype.as_numpy_dtype))
+            self.usual_clipping = make_variable(np.float64(0))
+        if config.error_feedback:
+            self.norm = make_variable(np.float64("nan"))
+        if isinstance(config, Accordion):
+            self.accordion = AccordionState(config, self.layout, self.dtype)
+
+    def shared(self) -> Dict[str, tf.Variable]:
+        """What is the same on every worker, by name, as a checkpoint holds it."""
+        found = {"factor": self.factor, "factor_is_q": self.factor_is_q, "usual_clipping": self.usual_clipping}
+        found.update((f"kept.{key}", variable) for key, variable in self.kept.items())
+        if self.accordion is not None:
+            found.update(self.accordion.variables())
+        return {name: value for name, value in found.items() if isinstance(value, tf.Variable)}
+
+    def shared_with_keys(self) -> Dict[str, tf.Variable]:
+        """What is to be the same on every worker, by name."""
+        return {"key": self.key, **self.shared()} if self.layout.compressed else {}
+
+    def variables(self) -> Dict[str, tf.Variable]:
+        """All, by name."""
+        own = {name: value for name, value in vars(self).items() if isinstance(value, tf.Variable)}
+        return {**own, **self.shared()}
+
+    def rename(self, name: str) -> None:
+        """Gives it the name that it was saved with: Keras can give a variable another path when it loads a model."""
+        self.name = name
+        if self.key is not None:
+            self.key.assign(key_of(name, self.config.seed))
+
+    @functools.cached_property
+    def snapshot(self) -> Snapshot:
+        """Of all."""
+        return Snapshot(self.variables().values())
+
+    def begin_again(self) -> None:
+        """Forgets all steps."""
+        new = VariableState(
+            self.name, self.layout.shape, self.variable_dtype, self.config, self.process_set, self.counters,
+            self.gradient_class,
+        ).variables()
+        for name, variable in self.variables().items():
+            variable.assign(new[name])
+
+    def decisions(self) -> Tuple[Tuple[int, str], ...]:
+        """TensorStats.decisions."""
+        return () if self.accordion is None else self.accordion.decided()
+
+    def residual(self) -> Optional[float]:
+        """|e| / |delta| of the last step; None where there was none or without error feedback."""
+        if self.norm is None or np.isnan(self.norm):
+            return None
+        left, norm = float(tf.norm(tf.cast(self.memory, tf.float64))), float(self.norm)
+        if self.factor is not None:
+            return residual(left, norm)
+        return left / norm if norm else 0.0
+
+    def state_dict(self) -> Dict[str, object]:
+        """What is kept, as numpy arrays."""
+        state: Dict[str, object] = {"shape": list(self.layout.shape)}
+        if not self.layout.compressed:
+            return state
+        state["memory"] = None
+        if self.memory is not None:
+            state.update(memory=self.memory.numpy(), usual_clipping=float(self.usual_clipping))
+        if self.factor is not None:
+            state.update(factor=self.factor.numpy(), factor_is_q=bool(self.factor_is_q))
+        else:
+            state["kept"] = {key: variable.numpy() for key, variable in self.kept.items()}
+        if self.accordion is not None:
+            state["regime"] = self.accordion.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping, memories: Sequence[Mapping], weight: float) -> None:
+        """Takes what was saved, and the sum of saved memories, times `weight`."""
+        if not self.layout.compressed:
+            return
+        if self.factor is not None:
+            self.factor.assign(state["factor"])
+            if self.factor_is_q is not True:
+                self.factor_is_q.assign(state["factor_is_q"])
+        else:
+            for key, variable in self.kept.items():
+                variable.assign(state["kept"][key])
+        if self.accordion is not None:
+            self.accordion.load_state_dict(state["regime"])
+        if self.norm is not None:
+            self.norm.assign(np.nan)
+        if self.memory is not None:
+            memory = sum(saved["memory"] for saved in memories) if memories else 0
+            self.memory.assign(np.broadcast_to(memory * weight, self.memory.shape))
+            self.usual_clipping.assign(state.get("usual_clipping", 0))

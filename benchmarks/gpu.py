@@ -7,6 +7,7 @@ about five minutes. Two workers share the GPU: NCCL refuses that, so Horovod has
 HOROVOD_GPU_OPERATIONS, and averages through the host's memory. The numbers are left in results/gpu.json.
 """
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -36,16 +37,16 @@ ALONE = ["no-exchange", "rank-4"]
 TOGETHER = ["no-exchange", "hvd", "hvd-fp16", "ddp-rank-4", "rank-4"]
 
 
-def checked(workers):
-    """Runs tests/torch_checks.py, which compares with the reference, with all tensors on the GPU.
+def checked(module, workers):
+    """Runs a module of tests with all tensors on the GPU.
 
     Returns:
         {check: whether it passed on all workers}, and the output where one did not.
     """
-    checks = [line[4:].split("(")[0] for line in (TESTS / "torch_checks.py").read_text().splitlines()
-              if line.startswith("def check_")]
+    lines = (TESTS / f"{module}.py").read_text().splitlines()
+    checks = [line[4:].split("(")[0] for line in lines if line.startswith("def check_")]
     with tempfile.TemporaryDirectory() as folder:
-        program = [sys.executable, str(TESTS / "worker.py"), "torch_checks", folder, "240", *checks]
+        program = [sys.executable, str(TESTS / "worker.py"), module, folder, "240", *checks]
         job = subprocess.run(
             launch_command("horovodrun --gloo", workers, program),
             env={**launch_environment(), "HOROVOD_POWERSGD_TEST_DEVICE": "cuda", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"},
@@ -117,14 +118,15 @@ def table(head, rows):
 
 
 def main():
-    found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": {}, "passes": []}
-    print(f"# On a GPU: {found['device']}, PyTorch {torch.__version__}\n\n## The reference\n")
-    for workers in (1, 2):
-        passed, output = checked(workers)
-        found["checks"][workers] = passed
-        print(f"{workers} workers: {sum(passed.values())} of {len(passed)} checks passed", flush=True)
+    found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": [], "passes": []}
+    print(f"# On a GPU: {found['device']}, PyTorch {torch.__version__}\n\n## Checks\n")
+    for module, workers in itertools.product(("torch_checks", "torch_gpu_checks"), (1, 2)):
+        passed, output = checked(module, workers)
+        found["checks"].append({"module": module, "workers": workers, **passed})
+        of = f"{sum(passed.values())} of {len(passed)}"
+        print(f"- {module}, {workers} worker{'s' * (workers > 1)}: {of} passed", flush=True)
         for check in (check for check, good in passed.items() if not good):
-            print(f"- failed: {check}")
+            print(f"  - failed: {check}")
         print(output, file=sys.stderr)
 
     print("\n## The passes over a gradient, in copies of it\n")

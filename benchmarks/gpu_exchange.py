@@ -15,16 +15,16 @@ from methods import METHODS
 from models import MODELS, parameters
 from rounds import slowest_ms
 
-STEPS = 10
-ROUNDS = 5
+SECONDS = 2.0  # that a method gets
+MOST_STEPS = 50
 # What makes the host wait for the device, by the names of CUDA's functions.
 WAITS = "cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy"
 LAUNCHES = "cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC"
 
 
-def milliseconds(exchange):
-    """Of each of some steps, by the device's clock."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS + 1)]
+def milliseconds(exchange, steps):
+    """Of each of so many steps, by the device's clock."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     events[0].record()
     for event in events[1:]:
         exchange.step()
@@ -60,8 +60,9 @@ def main():
         for _ in range(4):  # DDP's hook begins to compress in the third step
             exchange.step()
         torch.cuda.reset_peak_memory_stats()
-        times = [milliseconds(exchange) for _ in range(ROUNDS)]
-        everyone = hvd.allgather_object([ms / 1000 for some in times for ms in some])
+        slowest = max(hvd.allgather_object(sum(milliseconds(exchange, 1))))
+        steps = min(MOST_STEPS, max(3, round(1000 * SECONDS / slowest)))
+        everyone = hvd.allgather_object([ms / 1000 for ms in milliseconds(exchange, steps)])
         rows.append(
             {
                 "method": key,

@@ -9,6 +9,8 @@ import numpy as np
 # A bucket is closed when its gradients take this many bytes: few enough to start early in backward, enough to pay
 # for a round of messages.
 BUCKET_BYTES = 25 * 2**20
+# On a GPU, which computes gradients faster, and takes the host as long to ask for little as for much (docs/gpu.md).
+GPU_BUCKET_BYTES = 100 * 2**20
 # A gradient that is averaged as it is travels alone from this size on: copying it costs more than a message.
 ALONE_BYTES = 64 * 2**10
 
@@ -33,7 +35,9 @@ Gradient = TypeVar("Gradient", bound=Sendable)
 
 
 def sort_into_buckets(
-    gradients: Sequence[Gradient], groups: Union[None, int, Sequence[Sequence[Gradient]]] = None
+    gradients: Sequence[Gradient],
+    groups: Union[None, int, Sequence[Sequence[Gradient]]] = None,
+    bucket_bytes: int = BUCKET_BYTES,
 ) -> List[List[Gradient]]:
     """Sorts gradients into buckets, the same on every worker.
 
@@ -41,12 +45,13 @@ def sort_into_buckets(
         gradients: in the order of registration. Backward computes them about the other way round.
         groups: Horovod's: their number, or lists of the gradients that belong together; what is in none of the
             lists is sorted by size, as all is without groups.
+        bucket_bytes: what closes a bucket.
     """
     if isinstance(groups, int):
         groups = [[gradients[i] for i in part] for part in np.array_split(range(len(gradients)), groups)]
     grouped = {id(gradient) for group in groups or () for gradient in group}
     buckets = [bucket for group in groups or () for bucket in _fill(group, math.inf, math.inf)]
-    return buckets + _fill([g for g in gradients if id(g) not in grouped], BUCKET_BYTES, ALONE_BYTES)
+    return buckets + _fill([g for g in gradients if id(g) not in grouped], bucket_bytes, ALONE_BYTES)
 
 
 def bucket_name(number: int, gradients: Sequence[Sendable]) -> str:

@@ -43,9 +43,7 @@ SOURCE = {
     "horovod/common/gloo/gloo_controller.cc": (
         "  global_ranks_.reserve(size_);\n  opts.setOutput(global_ranks_.data(), size_);\n"
     ),
-    "third_party/gloo/gloo/types.h": (
-        "#pragma once\n\n#include <iostream>\n\nconstexpr uint8_t kGatherSlotPrefix = 0x01;\n"
-    ),
+    "horovod/torch/mpi_ops_v2.cc": "namespace horovod {\n" + "tensor.to(kCPU, /*non_blocking=*/true);\n" * 2,
     "third_party/flatbuffers/include/flatbuffers/stl_emulation.h": (
         "  constexpr span &operator=(const span &other)\n      FLATBUFFERS_NOEXCEPT {\n"
         "    data_ = other.data_;\n    count_ = other.count_;\n  }\n\n  span(int size) { count_ = size; }\n"
@@ -106,9 +104,16 @@ def test_a_wheel_tells_which_patches_it_has(source):
 
 def test_newer_compilers_are_given_what_they_want(source):
     patch_source(source)
-    assert "#include <cstdint>\n#include <iostream>\n" in (source / "third_party/gloo/gloo/types.h").read_text()
+    assert ":SHELL:-include algorithm -include cstdint -include" in (source / "CMakeLists.txt").read_text()
     span = (source / "third_party/flatbuffers/include/flatbuffers/stl_emulation.h").read_text()
     assert span == "  constexpr span &operator=(const span &other) = delete;\n\n  span(int size) { count_ = size; }\n"
+
+
+def test_without_events_a_copy_to_the_host_is_waited_for(source):
+    patch_source(source)
+    operations = (source / "horovod/torch/mpi_ops_v2.cc").read_text()
+    assert operations.count("/*non_blocking=*/kHasEvents);") == 2
+    assert operations.index("kHasEvents = false;\n#endif\n") < operations.index("namespace horovod {")
 
 
 def test_the_workers_that_gloo_waits_for_are_known(source):

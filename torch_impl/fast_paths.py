@@ -3,7 +3,7 @@
 import os
 from typing import List, NamedTuple, Sequence, Type, Union
 
-from horovod_powersgd.buckets import bucket_name, sort_into_buckets
+from horovod_powersgd.buckets import BUCKET_BYTES, GPU_BUCKET_BYTES, bucket_name, sort_into_buckets
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.torch.bucket import Bucket
@@ -37,9 +37,10 @@ def path_of(config: Compressor) -> Path:
     return next((path for cls, path in FAST.items() if isinstance(config.family, cls)), GENERAL)
 
 
-def _runs_grouped_kernels(bucket: Sequence[PlainGradient]) -> bool:
-    if bucket[0].parameter.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return False  # and Triton is not imported
+def _is_grouped(bucket: Sequence[PlainGradient]) -> bool:
+    """Whether a bucket of PowerSGD's is a GroupedBucket: on a GPU, or where Triton's interpreter stands for one."""
+    if not bucket[0].parameter.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return False  # and nothing imports Triton
     from horovod_powersgd.torch import grouped_kernels
 
     matrices = [gradient for gradient in bucket if gradient.compressed]
@@ -63,10 +64,11 @@ def make_buckets(
     if groups is not None and not isinstance(groups, int):
         by_parameter = {g.parameter: g for g in gradients}
         groups = [[by_parameter[p] for p in group if p in by_parameter] for group in groups]
+    on_gpu = any(gradient.parameter.is_cuda for gradient in gradients)
     buckets = []
-    for i, bucket in enumerate(sort_into_buckets(gradients, groups)):
+    for i, bucket in enumerate(sort_into_buckets(gradients, groups, GPU_BUCKET_BYTES if on_gpu else BUCKET_BYTES)):
         cls = path_of(config).bucket if any(gradient.compressed for gradient in bucket) else Bucket
-        if cls is PowerSGDBucket and _runs_grouped_kernels(bucket):
+        if cls is PowerSGDBucket and _is_grouped(bucket):
             from horovod_powersgd.torch.grouped_bucket import GroupedBucket as cls
         buckets.append(cls(f"bucket.{bucket_name(i, bucket)}", bucket, workers, config))
     return buckets

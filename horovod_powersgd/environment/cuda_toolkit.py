@@ -10,6 +10,8 @@ from horovod_powersgd.environment.installation import TORCH
 
 # What Horovod's build looks at, to know whether it is for GPUs.
 _CHOICES = re.compile(r"HOROVOD_GPU(_(OPERATIONS|ALLREDUCE|ALLGATHER|BROADCAST|ALLTOALL|REDUCESCATTER))?")
+# Where CMake looks for a compiler that is not in PATH.
+SYSTEM_COMPILER = Path("/usr/local/cuda/bin/nvcc")
 # From this version of CUDA on, pip has its compiler.
 _FIRST_OF_PIP = 13
 
@@ -52,7 +54,7 @@ def compiler_environment(
         NoCompiler: there is none, and pip has none for this version.
     """
     homes = (environment.get(name) for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH"))
-    if any(homes) or shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists():
+    if any(homes) or shutil.which("nvcc") or SYSTEM_COMPILER.exists():
         return {}
     version = cuda_version()
     major = 0 if version is None else int(version.split(".")[0])

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from horovod_powersgd import kernels
+from horovod_powersgd.environment.cuda_toolkit import cuda_version, has_gpu
 from horovod_powersgd.environment.horovod_patches import missing_patches
 from horovod_powersgd.environment.installation import (
     FEATURES,
@@ -154,6 +155,10 @@ def find_problems(report: dict) -> list[dict]:
     if usable and (mpi["version"] or "").startswith("Open MPI 5"):
         add(f"horovodrun --mpi does not know {mpi['version']}", _MPI_COMMAND, optional=True)
 
+    torch_serves = report["frameworks"]["torch"]["usable"]
+    if torch_serves and has_gpu() and cuda_version() is not None and not horovod["nccl"]:
+        what = "There is a GPU, and Horovod was built without NCCL: it averages a GPU's tensors in the host's memory"
+        add(what, f"HOROVOD_GPU_OPERATIONS=NCCL {INSTALL_COMMAND} --force", optional=True)
     if usable and not report["kernels"]:
         what = "The kernels were not compiled when horovod-powersgd was installed (g++ was missing?): PyTorch's own "
         what += "operations take two or three times longer"

@@ -1,0 +1,96 @@
+"""GPU's kernels, which Triton's interpreter runs on the processor, and what exchanges by them."""
+
+import itertools
+
+import torch
+
+import cases
+import horovod_powersgd.torch as hvd
+from equivalence import Equivalence
+from horovod_powersgd import PowerSGD
+from horovod_powersgd.layout import leading_rows
+from horovod_powersgd.torch.grouped_bucket import GroupedBucket
+from horovod_powersgd.torch.grouped_kernels import half_steps, orthogonalize, products
+from horovod_powersgd.torch.kernels import HalfStep, Memory, Product
+from trainee import DEVICE, Trainee
+
+RANKS = 1, 3, 8, 16
+# More than one program's share of rows, and of columns; and what fills no tile.
+SHAPES = (50, 70), (3, 16500), (300, 20), (30, 260)
+CONFIGS = [
+    PowerSGD(rank=3, min_compression_rate=0),
+    PowerSGD(num_iters_per_step=1),
+    PowerSGD(num_iters_per_step=3),
+    PowerSGD(warm_start=False, warmup_steps=2),
+    PowerSGD(wire_dtype="float16"),
+    PowerSGD(error_feedback=False, refresh_every=3),
+]
+equivalence = Equivalence(hvd, Trainee, leading_rows)
+
+
+def random(*shape, **options):
+    return torch.randn(*shape, device=DEVICE, **options)
+
+
+def check_grouped_passes_equal_plain_products():
+    torch.manual_seed(0)
+    for rank in RANKS:
+        tasks, expected = [], []
+        for i, (n, m) in enumerate(SHAPES):
+            for makes_q in (False, True):
+                delta, basis, memory = random(n, m), random(rank, n if makes_q else m), None
+                exact = delta.double()
+                if (i + makes_q) % 3:
+                    left, p, q = random(n, m), random(2, n), random(2, m)
+                    memory = Memory(left, p, q) if (i + makes_q) % 3 == 2 else Memory(left)
+                    exact += 0.5 * left.double()
+                    exact -= 0.5 * p.double().t() @ q.double() * (memory.parts()[1] is not None)
+                tasks.append(HalfStep(delta, basis, makes_q, memory, 0.5))
+                expected.append((exact, basis.double() @ (exact if makes_q else exact.t())))
+        found = half_steps(tasks, torch.float32).split([factor.numel() for _, factor in expected])
+        for task, part, (delta, factor) in zip(tasks, found, expected):
+            assert (task.delta - delta).norm() < 1e-6 * delta.norm(), (rank, delta.shape)
+            assert (part.view_as(factor) - factor).norm() < 1e-6 * factor.norm(), (rank, delta.shape, task.makes_q)
+        updates = [Product(random(rank, n), random(rank, m), random(n, m) * torch.nan) for n, m in SHAPES]
+        products(updates)
+        for p, q, out in updates:
+            exact = p.double().t() @ q.double()
+            assert (out - exact).norm() < 1e-6 * exact.norm(), (rank, out.shape)
+
+
+def check_grouped_orthogonalization_makes_bases_of_the_same_spaces():
+    torch.manual_seed(0)
+    for rank in RANKS:
+        factors = [random(rank, n) for n in (20, 300, 1100)]
+        spares = [random(*factor.shape, dtype=torch.float64) for factor in (*factors, factors[0])]
+        factors.append(torch.zeros_like(factors[0]))
+        if rank > 1:
+            factors[0][1] = factors[0][0]  # a direction of its own comes from the spare rows
+        for factor, basis in zip(factors, orthogonalize(factors, spares)):
+            basis = basis.double()
+            assert (basis @ basis.t() - torch.eye(rank, device=DEVICE)).abs().max() < 1e-6
+            outside = factor.double() - factor.double() @ basis.t() @ basis
+            assert outside.norm() <= 1e-5 * factor.norm()
+        factors[1][0, 7] = torch.inf
+        assert not torch.isfinite(orthogonalize(factors, spares)[1]).any()
+
+
+def check_grouped_exchanges_equal_the_reference():
+    # One worker stands for all: what is sent between them is the other buckets', too.
+    equivalence.a_run_of_compressors(list(itertools.product(CONFIGS, ["float32"])), steps=4)
+    trainee = Trainee(PowerSGD())
+    trainee.exchange(cases.gradients(0, hvd.rank(), "float32"))
+    assert any(isinstance(bucket, GroupedBucket) for bucket in trainee.optimizer._engine._buckets)
+
+
+def check_a_step_that_is_not_finite_leaves_the_grouped_memory():
+    trainee, undisturbed = (Trainee(PowerSGD(rank=2), shapes={"linear": cases.SHAPES["linear"]}) for _ in range(2))
+    for step in range(3):
+        gradients = cases.gradients(step, hvd.rank(), "float32", {"linear": cases.SHAPES["linear"]})
+        if step == 1:
+            spoiled = {"linear": gradients["linear"].copy()}
+            spoiled["linear"][3, 5] = float("inf")
+            assert not all(map(lambda update: (update == update).all(), trainee.exchange(spoiled).values()))
+            for parameter in trainee.parameters.values():
+                parameter.data.zero_()
+        cases.assert_close(trainee.exchange(gradients), undisturbed.exchange(gradients), 1e-5, step)

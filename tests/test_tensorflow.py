@@ -3,42 +3,48 @@
 import inspect
 
 import pytest
-from job import assert_passed, checks_in, launched
+from job import Launch, assert_passed, launched
 
 import horovod_powersgd
 
-LAUNCHES = [(None, 1), ("horovodrun --gloo", 2), ("mpirun", 3), ("horovodrun --gloo", 4)]
-# Launcher, workers, whether Keras is Keras 2. Keras 3's optimizer is among the trainees of tensorflow_checks, too.
-KERAS_LAUNCHES = [
-    ("mpirun", 2, False),
-    ("horovodrun --gloo", 3, False),
-    (None, 1, True),
-    ("mpirun", 3, True),
-    ("horovodrun --gloo", 4, True),
-]
-CALLBACK_LAUNCHES = [("horovodrun --gloo", 2, False), ("mpirun", 2, True)]
-
-
-@pytest.mark.parametrize("launcher, workers, check", launched("tensorflow_checks", LAUNCHES))
-def test_tensorflow(launcher, workers, check):
-    assert_passed("tensorflow_checks", launcher, workers, check)
-
-
-@pytest.mark.parametrize("check", checks_in("tensorflow_feature_checks"))
-def test_tensorflow_features(check):
-    assert_passed("tensorflow_feature_checks", "mpirun", 3, check)
-
-
-@pytest.mark.parametrize("launcher, workers, legacy_keras, check", launched("keras_checks", KERAS_LAUNCHES))
-def test_keras(launcher, workers, legacy_keras, check):
-    assert_passed("keras_checks", launcher, workers, check, legacy_keras)
-
-
-@pytest.mark.parametrize(
-    "launcher, workers, legacy_keras, check", launched("keras_callback_checks", CALLBACK_LAUNCHES)
+CHECKS, FEATURES, KERAS, CALLBACKS = (
+    f"{name}_checks" for name in ("tensorflow", "tensorflow_feature", "keras", "keras_callback")
 )
-def test_keras_callbacks(launcher, workers, legacy_keras, check):
-    assert_passed("keras_callback_checks", launcher, workers, check, legacy_keras)
+KERAS_2 = (("TF_USE_LEGACY_KERAS", "1"),)
+# Keras 3's optimizer is among the trainees of tensorflow_checks, too.
+LAUNCHES = [
+    Launch(None, 1, (CHECKS,)),
+    Launch(None, 1, (KERAS,), KERAS_2),
+    Launch("horovodrun --gloo", 2, (CHECKS, CALLBACKS)),
+    Launch("horovodrun --gloo", 3, (KERAS,)),
+    Launch("horovodrun --gloo", 4, (CHECKS,)),
+    Launch("horovodrun --gloo", 4, (KERAS,), KERAS_2),
+    Launch("mpirun", 2, (KERAS,)),
+    Launch("mpirun", 2, (CALLBACKS,), KERAS_2),
+    Launch("mpirun", 3, (CHECKS,)),
+    Launch("mpirun", 3, (FEATURES,)),
+    Launch("mpirun", 3, (KERAS,), KERAS_2),
+]
+
+
+@pytest.mark.parametrize("launch, check", launched(CHECKS, LAUNCHES))
+def test_tensorflow(launch, check):
+    assert_passed(launch, check)
+
+
+@pytest.mark.parametrize("launch, check", launched(FEATURES, LAUNCHES))
+def test_tensorflow_features(launch, check):
+    assert_passed(launch, check)
+
+
+@pytest.mark.parametrize("launch, check", launched(KERAS, LAUNCHES))
+def test_keras(launch, check):
+    assert_passed(launch, check)
+
+
+@pytest.mark.parametrize("launch, check", launched(CALLBACKS, LAUNCHES))
+def test_keras_callbacks(launch, check):
+    assert_passed(launch, check)
 
 
 def arguments(function):

@@ -11,11 +11,11 @@ import pytest
 # A file's tests; where some need more than the others, a mark at the function says so.
 TIERS = {
     "core": """
-        accordion agreement clipping compressors factors horovod_build installation memory powersgd reference renewal
-        setup
+        accordion agreement clipping command_line compressors factors horovod_build installation launcher memory
+        powersgd reference renewal setup
     """,
     "framework": """
-        arrays command_line kernels launcher orthogonalization packaging tensorflow tensorflow_arrays torch torch_device
+        arrays kernels orthogonalization packaging tensorflow tensorflow_arrays torch torch_device
     """,
     "job": "examples mpi tensorflow_elastic torch_elastic torch_features torch_resume",
 }
@@ -58,7 +58,7 @@ def pytest_terminal_summary(terminalreporter, config):
         checks += [(*took(reports), f"{launch}  {check}") for check, reports in done]
         start = f"of which {took(outcome.starts)[1]:.1f} s of CPU until Horovod has started"
         everything = [*outcome.starts, *(report for _, reports in done for report in reports)]
-        launches.append((outcome.seconds, took(everything)[1], f"{launch}  {' '.join(launch.modules)}, {start}"))
+        launches.append((outcome.seconds, took(everything)[1], f"{launch}  {' '.join(launch.modules + launch.partly)}, {start}"))
     for title, lines in (("launches", launches), ("checks", checks)):
         terminalreporter.section(f"slowest {title}: seconds, CPU seconds of all workers")
         for seconds, cpu_seconds, what in sorted(lines, reverse=True)[: count or None]:

@@ -20,6 +20,7 @@ from horovod_powersgd.launcher import launch_command, launch_environment
 HERE = Path(__file__).parent
 # Far more than a check takes where the workers share two cores with others; and than all of a launch take.
 CHECK_SECONDS, LAUNCH_SECONDS = 240, 900
+COMPARING = "equals|equal_the|same_bits"
 
 
 class Check(NamedTuple):
@@ -38,13 +39,18 @@ class Launch(NamedTuple):
     Attributes:
         launcher: None for a plain python process.
         workers: how many.
-        modules: in this order.
+        modules: whose checks they run, in this order.
+        partly: modules of which they run then only the checks whose names match the pattern: where many workers share
+            a few cores, or another launch runs the others.
+        pattern: of those checks' names; unless given, they compare with the reference, or workers' bits.
         variables: of the workers' environment, as (name, value).
     """
 
     launcher: str | None
     workers: int
-    modules: tuple[str, ...]
+    modules: tuple[str, ...] = ()
+    partly: tuple[str, ...] = ()
+    pattern: str = COMPARING
     variables: tuple[tuple[str, str], ...] = ()
 
     def __str__(self):
@@ -99,13 +105,13 @@ def checks_in(module):
     return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")]
 
 
-def checks_of(launch, module):
-    """A module's checks in a launch: where four workers share a few cores, or three under Gloo, which waits busily,
-    only those that compare, by their names, with the reference, or one worker's bits with another's."""
-    names = checks_in(module)
-    if launch.workers >= (4 if launch.launcher == "mpirun" else 3):
-        names = [name for name in names if re.search("equals|equal_the|same_bits", name)]
-    return [Check(module, name) for name in names]
+def checks_of(launch):
+    """All that a launch runs."""
+    whole, partly = (
+        [Check(module, name) for module in modules for name in checks_in(module)]
+        for modules in (launch.modules, launch.partly)
+    )
+    return whole + [check for check in partly if re.search(launch.pattern, check.name)]
 
 
 def launched(module, launches):
@@ -113,8 +119,8 @@ def launched(module, launches):
     return [
         pytest.param(launch, check, id=f"{launch} {check.name}")
         for launch in launches
-        if module in launch.modules
-        for check in checks_of(launch, module)
+        for check in checks_of(launch)
+        if check.module == module
     ]
 
 
@@ -123,8 +129,8 @@ def begin(launch):
     if launch not in _outcomes:
         # One worker needs one core, and runs beside other tests.
         pool = _one_worker if launch.workers == 1 else _several_workers
-        checks = [check for module in launch.modules for check in checks_of(launch, module)]
-        _outcomes[launch] = pool.submit(run_checks, launch, [check for check in checks if check in selected[launch]])
+        checks = [check for check in checks_of(launch) if check in selected[launch]]
+        _outcomes[launch] = pool.submit(run_checks, launch, checks)
     return _outcomes[launch]
 
 

@@ -3,27 +3,28 @@
 import inspect
 
 import pytest
-from job import Launch, assert_passed, launched
+from job import COMPARING, Launch, assert_passed, launched
 
 import horovod_powersgd
 
 CHECKS, FEATURES, KERAS, CALLBACKS = (
     f"{name}_checks" for name in ("tensorflow", "tensorflow_feature", "keras", "keras_callback")
 )
-KERAS_2 = (("TF_USE_LEGACY_KERAS", "1"),)
-# Keras 3's optimizer is among the trainees of tensorflow_checks, too.
+KERAS_2, AS_BUILT = ("TF_USE_LEGACY_KERAS", "1"), ("GRAPHS", "as-built")
+# What else the number of workers takes part in. (The checks of join need a worker that has come before another.)
+OF_SEVERAL = COMPARING + "|algorithm_2|mean|sum|bytes|predivision|sparse|disagree|any_order|number|local"
+OF_SEVERAL += "|loss_scaling|not_finite|process_set|join"
+# Keras's optimizer is among the trainees of tensorflow_checks, too.
 LAUNCHES = [
     Launch(None, 1, (CHECKS,)),
-    Launch(None, 1, (KERAS,), KERAS_2),
+    Launch(None, 1, (KERAS,), variables=(KERAS_2,)),
     Launch("horovodrun --gloo", 2, (CHECKS, CALLBACKS)),
-    Launch("horovodrun --gloo", 3, (KERAS,)),
-    Launch("horovodrun --gloo", 4, (CHECKS,)),
-    Launch("horovodrun --gloo", 4, (KERAS,), KERAS_2),
-    Launch("mpirun", 2, (KERAS,)),
-    Launch("mpirun", 2, (CALLBACKS,), KERAS_2),
-    Launch("mpirun", 3, (CHECKS,)),
-    Launch("mpirun", 3, (FEATURES,)),
-    Launch("mpirun", 3, (KERAS,), KERAS_2),
+    Launch("horovodrun --gloo", 3, partly=(CHECKS, KERAS), variables=(AS_BUILT,)),
+    Launch("horovodrun --gloo", 4, partly=(CHECKS, KERAS), variables=(KERAS_2, AS_BUILT)),
+    Launch("mpirun", 2, (FEATURES, KERAS), partly=(CHECKS,)),
+    Launch("mpirun", 2, (CALLBACKS,), partly=(KERAS,), pattern=OF_SEVERAL, variables=(KERAS_2, AS_BUILT)),
+    Launch("mpirun", 3, partly=(FEATURES, CHECKS, KERAS), pattern=OF_SEVERAL),
+    Launch("mpirun", 4, partly=(CHECKS, KERAS), variables=(AS_BUILT,)),
 ]
 
 

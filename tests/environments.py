@@ -27,7 +27,8 @@ class Environment:
         (folder / "venv/bin").mkdir(parents=True)
         (folder / "venv/bin/python").symlink_to(python)
         (folder / "venv/pyvenv.cfg").write_text(f"home = {python.parent}\ninclude-system-site-packages = false\n")
-        (folder / "venv/lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages").mkdir(parents=True)
+        version = "{}.{}".format(*sys.version_info)
+        (folder / f"venv/lib/python{version}/site-packages").mkdir(parents=True)
         environment = cls(folder)
         (environment.packages / "repository.pth").write_text(f"{REPOSITORY}\n")
         for name in ("numpy", "numpy.libs"):

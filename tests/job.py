@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from horovod_powersgd.launcher import launch_command, launch_environment
 
 HERE = Path(__file__).parent
 # Far more than a check takes where the workers share two cores with others; and than all of a launch take.
-CHECK_SECONDS, LAUNCH_SECONDS = 240, 900
+CHECK_SECONDS, LAUNCH_SECONDS = 240, 1800
 COMPARING = "equals|equal_the|same_bits"
 
 
@@ -135,8 +136,9 @@ def begin(launch):
 
 
 def finished():
-    """(launch, Outcome) of those that have ended."""
-    return [(launch, future.result()) for launch, future in _outcomes.items() if future.done()]
+    """(launch, Outcome) of those that have run to their end."""
+    ended = [(launch, future) for launch, future in _outcomes.items() if future.done() and not future.exception()]
+    return [(launch, future.result()) for launch, future in ended]
 
 
 def run_checks(launch, checks):
@@ -181,26 +183,34 @@ def run(command, seconds, environment=None):
 
 
 def assert_passed(launch, check):
-    """Fails with the first worker's assertion, then every worker's traceback, then what all have written, which is
-    shown once for a launch."""
+    """Fails with the workers' assertions, then their tracebacks, then what all have written, which is shown once for a
+    launch."""
     found = begin(launch).result()
     reports = found.reports[check]
-    failures = {worker: report.failure for worker, report in sorted(reports.items()) if report.failure}
     silent = [worker for worker in range(launch.workers) if worker not in reports]
-    if not failures and not silent:
+    told = defaultdict(list)  # workers often fail alike
+    for worker, report in sorted(reports.items()):
+        if report.failure:
+            told[report.failure].append(worker)
+    if not told and not silent:
         return
-    lines = [f"worker {worker}: {check}: {said_last(failure)}" for worker, failure in failures.items()]
-    lines += [f"worker {worker}: {check}: did not come through" for worker in silent]
-    lines += [f"\nworker {worker}:\n{failure}" for worker, failure in failures.items()]
+    lines = [f"{check}, worker {numbers(workers)}: {where_and_what(failure)}" for failure, workers in told.items()]
+    lines += [f"{check}, worker {numbers(silent)}: did not come through"] if silent else []
+    lines += [f"\nworker {numbers(workers)}:\n{failure}" for failure, workers in told.items()]
     if found.explained is None:
         found.explained = check
         lines.append(f"\nall workers of {launch}:\n{found.output}")
     else:
-        lines.append(f"\nWhat the workers wrote is shown with {found.explained}.")
+        lines.append(f"What the workers wrote is shown with {found.explained}.")
     pytest.fail("\n".join(lines), pytrace=False)
 
 
-def said_last(failure):
-    """A traceback's error, which follows the line of code in which it was raised."""
+def numbers(workers):
+    return ", ".join(map(str, workers))
+
+
+def where_and_what(failure):
+    """The end of a traceback: the line of code that raised, and the error."""
     lines = failure.splitlines()
-    return "\n".join(lines[max(i for i, line in enumerate(lines) if line.startswith("  ")) + 1 :])
+    last_call = max(i for i, line in enumerate(lines) if line.startswith('  File "'))
+    return "\n".join(line for line in lines[last_call + 1 :] if line.strip(" ^~"))

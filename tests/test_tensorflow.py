@@ -12,7 +12,7 @@ CHECKS, FEATURES, KERAS, CALLBACKS = (
 )
 KERAS_2, AS_BUILT = ("TF_USE_LEGACY_KERAS", "1"), ("GRAPHS", "as-built")
 # What else the number of workers takes part in. (The checks of join need a worker that has come before another.)
-OF_SEVERAL = COMPARING + "|algorithm_2|mean|sum|bytes|predivision|sparse|disagree|any_order|number|local"
+OF_SEVERAL = COMPARING + "|algorithm_2|mean|sum_is|summed|bytes|predivision|sparse|disagree|any_order|number|local"
 OF_SEVERAL += "|loss_scaling|not_finite|process_set|join"
 # Keras's optimizer is among the trainees of tensorflow_checks, too.
 LAUNCHES = [
@@ -22,7 +22,7 @@ LAUNCHES = [
     Launch("horovodrun --gloo", 3, partly=(CHECKS, KERAS), variables=(AS_BUILT,)),
     Launch("horovodrun --gloo", 4, partly=(CHECKS, KERAS), variables=(KERAS_2, AS_BUILT)),
     Launch("mpirun", 2, (FEATURES, KERAS), partly=(CHECKS,)),
-    Launch("mpirun", 2, (CALLBACKS,), partly=(KERAS,), pattern=OF_SEVERAL, variables=(KERAS_2, AS_BUILT)),
+    Launch("mpirun", 2, (CALLBACKS,), partly=(KERAS,), pattern=OF_SEVERAL + "|resumed", variables=(KERAS_2, AS_BUILT)),
     Launch("mpirun", 3, partly=(FEATURES, CHECKS, KERAS), pattern=OF_SEVERAL),
     Launch("mpirun", 4, partly=(CHECKS, KERAS), variables=(AS_BUILT,)),
 ]

@@ -54,6 +54,7 @@ class Equivalence:
 
     def _compare(self, everyone, steps, what_happened=lambda *_: None):
         hvd, runs = self._hvd, list(everyone)
+        assert runs, "nothing to compare falls to these workers"
         # Each worker simulates its share.
         mine = runs[hvd.rank() :: hvd.size()]
         simulated = {run: cases.simulated(*run, hvd.size(), steps, self._matrix_shape) for run in mine}

@@ -27,7 +27,8 @@ def runs():
 def of_these_workers(configs):
     """Half of the configurations with two workers, the others with three, and some of them with one and with four, in
     the other precision."""
-    configs = share(configs, {1: (1, 4), 2: (0, 2), 3: (1, 2), 4: (0, 4)})
+    some = 2 if len(configs) < 8 else 4
+    configs = share(configs, {1: (1, some), 2: (0, 2), 3: (1, 2), 4: (0, some)})
     return [(config, cases.DTYPES[hvd.size() in (1, 4)]) for config in configs]
 
 

@@ -48,8 +48,10 @@ def linear_model(optimizer, dtype=None, **options):
     model = keras.Sequential(
         [
             keras.layers.Input((ROWS,)),
-            keras.layers.Dense(COLUMNS, use_bias=False, kernel_initializer="zeros", dtype=dtype),
-        ]
+            # Named, since random numbers are drawn by the name that the first worker's Keras has counted.
+            keras.layers.Dense(COLUMNS, use_bias=False, kernel_initializer="zeros", dtype=dtype, name="linear"),
+        ],
+        name="model",
     )
     model.compile(optimizer=optimizer, loss="mse", **options)
     return model

@@ -1,12 +1,13 @@
 # Everything goes into .venv. The interpreter can be chosen when that is made: make PYTHON=/path/to/python3 setup
 PYTHON =
 
-.PHONY: help setup demo demo-tensorflow test bench evidence clean
+.PHONY: help setup demo demo-tensorflow test test-core bench evidence clean
 
 help:
 	@echo "make demo              set everything up, train on real data under horovodrun with 2 workers, print a table"
 	@echo "make demo-tensorflow   the same with TensorFlow in place of PyTorch"
 	@echo "make test              set everything up, then run the whole test suite"
+	@echo "make test-core         in under a minute, the tests that need only numpy: no Horovod, no PyTorch, no TensorFlow"
 	@echo "make bench             set everything up, then measure the exchange and write docs/benchmarks.md; best as root"
 	@echo "make evidence          set everything up, then train with all compressors and write docs/evidence.md; best as root"
 	@echo "make setup             only set everything up"
@@ -24,6 +25,15 @@ demo-tensorflow: setup
 test: setup
 	@.venv/bin/python -m pytest
 
+# The environment of those tests has nothing else, so that none can come to need more unnoticed.
+.venv-core/made: Makefile
+	@"$(or $(PYTHON),python3)" -m venv --clear .venv-core
+	@.venv-core/bin/python -m pip install --quiet --disable-pip-version-check 'numpy>=1.24' 'pytest>=8' 'hypothesis>=6'
+	@touch .venv-core/made
+
+test-core: .venv-core/made
+	@.venv-core/bin/python -m pytest -m core
+
 # What fails does not keep the rest from being measured, and the cluster goes down whatever happens.
 bench: setup
 	@trap '.venv/bin/python benchmarks/cluster.py down' EXIT; status=0; \
@@ -35,4 +45,4 @@ evidence: setup
 	.venv/bin/python benchmarks/evidence/$$part.py || status=1; done; exit $$status
 
 clean:
-	rm -rf .venv build dist results *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv .venv-core build dist results *.egg-info .pytest_cache .hypothesis

@@ -22,7 +22,13 @@ class Environment:
 
     @classmethod
     def make(cls, folder: Path) -> "Environment":
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
+        # What python -m venv makes, without waiting for it.
+        python = Path(getattr(sys, "_base_executable", sys.executable))
+        (folder / "venv/bin").mkdir(parents=True)
+        (folder / "venv/bin/python").symlink_to(python)
+        (folder / "venv/pyvenv.cfg").write_text(f"home = {python.parent}\ninclude-system-site-packages = false\n")
+        version = "{}.{}".format(*sys.version_info)
+        (folder / f"venv/lib/python{version}/site-packages").mkdir(parents=True)
         environment = cls(folder)
         (environment.packages / "repository.pth").write_text(f"{REPOSITORY}\n")
         for name in ("numpy", "numpy.libs"):

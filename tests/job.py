@@ -7,57 +7,157 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections import defaultdict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import psutil
+import pytest
 
 from horovod_powersgd.launcher import launch_command, launch_environment
 
 HERE = Path(__file__).parent
+# Far more than a check takes where the workers share two cores with others; and than all of a launch take.
+CHECK_SECONDS, LAUNCH_SECONDS = 240, 1800
+COMPARING = "equals|equal_the|same_bits"
 
-# (launcher, workers); None is a plain python process.
-LAUNCHES = [(None, 1), *((f, w) for f in ("horovodrun --gloo", "mpirun") for w in (2, 3, 4))]
+
+class Check(NamedTuple):
+    """A function of a module, by their names."""
+
+    module: str
+    name: str
+
+    def __str__(self):
+        return f"{self.module}.{self.name}"
 
 
+class Launch(NamedTuple):
+    """Workers that start together and run the checks of some modules, one after the other.
+
+    Attributes:
+        launcher: None for a plain python process.
+        workers: how many.
+        modules: whose checks they run, in this order.
+        partly: modules of which they run then only the checks whose names match the pattern: where many workers share
+            a few cores, or another launch runs the others.
+        pattern: of those checks' names; unless given, they compare with the reference, or workers' bits.
+        variables: of the workers' environment, as (name, value).
+    """
+
+    launcher: str | None
+    workers: int
+    modules: tuple[str, ...] = ()
+    partly: tuple[str, ...] = ()
+    pattern: str = COMPARING
+    variables: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self):
+        settings = [f"{name}={value}" for name, value in self.variables]
+        return " ".join([self.launcher or "plain", str(self.workers), *settings])
+
+
+class Report(NamedTuple):
+    """What one worker tells of a check, or of its start.
+
+    Attributes:
+        failure: the traceback, or None.
+        seconds: that it took.
+        cpu_seconds: of all its threads.
+    """
+
+    failure: str | None
+    seconds: float
+    cpu_seconds: float
+
+
+@dataclass
+class Outcome:
+    """What became of a launch.
+
+    Attributes:
+        starts: each worker's Report of its start.
+        reports: for each check that was run, {worker: Report}.
+        output: all that the workers wrote.
+        seconds: from the launcher's start to its end.
+        explained: the check whose failure shows the output, once one has; so the others need not.
+    """
+
+    starts: list[Report]
+    reports: dict[Check, dict[int, Report]]
+    output: str
+    seconds: float
+    explained: Check | None = None
+
+
+# The checks that pytest has selected, by launch: conftest.py fills it.
+selected: dict[Launch, set[Check]] = {}
+# Of launches that have begun.
+_outcomes: dict[Launch, Future] = {}
+_one_worker, _several_workers = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+
+
+@functools.cache
 def checks_in(module):
     """The names of a module's functions that begin with check_, without importing it."""
     tree = ast.parse((HERE / f"{module}.py").read_text())
     return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")]
 
 
-def checks_with(module, launcher, workers):
-    """A module's checks in a job of so many workers: where four share a few cores, or three under Gloo, which waits
-    busily, only those that compare, by their names, with the reference, or one worker's bits with another's."""
-    checks = checks_in(module)
-    if workers < (4 if launcher == "mpirun" else 3):
-        return checks
-    return [check for check in checks if re.search("equals|equal_the|same_bits", check)]
+def checks_of(launch):
+    """All that a launch runs."""
+    whole, partly = (
+        [Check(module, name) for module in modules for name in checks_in(module)]
+        for modules in (launch.modules, launch.partly)
+    )
+    return whole + [check for check in partly if re.search(launch.pattern, check.name)]
 
 
 def launched(module, launches):
-    """(*launch, check) of every check in every launch, which is (launcher, workers, ...)."""
-    return [(*launch, check) for launch in launches for check in checks_with(module, *launch[:2])]
+    """A module's checks in each of the launches that have it, to be the parameters `launch, check`."""
+    return [
+        pytest.param(launch, check, id=f"{launch} {check.name}")
+        for launch in launches
+        for check in checks_of(launch)
+        if check.module == module
+    ]
 
 
-@functools.cache
-def outcomes(module, launcher, workers, legacy_keras=False, seconds=480):
-    """Runs a module's checks in the workers of one launch.
+def begin(launch):
+    """Starts a launch's selected checks, unless they have been; returns the Future of their Outcome."""
+    if launch not in _outcomes:
+        # One worker needs one core, and runs beside other tests.
+        pool = _one_worker if launch.workers == 1 else _several_workers
+        checks = [check for check in checks_of(launch) if check in selected[launch]]
+        _outcomes[launch] = pool.submit(run_checks, launch, checks)
+    return _outcomes[launch]
 
-    Returns:
-        ({check: [for each worker, None if it passed, otherwise its traceback]}, all workers' output)
-    """
+
+def finished():
+    """(launch, Outcome) of those that have run to their end."""
+    ended = [(launch, future) for launch, future in _outcomes.items() if future.done() and not future.exception()]
+    return [(launch, future.result()) for launch, future in ended]
+
+
+def run_checks(launch, checks):
+    """The Outcome of these checks in the workers of a launch."""
     with tempfile.TemporaryDirectory() as folder:
-        program = [sys.executable, str(HERE / "worker.py"), module, folder, str(seconds)]
-        program += checks_with(module, launcher, workers)
-        command = launch_command(launcher, workers, program) if launcher else program
-        assert command is not None, f"{launcher} is not installed"
-        output = run(command, seconds + 15, {"TF_USE_LEGACY_KERAS": str(int(legacy_keras))})
-        found = {}
-        for report in sorted(Path(folder).glob("*.jsonl")):
-            for line in report.read_text().splitlines():
-                check, traceback = json.loads(line)
-                found.setdefault(check, []).append(traceback)
-    return found, output
+        program = [sys.executable, str(HERE / "worker.py"), folder, str(CHECK_SECONDS), *map(str, checks)]
+        command = launch_command(launch.launcher, launch.workers, program) if launch.launcher else program
+        assert command is not None, f"{launch.launcher} is not installed"
+        if launch.launcher == "mpirun":
+            command.insert(1, "--tag-output")  # as horovodrun does by itself
+        began = time.monotonic()
+        output = run(command, LAUNCH_SECONDS, dict(launch.variables))
+        starts, reports = [], {check: {} for check in checks}
+        for file in Path(folder).glob("*.jsonl"):
+            first, *others = map(json.loads, file.read_text().splitlines())
+            starts.append(Report(**first["report"]))
+            for line in others:
+                reports[Check(*line["check"].split("."))][int(file.stem)] = Report(**line["report"])
+        return Outcome(starts, reports, output, time.monotonic() - began)
 
 
 def run(command, seconds, environment=None):
@@ -67,6 +167,7 @@ def run(command, seconds, environment=None):
         "TF_NUM_INTRAOP_THREADS": "1",
         "TF_NUM_INTEROP_THREADS": "2",
         "TF_CPP_MIN_LOG_LEVEL": "2",
+        "TF_USE_LEGACY_KERAS": "0",
         "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
     }
     environment = {**launch_environment(), **settings, **(environment or {})}
@@ -74,15 +175,42 @@ def run(command, seconds, environment=None):
     try:
         return job.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
+        import psutil  # comes with Horovod, and only here is it needed
+
         for process in [*psutil.Process(job.pid).children(recursive=True), job]:
             process.kill()
         return f"{job.communicate()[0]}\nended after {seconds} seconds: {' '.join(command)}"
 
 
-def assert_passed(module, launcher, workers, check, legacy_keras=False):
-    """Fails with every worker's traceback, or with the whole output where a worker said nothing."""
-    found, output = outcomes(module, launcher, workers, legacy_keras)
-    reports = found.get(check, [])
-    tracebacks = [f"worker {i}:\n{traceback}" for i, traceback in enumerate(reports) if traceback]
-    assert not tracebacks, "\n".join(tracebacks)
-    assert len(reports) == workers, f"{workers - len(reports)} workers did not finish {check}:\n{output}"
+def assert_passed(launch, check):
+    """Fails with the workers' assertions, then their tracebacks, then what all have written, which is shown once for a
+    launch."""
+    found = begin(launch).result()
+    reports = found.reports[check]
+    silent = [worker for worker in range(launch.workers) if worker not in reports]
+    told = defaultdict(list)  # workers often fail alike
+    for worker, report in sorted(reports.items()):
+        if report.failure:
+            told[report.failure].append(worker)
+    if not told and not silent:
+        return
+    lines = [f"{check}, worker {numbers(workers)}: {where_and_what(failure)}" for failure, workers in told.items()]
+    lines += [f"{check}, worker {numbers(silent)}: did not come through"] if silent else []
+    lines += [f"\nworker {numbers(workers)}:\n{failure}" for failure, workers in told.items()]
+    if found.explained is None:
+        found.explained = check
+        lines.append(f"\nall workers of {launch}:\n{found.output}")
+    else:
+        lines.append(f"What the workers wrote is shown with {found.explained}.")
+    pytest.fail("\n".join(lines), pytrace=False)
+
+
+def numbers(workers):
+    return ", ".join(map(str, workers))
+
+
+def where_and_what(failure):
+    """The end of a traceback: the line of code that raised, and the error."""
+    lines = failure.splitlines()
+    last_call = max(i for i, line in enumerate(lines) if line.startswith('  File "'))
+    return "\n".join(line for line in lines[last_call + 1 :] if line.strip(" ^~"))

@@ -25,8 +25,12 @@ RUNS = [(config, "float32") for config in cases.CONFIGS]
 
 
 def runs():
-    """Half of the configurations with one worker, the others with two, and a quarter each with three and four."""
-    return RUNS[hvd.size() % 2 :: 2 if hvd.size() <= 2 else 4]
+    """Half of the configurations with one worker, the others with two, and a quarter each with three and four. Where
+    there are several workers, two launches share them: with two, of both Kerases, with more, under Gloo and MPI."""
+    of_these_workers = RUNS[hvd.size() % 2 :: 2 if hvd.size() <= 2 else 4]
+    if hvd.size() == 1:
+        return of_these_workers
+    return of_these_workers[KERAS_3 if hvd.size() == 2 else hvd.mpi_enabled() :: 2]
 
 
 equivalence = Equivalence(hvd, KerasTrainee, trailing_columns, runs)
@@ -44,8 +48,10 @@ def linear_model(optimizer, dtype=None, **options):
     model = keras.Sequential(
         [
             keras.layers.Input((ROWS,)),
-            keras.layers.Dense(COLUMNS, use_bias=False, kernel_initializer="zeros", dtype=dtype),
-        ]
+            # Named, since random numbers are drawn by the name that the first worker's Keras has counted.
+            keras.layers.Dense(COLUMNS, use_bias=False, kernel_initializer="zeros", dtype=dtype, name="linear"),
+        ],
+        name="model",
     )
     model.compile(optimizer=optimizer, loss="mse", **options)
     return model
@@ -106,7 +112,8 @@ def check_fit_equals_numpy():
     of_powersgd = PowerSGD(rank=2), PowerSGD(rank=1, num_iters_per_step=1), PowerSGD(warmup_steps=2)
     for config in (*of_powersgd, RandomK(0.2), TopK(0.1), None):
         compression = config or hvd.Compression.none
-        for options in ({}, {"run_eagerly": True}):
+        # Eagerly, all compressors take the same way to Horovod.
+        for options in ({}, {"run_eagerly": True}) if config in (of_powersgd[0], None) else ({},):
             optimizer = hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.5), compression=compression)
             model = linear_model(optimizer, **options)
             fit(model)
@@ -164,7 +171,8 @@ def check_accordion_follows_the_optimizers_learning_rate():
     for low, high in ((PowerSGD(rank=3), PowerSGD(rank=1)), (TopK(0.3), TopK(0.1))):
         # The threshold is out of reach: without the decay, compression would stay high.
         config = Accordion(low, high, threshold=1000, interval=2)
-        for make in optimizers:
+        # Where the rate comes from does not depend on what is sent.
+        for make in optimizers if isinstance(low, PowerSGD) else optimizers[:1]:
             model = linear_model(make(config))
             fit(model, callbacks=[Halve()])
             expected = numpy_weights(model, config, learning_rate=lambda step: 0.5 if step < 5 else 0.25)
@@ -262,8 +270,8 @@ def check_replicas_stay_equal_with_whatever_optimizer():
     ]
     if not KERAS_3:
         optimizers.append(lambda: keras.optimizers.legacy.Adam(0.01))
-    for make in optimizers:
-        for options in ({}, {"backward_passes_per_step": 2}):
+    for number, make in enumerate(optimizers):
+        for options in ({}, {"backward_passes_per_step": 2}) if number == 0 else ({},):
             optimizer = make()
             wrapped = hvd_keras.DistributedOptimizer(optimizer, compression=PowerSGD(rank=2), **options)
             assert isinstance(wrapped, type(optimizer)) and type(wrapped).__name__ == type(optimizer).__name__

@@ -37,6 +37,7 @@ def error_of(outcome):
 # install-horovod
 
 
+@pytest.mark.framework
 def test_a_horovod_that_works_is_left_alone(monkeypatch, capsys):
     def fail(*arguments, **options):
         raise AssertionError("nothing is built or installed")
@@ -57,6 +58,7 @@ def test_a_horovod_for_another_version_is_named_and_replaced(environment):
     assert "C++ compiler" in error_of(outcome)  # it went on to build
 
 
+@pytest.mark.framework
 def test_a_horovod_with_older_patches_is_replaced(monkeypatch, capsys):
     def build(*arguments, **options):
         raise horovod_build.BuildError("it goes on to build")
@@ -70,6 +72,7 @@ def test_a_horovod_with_older_patches_is_replaced(monkeypatch, capsys):
     assert errors == "error: it goes on to build\n"
 
 
+@pytest.mark.framework
 def test_a_horovod_that_somebody_else_built_is_left_alone_with_a_word_on_what_it_lacks(monkeypatch, capsys):
     for module in (horovod_patches, command_line):
         monkeypatch.setattr(module, "horovod_patches", lambda: None)
@@ -103,6 +106,7 @@ def test_a_missing_compiler_make_or_pip_is_named(environment):
     assert "No pip in this environment" in error_of(run(environment, "install-horovod"))
 
 
+@pytest.mark.framework
 def test_without_a_network_it_says_so_and_where_the_log_is(tmp_path):
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     variables |= {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_CONFIG_FILE": os.devnull}
@@ -120,6 +124,7 @@ def test_without_a_network_it_says_so_and_where_the_log_is(tmp_path):
     assert log.is_relative_to(tmp_path) and "setuptools" in log.read_text()
 
 
+@pytest.mark.framework
 def test_an_interrupted_build_leaves_no_wheel_and_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
@@ -186,6 +191,7 @@ def test_doctor_with_a_horovod_that_does_not_load(environment):
     assert "Problem: Horovod's module for PyTorch does not load: " in outcome.stdout
 
 
+@pytest.mark.job
 def test_doctor_with_a_horovod_for_torch_only_and_no_mpi_in_path(environment):
     copy_horovod_for_torch_only(environment)
     link_programs(environment.programs, ["env"])  # which horovodrun starts workers with
@@ -200,6 +206,7 @@ def test_doctor_with_a_horovod_for_torch_only_and_no_mpi_in_path(environment):
     assert any("there is no mpirun" in problem["what"] for problem in report["problems"])
 
 
+@pytest.mark.job
 def test_doctor_finds_that_the_development_environment_works():
     outcome = subprocess.run(
         [sys.executable, "-m", "horovod_powersgd", "doctor", "--json"], capture_output=True, text=True, timeout=600
@@ -213,6 +220,7 @@ def test_doctor_finds_that_the_development_environment_works():
     assert report["problems"] == []
 
 
+@pytest.mark.framework
 def test_doctor_names_a_variable_that_keeps_jobs_from_mpi(monkeypatch):
     monkeypatch.setenv("HOROVOD_CONTROLLER", "gloo")
     report = doctor.find_facts()
@@ -222,6 +230,7 @@ def test_doctor_names_a_variable_that_keeps_jobs_from_mpi(monkeypatch):
     assert problem["command"] == "unset HOROVOD_CONTROLLER"
 
 
+@pytest.mark.framework
 def test_doctor_names_a_horovod_without_the_latest_patches(monkeypatch):
     monkeypatch.setattr(horovod_patches, "horovod_patches", lambda: None)
     report = doctor.find_facts()

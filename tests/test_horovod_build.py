@@ -132,6 +132,7 @@ hvd.allreduce(torch.ones(1), name="lonely")
 """
 
 
+@pytest.mark.job
 def test_a_worker_that_does_not_come_is_told_of_under_gloo_and_ends_the_job():
     command = launch_command("horovodrun --gloo", 2, [sys.executable, "-c", WORKER])
     times = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "3"}
@@ -168,6 +169,7 @@ def test_a_wheel_is_not_used_for_anything_else(change):
     assert dataclasses.replace(BUILD, **change).key != BUILD.key
 
 
+@pytest.mark.framework
 def test_only_variables_that_the_build_reads_ask_for_another_wheel(monkeypatch):
     key = HorovodBuild.for_environment().key
     monkeypatch.setenv("HOROVOD_CYCLE_TIME", "5")
@@ -195,6 +197,7 @@ def test_an_unfinished_build_is_no_wheel(monkeypatch, tmp_path):
     assert BUILD.cached_wheel() == finished
 
 
+@pytest.mark.framework
 def test_frameworks_and_mpi_can_be_left_out(monkeypatch):
     assert HorovodBuild.for_environment(torch_only=True).tensorflow is None
     assert HorovodBuild.for_environment(no_mpi=True).mpi is None

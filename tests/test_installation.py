@@ -144,6 +144,7 @@ def test_looking_at_what_is_installed_imports_no_framework(environment):
     assert environment.run("-c", code).stdout == "[]\n"
 
 
+@pytest.mark.framework
 def test_the_real_horovod_is_found_usable_quickly():
     began = time.monotonic()
     for framework in installation.FRAMEWORKS.values():
@@ -151,10 +152,12 @@ def test_the_real_horovod_is_found_usable_quickly():
     assert time.monotonic() - began < 1
 
 
+@pytest.mark.framework
 def test_the_real_horovod_tells_which_patches_it_has():
     assert installation.horovod_patches() == horovod_build.PATCH_VERSION
 
 
+@pytest.mark.framework
 @pytest.mark.parametrize("framework", installation.FRAMEWORKS.values(), ids=lambda framework: framework.name)
 def test_the_real_horovod_tells_what_it_was_built_with(framework):
     features = installation.horovod_features(framework)

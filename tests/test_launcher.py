@@ -36,6 +36,7 @@ def run_under_mpirun(*arguments, **variables):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.framework
 def test_a_plain_python_script_runs_as_one_worker():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMPI_")}
     command = [sys.executable, "-c", WORKER]
@@ -43,6 +44,7 @@ def test_a_plain_python_script_runs_as_one_worker():
     assert outcome.stdout == "worker 0 of 1\n", outcome.stderr
 
 
+@pytest.mark.framework
 @pytest.mark.parametrize("mpi", ["here", "elsewhere"])
 def test_under_srun_an_mpi_of_this_environment_is_told_what_keeps_it_silent(mpi):
     program = "import os, sys, horovod.torch\nfrom horovod_powersgd.launcher import prepare_worker\n"
@@ -58,11 +60,13 @@ def test_under_srun_an_mpi_of_this_environment_is_told_what_keeps_it_silent(mpi)
     assert outcome.stdout.split() == ([sys.prefix, "native"] if mpi == "here" else ["None", "munge,native"])
 
 
+@pytest.mark.job
 def test_workers_under_mpirun_are_one_job():
     outcome = run_under_mpirun()
     assert sorted(outcome.stdout.splitlines()) == ["worker 0 of 2", "worker 1 of 2"], outcome.stderr
 
 
+@pytest.mark.job
 def test_mpirun_with_horovod_kept_from_mpi_is_refused_before_it_can_crash():
     outcome = run_under_mpirun(HOROVOD_CONTROLLER="gloo")
     assert outcome.returncode != 0
@@ -70,6 +74,7 @@ def test_mpirun_with_horovod_kept_from_mpi_is_refused_before_it_can_crash():
     assert "horovodrun --gloo -np 2" in outcome.stderr
 
 
+@pytest.mark.job
 def test_workers_that_came_up_as_separate_jobs_say_so():
     outcome = run_under_mpirun("unprepared", HOROVOD_CONTROLLER="gloo", HOROVOD_CPU_OPERATIONS="gloo")
     assert outcome.returncode != 0

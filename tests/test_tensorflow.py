@@ -3,42 +3,49 @@
 import inspect
 
 import pytest
-from job import assert_passed, checks_in, launched
+from job import COMPARING, Launch, assert_passed, launched
 
 import horovod_powersgd
 
-LAUNCHES = [(None, 1), ("horovodrun --gloo", 2), ("mpirun", 3), ("horovodrun --gloo", 4)]
-# Launcher, workers, whether Keras is Keras 2. Keras 3's optimizer is among the trainees of tensorflow_checks, too.
-KERAS_LAUNCHES = [
-    ("mpirun", 2, False),
-    ("horovodrun --gloo", 3, False),
-    (None, 1, True),
-    ("mpirun", 3, True),
-    ("horovodrun --gloo", 4, True),
-]
-CALLBACK_LAUNCHES = [("horovodrun --gloo", 2, False), ("mpirun", 2, True)]
-
-
-@pytest.mark.parametrize("launcher, workers, check", launched("tensorflow_checks", LAUNCHES))
-def test_tensorflow(launcher, workers, check):
-    assert_passed("tensorflow_checks", launcher, workers, check)
-
-
-@pytest.mark.parametrize("check", checks_in("tensorflow_feature_checks"))
-def test_tensorflow_features(check):
-    assert_passed("tensorflow_feature_checks", "mpirun", 3, check)
-
-
-@pytest.mark.parametrize("launcher, workers, legacy_keras, check", launched("keras_checks", KERAS_LAUNCHES))
-def test_keras(launcher, workers, legacy_keras, check):
-    assert_passed("keras_checks", launcher, workers, check, legacy_keras)
-
-
-@pytest.mark.parametrize(
-    "launcher, workers, legacy_keras, check", launched("keras_callback_checks", CALLBACK_LAUNCHES)
+CHECKS, FEATURES, KERAS, CALLBACKS = (
+    f"{name}_checks" for name in ("tensorflow", "tensorflow_feature", "keras", "keras_callback")
 )
-def test_keras_callbacks(launcher, workers, legacy_keras, check):
-    assert_passed("keras_callback_checks", launcher, workers, check, legacy_keras)
+KERAS_2, AS_BUILT = ("TF_USE_LEGACY_KERAS", "1"), ("GRAPHS", "as-built")
+# What else the number of workers takes part in. (The checks of join need a worker that has come before another.)
+OF_SEVERAL = COMPARING + "|algorithm_2|mean|sum_is|summed|bytes|predivision|sparse|disagree|any_order|number|local"
+OF_SEVERAL += "|loss_scaling|not_finite|process_set|join"
+# Keras's optimizer is among the trainees of tensorflow_checks, too.
+LAUNCHES = [
+    Launch(None, 1, (CHECKS,)),
+    Launch(None, 1, (KERAS,), variables=(KERAS_2,)),
+    Launch("horovodrun --gloo", 2, (CHECKS, CALLBACKS)),
+    Launch("horovodrun --gloo", 3, partly=(CHECKS, KERAS), variables=(AS_BUILT,)),
+    Launch("horovodrun --gloo", 4, partly=(CHECKS, KERAS), variables=(KERAS_2, AS_BUILT)),
+    Launch("mpirun", 2, (FEATURES, KERAS), partly=(CHECKS,)),
+    Launch("mpirun", 2, (CALLBACKS,), partly=(KERAS,), pattern=OF_SEVERAL + "|resumed", variables=(KERAS_2, AS_BUILT)),
+    Launch("mpirun", 3, partly=(FEATURES, CHECKS, KERAS), pattern=OF_SEVERAL),
+    Launch("mpirun", 4, partly=(CHECKS, KERAS), variables=(AS_BUILT,)),
+]
+
+
+@pytest.mark.parametrize("launch, check", launched(CHECKS, LAUNCHES))
+def test_tensorflow(launch, check):
+    assert_passed(launch, check)
+
+
+@pytest.mark.parametrize("launch, check", launched(FEATURES, LAUNCHES))
+def test_tensorflow_features(launch, check):
+    assert_passed(launch, check)
+
+
+@pytest.mark.parametrize("launch, check", launched(KERAS, LAUNCHES))
+def test_keras(launch, check):
+    assert_passed(launch, check)
+
+
+@pytest.mark.parametrize("launch, check", launched(CALLBACKS, LAUNCHES))
+def test_keras_callbacks(launch, check):
+    assert_passed(launch, check)
 
 
 def arguments(function):

@@ -1,12 +1,33 @@
-"""PyTorch under real Horovod: one worker without a launcher, and 2, 3 and 4 under Gloo and MPI."""
+"""PyTorch under real Horovod: one worker without a launcher, and 2, 3 and 4 under Gloo and MPI; and what users do."""
 
 import pytest
-from job import LAUNCHES, assert_passed, launched
+from job import Launch, assert_passed, launched
+
+CHECKS, FEATURES = "torch_checks", ("torch_feature_checks", "torch_practice_checks")
+LAUNCHES = [
+    Launch(None, 1, (CHECKS,)),
+    Launch("horovodrun --gloo", 2, (CHECKS, *FEATURES)),
+    Launch("horovodrun --gloo", 3, partly=(CHECKS,)),
+    Launch("horovodrun --gloo", 4, partly=(CHECKS,)),
+    Launch("mpirun", 2, (CHECKS,)),
+    Launch("mpirun", 3, (CHECKS, *FEATURES)),
+    Launch("mpirun", 4, partly=(CHECKS,)),
+]
 
 
-@pytest.mark.parametrize("launcher, workers, check", launched("torch_checks", LAUNCHES))
-def test_torch(launcher, workers, check):
-    assert_passed("torch_checks", launcher, workers, check)
+@pytest.mark.parametrize("launch, check", launched("torch_checks", LAUNCHES))
+def test_torch(launch, check):
+    assert_passed(launch, check)
+
+
+@pytest.mark.parametrize("launch, check", launched("torch_feature_checks", LAUNCHES))
+def test_torch_features(launch, check):
+    assert_passed(launch, check)
+
+
+@pytest.mark.parametrize("launch, check", launched("torch_practice_checks", LAUNCHES))
+def test_torch_practice(launch, check):
+    assert_passed(launch, check)
 
 
 def test_everything_that_horovod_exports_is_there():

@@ -1,0 +1,74 @@
+"""Which tier each test belongs to, which checks a launch has to run, and where the time went.
+
+    core        needs only numpy, pytest and hypothesis
+    framework   needs PyTorch or TensorFlow, and what pip or Horovod built; in this process, or in one that it starts
+    job         launches workers
+"""
+
+import hypothesis
+import job
+import pytest
+
+# How long an example takes depends on who else uses the machine.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
+
+# A file's tests; where some need more than the others, a mark at the function says so.
+TIERS = {
+    "core": """
+        accordion agreement clipping command_line compressors factors horovod_build installation launcher memory
+        powersgd reference renewal setup
+    """,
+    "framework": "arrays kernels orthogonalization packaging tensorflow tensorflow_arrays torch torch_device",
+    "job": "examples mpi tensorflow_elastic torch_elastic torch_resume",
+}
+FILES = {f"test_{name}": tier for tier, names in TIERS.items() for name in names.split()}
+
+
+def pytest_ignore_collect(collection_path, config):
+    # What the core tier does not need may be missing where it is run.
+    if config.option.markexpr == "core" and FILES.get(collection_path.stem, "core") != "core":
+        return True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not any(item.get_closest_marker(tier) for tier in TIERS):
+            if item.path.stem not in FILES:
+                raise pytest.UsageError(f"{item.path.name} has no tier: say in {__file__} which it is")
+            item.add_marker("job" if "launch" in item.fixturenames else FILES[item.path.stem])
+
+
+def pytest_collection_finish(session):
+    for item in session.items:
+        if "launch" in item.fixturenames:
+            job.selected.setdefault(item.callspec.params["launch"], set()).add(item.callspec.params["check"])
+    if not session.config.option.collectonly:
+        for launch in job.selected:
+            if launch.workers == 1:  # beside the tests of other files
+                job.begin(launch)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """With --durations, where the launches' time went: by launch, and by check."""
+    count = config.option.durations
+    if count is None:
+        return
+    launches, checks = [], []
+    for launch, outcome in job.finished():
+        done = [(check, reports.values()) for check, reports in outcome.reports.items() if reports]
+        checks += [(*took(reports), f"{launch}  {check}") for check, reports in done]
+        starting = took(outcome.starts)[1]
+        cpu_seconds = starting + sum(took(reports)[1] for _, reports in done)
+        what = f"{launch}  {' '.join(launch.modules + launch.partly)}, {starting:.1f} until Horovod had started"
+        launches.append((outcome.seconds, cpu_seconds, what))
+    for title, lines in (("launches", launches), ("checks", checks)):
+        terminalreporter.section(f"slowest {title}: seconds, CPU seconds of all workers")
+        for seconds, cpu_seconds, what in sorted(lines, reverse=True)[: count or None]:
+            terminalreporter.write_line(f"{seconds:8.1f} {cpu_seconds:8.1f}  {what}")
+
+
+def took(reports):
+    """The seconds that the last worker took, and the CPU seconds of all."""
+    return max((report.seconds for report in reports), default=0), sum(report.cpu_seconds for report in reports)

@@ -28,6 +28,7 @@ from models import TITLES, parameters
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "gpu.json"
 TESTS = HERE.parent / "tests"
+MODULES = "torch_checks", "torch_grouped_checks", "torch_gpu_checks"
 RANKS = 1, 2, 4, 8, 16
 ROUNDS = 30
 WORKING_SET = 2**28  # bytes; larger than a GPU's cache
@@ -44,9 +45,9 @@ def checked(module, workers):
         {check: whether it passed on all workers}, and the output where one did not.
     """
     lines = (TESTS / f"{module}.py").read_text().splitlines()
-    checks = [line[4:].split("(")[0] for line in lines if line.startswith("def check_")]
+    checks = [f"{module}.{line[4:].split('(')[0]}" for line in lines if line.startswith("def check_")]
     with tempfile.TemporaryDirectory() as folder:
-        program = [sys.executable, str(TESTS / "worker.py"), module, folder, "240", *checks]
+        program = [sys.executable, str(TESTS / "worker.py"), folder, "240", *checks]
         job = subprocess.run(
             launch_command("horovodrun --gloo", workers, program),
             env={**launch_environment(), "HOROVOD_POWERSGD_TEST_DEVICE": "cuda", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"},
@@ -55,9 +56,9 @@ def checked(module, workers):
         )
         passed = dict.fromkeys(checks, 0)
         for report in Path(folder).glob("*.jsonl"):
-            for line in report.read_text().splitlines():
-                check, failure = json.loads(line)[:2]
-                passed[check] += failure is None
+            for line in map(json.loads, report.read_text().splitlines()):
+                passed[line["check"]] = passed.get(line["check"], 0) + (line["report"]["failure"] is None)
+    passed.pop(None, None)  # the workers' start
     found = {check: count == workers for check, count in passed.items()}
     return found, "" if all(found.values()) else job.stdout + job.stderr
 
@@ -120,7 +121,7 @@ def table(head, rows):
 def main():
     found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": [], "passes": []}
     print(f"# On a GPU: {found['device']}, PyTorch {torch.__version__}\n\n## Checks\n")
-    for module, workers in itertools.product(("torch_checks", "torch_gpu_checks"), (1, 2)):
+    for module, workers in itertools.product(MODULES, (1, 2)):
         passed, output = checked(module, workers)
         found["checks"].append({"module": module, "workers": workers, **passed})
         of = f"{sum(passed.values())} of {len(passed)}"

@@ -1,5 +1,8 @@
 """PyTorch under real Horovod: one worker without a launcher, and 2, 3 and 4 under Gloo and MPI; and what users do."""
 
+import sys
+from pathlib import Path
+
 import pytest
 from job import Launch, assert_passed, launched
 
@@ -17,6 +20,16 @@ LAUNCHES = [
 
 @pytest.mark.parametrize("launch, check", launched("torch_checks", LAUNCHES))
 def test_torch(launch, check):
+    assert_passed(launch, check)
+
+
+TRITON = Path(sys.prefix) / "triton"
+GROUPED = Launch(None, 1, ("torch_grouped_checks",), variables=(("TRITON_INTERPRET", "1"),))
+
+
+@pytest.mark.skipif(not TRITON.exists(), reason=f"Triton is not in {TRITON}: .ci/setup puts it there")
+@pytest.mark.parametrize("launch, check", launched("torch_grouped_checks", [GROUPED]))
+def test_torch_grouped(launch, check):
     assert_passed(launch, check)
 
 

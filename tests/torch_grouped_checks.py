@@ -1,8 +1,14 @@
 """GPU's kernels, which Triton's interpreter runs on the processor, and what exchanges by them."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import torch
+
+if not torch.cuda.is_available():
+    # Where .ci/setup has put Triton; PyTorch for GPUs has brought its own.
+    sys.path.append(str(Path(sys.prefix) / "triton"))
 
 import cases
 import horovod_powersgd.torch as hvd
@@ -18,12 +24,10 @@ RANKS = 1, 3, 8, 16
 # More than one program's share of rows, and of columns; and what fills no tile.
 SHAPES = (50, 70), (3, 16500), (300, 20), (30, 260)
 CONFIGS = [
-    PowerSGD(rank=3, min_compression_rate=0),
-    PowerSGD(num_iters_per_step=1),
-    PowerSGD(num_iters_per_step=3),
-    PowerSGD(warm_start=False, warmup_steps=2),
-    PowerSGD(wire_dtype="float16"),
-    PowerSGD(error_feedback=False, refresh_every=3),
+    PowerSGD(rank=3, min_compression_rate=0, num_iters_per_step=3),
+    PowerSGD(num_iters_per_step=1, wire_dtype="float16"),
+    PowerSGD(warm_start=False, warmup_steps=1),
+    PowerSGD(error_feedback=False, refresh_every=2),
 ]
 equivalence = Equivalence(hvd, Trainee, leading_rows)
 
@@ -77,7 +81,7 @@ def check_grouped_orthogonalization_makes_bases_of_the_same_spaces():
 
 def check_grouped_exchanges_equal_the_reference():
     # One worker stands for all: what is sent between them is the other buckets', too.
-    equivalence.a_run_of_compressors(list(itertools.product(CONFIGS, ["float32"])), steps=4)
+    equivalence.a_run_of_compressors(list(itertools.product(CONFIGS, ["float32"])), steps=3)
     trainee = Trainee(PowerSGD())
     trainee.exchange(cases.gradients(0, hvd.rank(), "float32"))
     assert any(isinstance(bucket, GroupedBucket) for bucket in trainee.optimizer._engine._buckets)

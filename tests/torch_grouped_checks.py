@@ -4,6 +4,7 @@ import itertools
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -15,6 +16,7 @@ import horovod_powersgd.torch as hvd
 from equivalence import Equivalence
 from horovod_powersgd import PowerSGD
 from horovod_powersgd.layout import leading_rows
+from horovod_powersgd.torch import grouped_kernels
 from horovod_powersgd.torch.grouped_bucket import GroupedBucket
 from horovod_powersgd.torch.grouped_kernels import half_steps, orthogonalize, products
 from horovod_powersgd.torch.kernels import HalfStep, Memory, Product
@@ -85,6 +87,20 @@ def check_grouped_exchanges_equal_the_reference():
     trainee = Trainee(PowerSGD())
     trainee.exchange(cases.gradients(0, hvd.rank(), "float32"))
     assert any(isinstance(bucket, GroupedBucket) for bucket in trainee.optimizer._engine._buckets)
+
+
+def check_without_a_compiler_pytorchs_operations_take_their_place():
+    def fails(*_):
+        raise OSError("Failed to find C compiler")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped_kernels, "products", fails)
+        grouped_kernels._work.cache_clear()
+        trainee = Trainee(PowerSGD(rank=2), shapes={"linear": cases.SHAPES["linear"]})
+        with pytest.warns(UserWarning, match="Failed to find C compiler.*some times longer"):
+            trainee.exchange(cases.gradients(0, hvd.rank(), "float32", {"linear": cases.SHAPES["linear"]}))
+    grouped_kernels._work.cache_clear()
+    assert not any(isinstance(bucket, GroupedBucket) for bucket in trainee.optimizer._engine._buckets)
 
 
 def check_a_step_that_is_not_finite_leaves_the_grouped_memory():

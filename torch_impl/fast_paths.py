@@ -39,12 +39,13 @@ def path_of(config: Compressor) -> Path:
 
 def _is_grouped(bucket: Sequence[PlainGradient]) -> bool:
     """Whether a bucket of PowerSGD's is a GroupedBucket: on a GPU, or where Triton's interpreter stands for one."""
-    if not bucket[0].parameter.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    device = bucket[0].parameter.device
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return False  # and nothing imports Triton
     from horovod_powersgd.torch import grouped_kernels
 
     matrices = [gradient for gradient in bucket if gradient.compressed]
-    return grouped_kernels.serve([g.dtype for g in matrices], [g.layout.amount for g in matrices])
+    return grouped_kernels.serve(device, [g.dtype for g in matrices], [g.layout.amount for g in matrices])
 
 
 def make_buckets(

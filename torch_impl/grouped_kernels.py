@@ -7,6 +7,7 @@ GPUs. As there, factors are kept transposed.
 """
 
 import functools
+import warnings
 from dataclasses import dataclass
 from typing import List, Optional, Sequence, Tuple
 
@@ -33,9 +34,27 @@ SUMS = 1024
 TINY = 1e-100
 
 
-def serve(dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> bool:
+def serve(device: torch.device, dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> bool:
     """Whether these kernels can be had, for matrices of these dtypes and ranks."""
-    return triton is not None and set(dtypes) == {torch.float32} and max(ranks) <= LARGEST_RANK
+    return set(dtypes) == {torch.float32} and max(ranks) <= LARGEST_RANK and _work(device)
+
+
+@functools.lru_cache(maxsize=None)
+def _work(device: torch.device) -> bool:
+    if triton is None:
+        return False
+    one = torch.ones(1, 1, device=device)
+    try:
+        products([Product(one, one, torch.empty_like(one))])
+    except Exception as error:  # of a C compiler, as likely as of Triton
+        warnings.warn(
+            f"PowerSGD's kernels for GPUs cannot be compiled here ({type(error).__name__}: {error}): PyTorch's own "
+            "operations take their place, and a step takes some times longer. Triton needs a C compiler, and Python's "
+            "headers",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def half_steps(tasks: Sequence[HalfStep], dtype: torch.dtype) -> torch.Tensor:

@@ -16,10 +16,12 @@ hypothesis.settings.load_profile("suite")
 # A file's tests; where some need more than the others, a mark at the function says so.
 TIERS = {
     "core": """
-        accordion agreement clipping command_line compressors cuda_toolkit factors horovod_build installation launcher memory
-        powersgd powersgd_exchange reference renewal setup
+        accordion agreement clipping command_line compressors cuda_toolkit factors horovod_build installation launcher
+        memory powersgd powersgd_exchange reference renewal setup
     """,
-    "framework": "arrays kernels orthogonalization packaging tensorflow tensorflow_arrays torch torch_device",
+    "framework": """
+        arrays kernels orthogonalization packaging tensorflow tensorflow_arrays torch torch_device torch_streams
+    """,
     "job": "examples mpi tensorflow_elastic torch_elastic torch_resume",
 }
 FILES = {f"test_{name}": tier for tier, names in TIERS.items() for name in names.split()}

@@ -1,31 +1,49 @@
 """What a step does on a GPU, as far as can be seen without one: PyTorch's fake tensors raise where the host would wait
 for the device, and where devices are mixed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from horovod_powersgd import PowerSGD
-from horovod_powersgd.layout import layout_of
-from horovod_powersgd.torch.powersgd_gradient import PowerSGDGradient
-from horovod_powersgd.torch.orthogonalization import orthogonalize
+from horovod_powersgd.torch.engine import Engine
+from horovod_powersgd.torch.step import Verdict
+from horovod_powersgd.torch.streams import Streams
+from horovod_powersgd.torch.workers import Workers
+
+CONFIGS = [
+    PowerSGD(rank=4),
+    PowerSGD(rank=4, num_iters_per_step=1),
+    PowerSGD(rank=4, wire_dtype="float16", warmup_steps=1),
+    PowerSGD(rank=4, error_feedback=False, refresh_every=2),
+]
 
 
+# A job of one, without Horovod.
+ALONE = SimpleNamespace(process_set_id=0, size=lambda: 1, rank=lambda: 0)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("undoable", [False, True])
-def test_a_step_on_a_device_does_not_make_the_host_wait(undoable):
-    config = PowerSGD(rank=4)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_step_on_a_device_makes_the_host_wait_for_the_verdict_only(config, undoable, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Verdict, "result", lambda self: asked.append(self) or True)
+    monkeypatch.setattr(Streams, "wait_for_current", lambda self, device: None)  # there are none
     with FakeTensorMode(allow_non_fake_inputs=True):
-        parameter = torch.nn.Parameter(torch.zeros(64, 48, device="cuda"))
-        gradient = PowerSGDGradient("weight", parameter, layout_of(parameter.shape, config), config)
-        for _ in range(3):
-            parameter.grad = torch.randn(64, 48, device="cuda")
-            gradient.start(0, False, None)
-            gradient.begin(1.0)
-            for _ in range(2):
-                gradient.receive(gradient.multiply(orthogonalize([gradient.mean], [gradient.spare])[0]))
-            gradient.end(True, 1, undoable, [])
-            if undoable:
-                sample, update = gradient.sample()
-                assert sample.factor(update).device.type == "cuda"
-            gradient.commit(1.0 if undoable else None)
-            assert parameter.grad.device.type == gradient.memory.device.type == "cuda"
+        engine = Engine(config, Workers(ALONE))
+        shapes = {"matrix": (64, 48), "convolution": (16, 8, 3, 3), "vector": (37,)}
+        parameters = {name: torch.nn.Parameter(torch.zeros(shape, device="cuda")) for name, shape in shapes.items()}
+        for name, parameter in parameters.items():
+            engine.add(name, parameter)
+        for _ in range(4):
+            for parameter in parameters.values():
+                parameter.grad = torch.randn(parameter.shape, device="cuda")
+            engine.finish(undoable)
+            engine.commit()
+        assert engine.steps == 4 and len(set(asked)) == 4
+        memories = [gradient.memory for gradient in engine._gradients if gradient.compressed and config.error_feedback]
+        for tensor in (*memories, *(parameter.grad for parameter in parameters.values())):
+            assert tensor.device.type == "cuda"

@@ -18,6 +18,7 @@ case "$*" in
         mkdir -p "${@: -1}/bin"
         cat "$0" >"${@: -1}/bin/python"
         chmod +x "${@: -1}/bin/python" ;;
+    *" --target "*) mkdir -p .venv/triton ;;
     -m*) ;;
     *) exec REAL "$@" ;;
 esac
@@ -64,13 +65,14 @@ def error_of(outcome):
 def test_everything_is_installed_once(checkout):
     first = set_up(checkout)
     assert first.returncode == 0, first.stderr
-    venv, install, horovod = calls(checkout)
+    venv, install, triton, horovod = calls(checkout)
     assert venv == "-m venv --clear .venv"
     assert install.startswith("-m pip install") and install.endswith("--editable .[dev]")
+    assert triton.startswith("-m pip install") and " --target .venv/triton triton==" in triton
     assert horovod == "-m horovod_powersgd install-horovod"
     second = set_up(checkout)
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
-    assert len(calls(checkout)) == 3
+    assert len(calls(checkout)) == 4
 
 
 @pytest.mark.parametrize(
@@ -82,14 +84,14 @@ def test_what_changed_is_installed_into_the_same_environment(checkout, name):
     with open(checkout / name, "a") as file:
         file.write("# changed\n")
     assert set_up(checkout).returncode == 0
-    assert [call.split()[1] for call in calls(checkout)[3:]] == ["pip", "horovod_powersgd"]
+    assert [call.split()[1] for call in calls(checkout)[4:]] == ["pip", "horovod_powersgd"]
 
 
 def test_an_environment_made_by_hand_is_brought_up_to_date(checkout):
     (checkout / ".venv/bin").mkdir(parents=True)
     make_interpreter(checkout / ".venv/bin/python", INTERPRETER.replace("CALLS", str(checkout.parent / "calls")))
     assert set_up(checkout).returncode == 0
-    assert [call.split()[1] for call in calls(checkout)] == ["pip", "horovod_powersgd"]
+    assert [call.split()[1] for call in calls(checkout)] == ["pip", "pip", "horovod_powersgd"]
 
 
 def test_a_run_that_failed_is_not_taken_for_done(checkout):
@@ -129,7 +131,7 @@ def test_another_python_does_not_replace_an_environment(checkout):
     other = INTERPRETER.replace("    -m*) ;;", '    --version) echo Python 3.12.9; exit ;;\n    -m*) ;;')
     make_interpreter(checkout.parent / "programs/python3.12", other)
     assert "remove it first with make clean" in error_of(set_up(checkout, PYTHON="python3.12"))
-    assert len(calls(checkout)) == 3
+    assert len(calls(checkout)) == 4
 
 
 def test_make_chooses_the_interpreter(checkout):
@@ -140,5 +142,5 @@ def test_make_chooses_the_interpreter(checkout):
     command = ["make", "PYTHON=chosen", "setup"]
     outcome = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=60)
     assert outcome.returncode == 0, outcome.stderr
-    assert len(calls(checkout)) == 3
+    assert len(calls(checkout)) == 4
     assert os.access(checkout / ".venv/bin/python", os.X_OK)

@@ -74,9 +74,8 @@ def check_gradients_of_several_streams_are_waited_for():
 def check_mixed_precision_trains_and_skips_what_overflows():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 8)).cuda()
-    optimizer = hvd.DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model.named_parameters(), compression=PowerSGD(rank=2)
-    )
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = hvd.DistributedOptimizer(sgd, model.named_parameters(), compression=PowerSGD(rank=2))
     scaler, losses = torch.amp.GradScaler("cuda", init_scale=2.0**10), []
     rng = np.random.default_rng(hvd.rank())
     classes = np.random.default_rng(7).standard_normal((64, 8))

@@ -104,5 +104,5 @@ def groups_of(num_groups: int, groups):
     """The groups that are meant by num_groups, which warns of its age, and by groups, which goes before it."""
     if num_groups == 0:
         return groups
-    warnings.warn("Parameter `num_groups` has been replaced by `groups`.", DeprecationWarning)
+    warnings.warn("Parameter `num_groups` has been replaced by `groups`.", DeprecationWarning, stacklevel=3)
     return num_groups if groups is None else groups

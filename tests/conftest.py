@@ -6,8 +6,9 @@
 """
 
 import hypothesis
-import job
 import pytest
+
+import job
 
 # How long an example takes depends on who else uses the machine.
 hypothesis.settings.register_profile("suite", deadline=None)
@@ -16,8 +17,8 @@ hypothesis.settings.load_profile("suite")
 # A file's tests; where some need more than the others, a mark at the function says so.
 TIERS = {
     "core": """
-        accordion agreement clipping command_line compressors cuda_toolkit factors horovod_build installation launcher memory
-        powersgd powersgd_exchange reference renewal setup
+        accordion agreement clipping command_line compressors cuda_toolkit factors horovod_build installation launcher
+        memory powersgd powersgd_exchange reference renewal setup
     """,
     "framework": "arrays kernels orthogonalization packaging tensorflow tensorflow_arrays torch torch_device",
     "job": "examples mpi tensorflow_elastic torch_elastic torch_resume",

@@ -7,8 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from horovod_powersgd import PowerSGD
 from horovod_powersgd.layout import layout_of
-from horovod_powersgd.torch.powersgd_gradient import PowerSGDGradient
 from horovod_powersgd.torch.orthogonalization import orthogonalize
+from horovod_powersgd.torch.powersgd_gradient import PowerSGDGradient
 
 
 @pytest.mark.parametrize("undoable", [False, True])

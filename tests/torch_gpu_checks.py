@@ -8,6 +8,7 @@ import horovod_powersgd.torch as hvd
 from horovod_powersgd import Float16, PowerSGD, SignNorm, TopK
 from trainee import Trainee
 
+
 def random(*shape, **options):
     return torch.randn(*shape, device="cuda", **options)
 
@@ -75,7 +76,9 @@ def check_mixed_precision_trains_and_skips_what_overflows():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 8)).cuda()
     optimizer = hvd.DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model.named_parameters(), compression=PowerSGD(rank=2)
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        model.named_parameters(),
+        compression=PowerSGD(rank=2),
     )
     scaler, losses = torch.amp.GradScaler("cuda", init_scale=2.0**10), []
     rng = np.random.default_rng(hvd.rank())

@@ -18,6 +18,7 @@ import horovod_powersgd.tensorflow.elastic  # noqa: E402, F401
 from horovod_powersgd import *  # noqa: E402, F401, F403
 from horovod_powersgd import launcher  # noqa: E402
 from horovod_powersgd.arguments import without_compressors  # noqa: E402
+from horovod_powersgd.tensorflow.agreement import new_generation  # noqa: E402
 from horovod_powersgd.tensorflow.compression_state import (  # noqa: E402, F401
     CompressionState,
     compression_state_dict,
@@ -25,7 +26,6 @@ from horovod_powersgd.tensorflow.compression_state import (  # noqa: E402, F401
     forget_compression,
     load_compression_state_dict,
 )
-from horovod_powersgd.tensorflow.agreement import new_generation  # noqa: E402
 from horovod_powersgd.tensorflow.normalization import SyncBatchNormalization  # noqa: E402, F401
 from horovod_powersgd.tensorflow.optimizer import DistributedOptimizer  # noqa: E402, F401
 from horovod_powersgd.tensorflow.replicas import assert_replicas_equal, broadcast_variables  # noqa: E402, F401

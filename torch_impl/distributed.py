@@ -149,7 +149,8 @@ class DistributedMethods(Horovods):
             if self._synchronized:
                 warnings.warn(
                     "optimizer.step() after optimizer.synchronize() averages the gradients a second time: put "
-                    "optimizer.skip_synchronize() around it"
+                    "optimizer.skip_synchronize() around it",
+                    stacklevel=3,
                 )
             self.synchronize()
 

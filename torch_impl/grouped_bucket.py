@@ -15,8 +15,8 @@ from horovod_powersgd.torch.workers import Workers
 
 
 class GroupedBucket(PowerSGDBucket):
-    """A PowerSGDBucket that asks the device once for what it does to all its gradients, when they are there: asking takes
-    longer than doing. The messages are the same."""
+    """A PowerSGDBucket that asks the device once for what it does to all its gradients, when they are there: asking
+    takes longer than doing. The messages are the same."""
 
     def __init__(self, name: str, gradients: Sequence[PlainGradient], workers: Workers, config: Compressor):
         super().__init__(name, gradients, workers, config)

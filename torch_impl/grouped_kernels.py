@@ -100,8 +100,8 @@ class _Plan:
 
     Attributes:
         rank: of the largest, as the kernels see it.
-        tiles: for those that make P, and for those that make Q: (whether it is Q, a table of what the programs take, how
-            many they are).
+        tiles: for those that make P, and for those that make Q: (whether it is Q, a table of what the programs take,
+            how many they are).
         found: how many numbers the programs write.
         sums, sums_count: a table of what the programs of the adding kernel take, and how many they are.
         numbers: that the factors have.

@@ -7,8 +7,8 @@ import torch
 
 
 class Streams:
-    """Keeps a step's exchange in one stream of each device, whichever streams its gradients are computed in: hooks run in
-    the streams of the forward pass, and step() in the caller's."""
+    """Keeps a step's exchange in one stream of each device, whichever streams its gradients are computed in: hooks run
+    in the streams of the forward pass, and step() in the caller's."""
 
     def __init__(self):
         self._streams: Dict[torch.device, torch.cuda.Stream] = {}

@@ -3,13 +3,14 @@
 import functools
 import inspect
 import warnings
-from typing import Any, Callable, Mapping, Optional
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from horovod_powersgd.compressors.compressor import Compressor, misplaced
 from horovod_powersgd.compressors.custom import Custom
 
 
-def compressor_of(compression) -> Optional[Compressor]:
+def compressor_of(compression) -> Compressor | None:
     """The compressor that a user's `compression` means; None where it is one of Horovod's.
 
     Raises:
@@ -58,7 +59,7 @@ def without_compressors(function: Callable) -> Callable:
     return checked
 
 
-def check_op(compressor: Optional[Compressor], averages_or_sums: bool) -> None:
+def check_op(compressor: Compressor | None, averages_or_sums: bool) -> None:
     """Checks that a compressor has an op that it can serve.
 
     Args:

@@ -8,8 +8,9 @@ generator (horovod_powersgd.compressors), of PowerSGD as of the others.
 Words: an n x m matrix has the factors P (n x r) and Q (m x r); `delta` is gradient plus memory.
 """
 
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Dict, Generator, List, Mapping, Optional, Sequence, Union
+from typing import Any
 
 import numpy as np
 
@@ -47,10 +48,10 @@ class State:
     """
 
     steps: int = 0
-    memory: Dict[str, np.ndarray] = field(default_factory=dict)
-    factors: Dict[str, Factor] = field(default_factory=dict)
-    kept: Dict[str, Dict[str, np.ndarray]] = field(default_factory=dict)
-    regimes: Dict[str, Regime] = field(default_factory=dict)
+    memory: dict[str, np.ndarray] = field(default_factory=dict)
+    factors: dict[str, Factor] = field(default_factory=dict)
+    kept: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    regimes: dict[str, Regime] = field(default_factory=dict)
 
 
 def exchange(
@@ -60,8 +61,8 @@ def exchange(
     matrix_shape=leading_rows,
     worker: int = 0,
     workers: int = 1,
-    learning_rate: Optional[float] = None,
-) -> Generator[Union[AllreduceMean, Allgather], Mapping, Dict[str, np.ndarray]]:
+    learning_rate: float | None = None,
+) -> Generator[AllreduceMean | Allgather, Mapping, dict[str, np.ndarray]]:
     """One worker's side of one step.
 
     Args:
@@ -136,7 +137,7 @@ class _Matrix:
         self._generator = config.family.exchange(self._delta, self._state)
         self._resume(None)
 
-    def parts(self) -> List[np.ndarray]:
+    def parts(self) -> list[np.ndarray]:
         """What it asks for, to be sent: floats become NaN where this worker's delta was not finite."""
         request = self.request
         tensors = [request.tensors] if isinstance(request, AllreduceMean) else list(request.tensors)
@@ -187,8 +188,8 @@ def simulate(
     states: Sequence[State],
     config: Compressor,
     matrix_shape=leading_rows,
-    learning_rate: Optional[float] = None,
-) -> List[Dict[str, np.ndarray]]:
+    learning_rate: float | None = None,
+) -> list[dict[str, np.ndarray]]:
     """One step of W workers in this process, in lockstep.
 
     Args:
@@ -243,7 +244,7 @@ def over(comm, worker: Generator):
             return finished.value
 
 
-def _answer(requests: Sequence[Union[AllreduceMean, Allgather]]) -> Dict[str, Any]:
+def _answer(requests: Sequence[AllreduceMean | Allgather]) -> dict[str, Any]:
     """What each of the workers gets that ask for this."""
     everyone = [request.tensors for request in requests]
     if isinstance(requests[0], Allgather):
@@ -261,17 +262,17 @@ class OptimizerState:
     """Algorithm 2's state of one worker: what the exchange keeps, and the momentum by tensor name."""
 
     exchange: State = field(default_factory=State)
-    momentum: Dict[str, np.ndarray] = field(default_factory=dict)
+    momentum: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def algorithm_2(
-    parameters: Dict[str, np.ndarray],
+    parameters: dict[str, np.ndarray],
     gradients: Tensors,
     state: OptimizerState,
     config: Compressor,
     learning_rate: float,
     momentum: float,
-) -> Generator[Union[AllreduceMean, Allgather], Mapping, None]:
+) -> Generator[AllreduceMean | Allgather, Mapping, None]:
     """One worker's whole step of the paper's Algorithm 2, to be run by `lockstep` or `over`.
 
     Error feedback comes before the exchange, momentum after it. The parameters and the state are changed, unless

@@ -1,8 +1,8 @@
 """What compression did in the last step and so far."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable, Optional, Tuple
 
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.layout import Layout
@@ -26,13 +26,13 @@ class TensorStats:
     """
 
     name: str
-    shape: Tuple[int, ...]
-    matrix_shape: Optional[Tuple[int, int]]
+    shape: tuple[int, ...]
+    matrix_shape: tuple[int, int] | None
     rank: int
     compressed: bool
-    reason: Optional[str]
-    residual: Optional[float]
-    decisions: Tuple[Tuple[int, str], ...] = ()
+    reason: str | None
+    residual: float | None
+    decisions: tuple[tuple[int, str], ...] = ()
 
     @classmethod
     def of(
@@ -42,8 +42,8 @@ class TensorStats:
         compressor: Compressor,
         is_sparse: bool,
         warming_up: bool,
-        residual: Callable[[], Optional[float]],
-        decisions: Tuple[Tuple[int, str], ...] = (),
+        residual: Callable[[], float | None],
+        decisions: tuple[tuple[int, str], ...] = (),
     ) -> "TensorStats":
         """A tensor whose gradient was sparse or not, in warm-up or not; the residual is asked for where it counts."""
         reason = layout.reason
@@ -99,7 +99,7 @@ class CompressionStats:
     total_bytes_received: int
     total_bytes_uncompressed: int
     total_ratio: float = field(init=False)
-    tensors: Tuple[TensorStats, ...]
+    tensors: tuple[TensorStats, ...]
 
     def __post_init__(self):
         object.__setattr__(self, "ratio", _ratio(self.bytes_uncompressed, self.bytes_sent))

@@ -1,7 +1,7 @@
 """What resuming needs beside model and optimizer: what compressors keep, and the memories."""
 
 import itertools
-from typing import Callable, Dict, Iterable, List, Mapping, Sequence, Union
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
@@ -46,7 +46,7 @@ def forget_compression(variables: Sequence) -> None:
         holder.begin_again()
 
 
-def compression_state_dict(variables: Sequence) -> Dict[str, object]:
+def compression_state_dict(variables: Sequence) -> dict[str, object]:
     """What the compressor keeps, and this worker's memory: what a resumed run needs beside model and optimizer.
 
     Args:
@@ -65,7 +65,7 @@ def compression_state_dict(variables: Sequence) -> Dict[str, object]:
     return saved(states_of(variables, state.config, state.process_set, training))
 
 
-def saved(states: Sequence[VariableState]) -> Dict[str, object]:
+def saved(states: Sequence[VariableState]) -> dict[str, object]:
     """compression_state_dict of these states."""
     config, process_set = states[0].config, states[0].process_set
     tensors = {state.name: state.state_dict() for state in states}
@@ -75,7 +75,7 @@ def saved(states: Sequence[VariableState]) -> Dict[str, object]:
 
 
 def load_compression_state_dict(
-    states: Union[Mapping, Iterable[Mapping]],
+    states: Mapping | Iterable[Mapping],
     variables: Sequence,
     process_set: ProcessSet = global_process_set,
     compression=None,
@@ -95,7 +95,7 @@ def load_compression_state_dict(
         ValueError: another model or compressor, or states are missing. It names what differs.
     """
 
-    def mine(first: Mapping) -> List[VariableState]:
+    def mine(first: Mapping) -> list[VariableState]:
         config = _known(first["config"], variables) if compression is None else compressor_of(compression)
         return _begun_or_loaded(variables, config, process_set)
 
@@ -103,7 +103,7 @@ def load_compression_state_dict(
 
 
 def load(
-    states: Union[Mapping, Iterable[Mapping]], mine_of: Callable[[Mapping], Sequence[VariableState]]
+    states: Mapping | Iterable[Mapping], mine_of: Callable[[Mapping], Sequence[VariableState]]
 ) -> None:
     """load_compression_state_dict into the states that `mine_of` finds for the first of what was saved."""
     alone = isinstance(states, Mapping)
@@ -137,7 +137,7 @@ def load(
         state.load_state_dict(share.tensors[state.name], share.memories.get(state.name, ()), share.weight)
 
 
-def _begun_or_loaded(variables: Sequence, config: Compressor, process_set: ProcessSet) -> List[VariableState]:
+def _begun_or_loaded(variables: Sequence, config: Compressor, process_set: ProcessSet) -> list[VariableState]:
     """The states of the training that began last; where none has begun, of the one that will."""
     training, _ = last_training(variables, config, process_set) or (LOADED, None)
     return states_of(variables, config, process_set, training)
@@ -172,7 +172,7 @@ class CompressionState(tf.Module):
     def __init__(
         self,
         variables: Sequence,
-        compression: Union[Compressor, Callable],
+        compression: Compressor | Callable,
         process_set: ProcessSet = global_process_set,
     ):
         super().__init__()

@@ -1,6 +1,6 @@
 """A gradient that travels as its compressor's generator says."""
 
-from typing import Generator, List, Union
+from collections.abc import Generator
 
 import tensorflow as tf
 
@@ -23,7 +23,7 @@ class GeneratorGradient(CompressedGradient):
         initial = initial_values(family, state.name, layout.matrix_shape, layout.amount, state.dtype)
         state.kept = {key: make_variable(value) for key, value in initial.items()}
 
-    def _exchange(self, step: Step, amount: Union[int, tf.Tensor]) -> Generator:
+    def _exchange(self, step: Step, amount: int | tf.Tensor) -> Generator:
         state = self.state
         finite = self._sends_numbers = all_finite([self._delta])
         self._delta = tf.ensure_shape(zeros_unless(finite, self._delta), state.layout.matrix_shape)
@@ -39,7 +39,7 @@ class GeneratorGradient(CompressedGradient):
     def _marked_part(self, part: tf.Tensor) -> tf.Tensor:
         return marked(part, self._sends_numbers) if part.dtype.is_floating else part
 
-    def _keep(self) -> List[tf.Operation]:
+    def _keep(self) -> list[tf.Operation]:
         state = self.state
         ops = [state.kept[key].assign(value, read_value=False) for key, value in self._kept.kept.items()]
         if state.norm is not None:

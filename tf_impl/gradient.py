@@ -1,6 +1,7 @@
 """What one variable's gradient goes through in a step, as ops in a graph: one that is averaged as it is."""
 
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -24,7 +25,7 @@ class Step(NamedTuple):
     number: tf.Tensor
     worker: tf.Tensor
     workers: tf.Tensor
-    learning_rate: Optional[tf.Tensor]
+    learning_rate: tf.Tensor | None
     renews: bool
 
 
@@ -63,7 +64,7 @@ class PlainGradient:
         return self._tensor.shape.num_elements() * self._tensor.dtype.size
 
     @property
-    def kind(self) -> Tuple[tf.DType, str]:
+    def kind(self) -> tuple[tf.DType, str]:
         """What the gradients of a bucket have in common."""
         return self.sent_dtype, self._tensor.device
 
@@ -77,7 +78,7 @@ class PlainGradient:
         self.mean = tf.reshape(answers[0], self.state.layout.shape)
         self.finite = all_finite([self.mean])
 
-    def commit(self) -> List[tf.Operation]:
+    def commit(self) -> list[tf.Operation]:
         """The ops that keep what the next step needs, where this one is finite."""
         return []
 

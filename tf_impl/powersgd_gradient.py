@@ -1,7 +1,7 @@
 """A gradient that travels as PowerSGD's factors: the fast twin of PowerSGD.exchange."""
 
 import functools
-from typing import Callable, Generator, List, Union
+from collections.abc import Callable, Generator
 
 import numpy as np
 import tensorflow as tf
@@ -18,7 +18,7 @@ from horovod_powersgd.tensorflow.variable import make_variable
 from horovod_powersgd.tensorflow.variable_state import VariableState
 
 # Whether a factor is Q; not known before the graph runs where P and Q alternate.
-Flag = Union[bool, tf.Tensor]
+Flag = bool | tf.Tensor
 
 
 class PowerSGDGradient(CompressedGradient):
@@ -37,7 +37,7 @@ class PowerSGDGradient(CompressedGradient):
     def sent_dtype(self) -> tf.DType:
         return tf.float16 if self.state.config.family.wire_dtype == "float16" else self.state.dtype
 
-    def _exchange(self, step: Step, amount: Union[int, tf.Tensor]) -> Generator:
+    def _exchange(self, step: Step, amount: int | tf.Tensor) -> Generator:
         state, config, key = self.state, self.state.config.family, tf.convert_to_tensor(self.state.key)
         # delta is finite where the small factor is that comes of it.
         factor, is_q = tf.convert_to_tensor(state.factor), state.factor_is_q
@@ -71,7 +71,7 @@ class PowerSGDGradient(CompressedGradient):
     def _marked_part(self, part: tf.Tensor) -> tf.Tensor:
         return part  # a factor is not finite where delta is not
 
-    def _keep(self) -> List[tf.Operation]:
+    def _keep(self) -> list[tf.Operation]:
         state = self.state
         ops = [state.factor.assign(self._factor, read_value=False)]
         if isinstance(state.factor_is_q, tf.Variable):

@@ -1,6 +1,6 @@
 """Gradients in, averages out: what a tape and an optimizer do with all the workers' gradients."""
 
-from typing import Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Union
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import horovod.tensorflow as horovod
 import tensorflow as tf
@@ -50,14 +50,14 @@ class Reduction:
         gradient_predivide_factor: float,
         groups,
         process_set: ProcessSet,
-        training: Optional[Training] = None,
+        training: Training | None = None,
     ):
         self.compressor = compressor_of(compression)
         self.training = training or Training()
         self.discardable = False
-        self._snapshots: List[Snapshot] = []
-        self.exchange: Optional[Exchange] = None
-        self._settings: Optional[Settings] = None
+        self._snapshots: list[Snapshot] = []
+        self.exchange: Exchange | None = None
+        self._settings: Settings | None = None
         self._process_set, self._sparse_as_dense = process_set, sparse_as_dense
         groups = native_groups(groups)
         check_op(self.compressor, op in (Average, Sum))
@@ -90,7 +90,7 @@ class Reduction:
 
     def __call__(
         self, gradients: Sequence, variables: Sequence, use_generic_names: bool = False, learning_rate=None
-    ) -> List:
+    ) -> list:
         """The averages, in the same order; None where there is no gradient.
 
         Args:
@@ -114,11 +114,11 @@ class Reduction:
         self,
         gradients: Sequence,
         variables: Sequence,
-        local: Set,
+        local: set,
         scale_local: bool,
         use_generic_names: bool = False,
         learning_rate=None,
-    ) -> List:
+    ) -> list:
         """The averages for the variables that the workers share; a worker's own keep their gradients.
 
         Args:
@@ -162,7 +162,7 @@ class Reduction:
                 before = state.snapshot.copy_of(state.memory) if kept else None
                 clip_memory(state, tf.cast(factor, tf.float64), before)
 
-    def state_dict(self, variables: Sequence) -> Dict[str, object]:
+    def state_dict(self, variables: Sequence) -> dict[str, object]:
         """hvd.compression_state_dict, of this training.
 
         Raises:
@@ -172,11 +172,11 @@ class Reduction:
             raise RuntimeError("nothing has been compressed yet")
         return saved(self._states(variables))
 
-    def load_state_dict(self, states: Union[Mapping, Iterable[Mapping]], variables: Sequence) -> None:
+    def load_state_dict(self, states: Mapping | Iterable[Mapping], variables: Sequence) -> None:
         """hvd.load_compression_state_dict, into this training."""
         load(states, lambda first: self._states(variables))
 
-    def _states(self, variables: Sequence) -> List[VariableState]:
+    def _states(self, variables: Sequence) -> list[VariableState]:
         return states_of(variables, self.compressor, self._process_set, self.training)
 
     def _compressed(self, gradients: Sequence, variables: Sequence, learning_rate) -> Sequence:
@@ -205,19 +205,19 @@ class Reduction:
         return [_cast(mean, dtype) for mean, dtype in zip(means, dtypes)]
 
 
-def scaled(gradients: Sequence, scale) -> List:
+def scaled(gradients: Sequence, scale) -> list:
     """The gradients times `scale`, a number or a variable; None: as they are."""
     if scale is None:
         return list(gradients)
     return [_map(lambda values: values * tf.cast(scale, values.dtype), gradient) for gradient in gradients]
 
 
-def unscaled(gradients: Sequence, scale) -> List:
+def unscaled(gradients: Sequence, scale) -> list:
     """The gradients divided by `scale`, a number or a variable; None: as they are."""
     return scaled(gradients, None if scale is None else 1 / tf.cast(scale, tf.float64))
 
 
-def _at(places: Iterable[int], *lists: Sequence) -> List[List]:
+def _at(places: Iterable[int], *lists: Sequence) -> list[list]:
     """What the lists hold at these places."""
     places = list(places)
     return [[items[i] for i in places] for items in lists]

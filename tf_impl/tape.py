@@ -1,6 +1,6 @@
 """hvd.DistributedGradientTape that takes a compressor."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import horovod.tensorflow as horovod
 import tensorflow as tf

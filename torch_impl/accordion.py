@@ -1,6 +1,5 @@
 """What Accordion decides for one gradient, from step to step."""
 
-from typing import Dict, Optional, Tuple
 
 import torch
 
@@ -22,11 +21,11 @@ class AccordionState:
         self.regime = self._next = Regime()
 
     @property
-    def decisions(self) -> Tuple[Tuple[int, str], ...]:
+    def decisions(self) -> tuple[tuple[int, str], ...]:
         """TensorStats.decisions."""
         return self.regime.decisions
 
-    def amount(self, step: int, rate: Optional[float]) -> int:
+    def amount(self, step: int, rate: float | None) -> int:
         """Compressor.amount, in the step that comes after so many steps and has this learning rate."""
         if not self._adapts:
             return self._layout.amount
@@ -44,11 +43,11 @@ class AccordionState:
         """Keeps what `end` was told: the step is taken."""
         self.regime = self._next
 
-    def state_dict(self) -> Dict[str, object]:
+    def state_dict(self) -> dict[str, object]:
         """What is kept, on the CPU; the same on every worker."""
         return {"regime": self.regime.state_dict(lambda total: total.cpu().clone())} if self._adapts else {}
 
-    def load_state_dict(self, state: Dict[str, object], like: torch.Tensor) -> None:
+    def load_state_dict(self, state: dict[str, object], like: torch.Tensor) -> None:
         """Takes what another one kept; its tensors get the dtype and the device of `like`."""
         if self._adapts:
             self.regime = Regime.from_state_dict(state["regime"], lambda total: total.to(like, copy=True))

@@ -1,6 +1,6 @@
 """Gradients that are exchanged together: those that are averaged as they are."""
 
-from typing import Dict, Generator, Sequence, Union
+from collections.abc import Generator, Sequence
 
 import torch
 
@@ -18,9 +18,9 @@ class Bucket:
         self.gradients = list(gradients)
         self._name, self._workers, self._config = name, workers, config
 
-    def exchange(self, step: Step) -> Generator[Union[PlainGradient, Future, Verdict], object, None]:
+    def exchange(self, step: Step) -> Generator[PlainGradient | Future | Verdict, object, None]:
         """reference.exchange of these gradients. Yields what it waits for."""
-        sparse: Dict[PlainGradient, SparseMean] = {}
+        sparse: dict[PlainGradient, SparseMean] = {}
         finite = yield from self._rounds(step, sparse)
         for gradient, gathered in sparse.items():
             average = yield gathered
@@ -41,7 +41,7 @@ class Bucket:
         for gradient in self.gradients:
             gradient.end(finite, step.factor, step.undoable, copies)
 
-    def _begin(self, gradient: PlainGradient, step: Step, sparse: Dict[PlainGradient, SparseMean]):
+    def _begin(self, gradient: PlainGradient, step: Step, sparse: dict[PlainGradient, SparseMean]):
         """Waits for a gradient; starts averaging it where it is sparse, and notes that."""
         yield gradient
         gradient.begin(step.scale)
@@ -49,7 +49,7 @@ class Bucket:
             sparse[gradient], nbytes = gradient.send_sparse(self._workers, step.parity)
             step.count(nbytes, 0)
 
-    def _rounds(self, step: Step, sparse: Dict[PlainGradient, SparseMean]):
+    def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
         """Averages all gradients but the sparse ones; returns whether the averages are finite, on the device."""
         senders, sent = [], []
         for gradient in self.gradients:

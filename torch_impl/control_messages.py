@@ -1,7 +1,6 @@
 """What workers tell each other beside gradients, and wait for: to agree, and to take over another one's state."""
 
 import pickle
-from typing import List
 
 import numpy as np
 import torch
@@ -11,13 +10,13 @@ from horovod.torch.mpi_ops import Max, Sum, allgather, allreduce
 from horovod_powersgd.torch.workers import Workers
 
 
-def largest(workers: Workers, numbers: List[int], name: str) -> List[int]:
+def largest(workers: Workers, numbers: list[int], name: str) -> list[int]:
     """The largest of all workers', number by number. A worker that has joined (hvd.join) counts as zeros."""
     sent = torch.tensor(numbers, dtype=torch.int64)
     return allreduce(sent, name=f"{workers.prefix}.{name}", op=Max, process_set=workers.process_set).tolist()
 
 
-def items(workers: Workers, item: object, name: str) -> List[object]:
+def items(workers: Workers, item: object, name: str) -> list[object]:
     """Each worker's item, in their order; Horovod's allgather_object knows no process sets."""
     pickled = torch.from_numpy(np.frombuffer(pickle.dumps(item), np.uint8).copy())
     name = f"{workers.prefix}.{name}"

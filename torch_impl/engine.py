@@ -2,8 +2,8 @@
 
 import threading
 import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Callable, Dict, Generator, Iterable, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from horovod.common.exceptions import HorovodInternalError
@@ -58,32 +58,32 @@ class Engine:
         workers: Workers,
         agreement: Description = MappingProxyType({}),
         sum_gradients: bool = False,
-        groups: Union[None, int, Sequence] = None,
+        groups: None | int | Sequence = None,
         sparse_as_dense: bool = False,
         learning_rates: Callable[[], Mapping[torch.nn.Parameter, float]] = dict,
     ):
         self._learning_rates = learning_rates
         self._config, self.workers, self._agreement = config, workers, agreement
         self._sum_gradients, self._groups, self._sparse_as_dense = sum_gradients, groups, sparse_as_dense
-        self._gradients: List[PlainGradient] = []
-        self._plain: Dict[PlainGradient, PlainGradient] = {}
-        self._bucketed: Tuple = ()
+        self._gradients: list[PlainGradient] = []
+        self._plain: dict[PlainGradient, PlainGradient] = {}
+        self._bucketed: tuple = ()
         self._warming_up = False
-        self._waiting: Dict[Generator, object] = {}
-        self._arriving: Dict[torch.nn.Parameter, PlainGradient] = {}
+        self._waiting: dict[Generator, object] = {}
+        self._arriving: dict[torch.nn.Parameter, PlainGradient] = {}
         # Those whose gradients were there before the workers had agreed.
-        self._early: Set[torch.nn.Parameter] = set()
+        self._early: set[torch.nn.Parameter] = set()
         # Of the gradients as they were when they arrived, and then as the exchange has left them.
         self._watch = GradientWatch()
         # The gradients of the exchange that has ended, and whether it was finite.
-        self._pending: Optional[Tuple[Sequence[PlainGradient], bool]] = None
+        self._pending: tuple[Sequence[PlainGradient], bool] | None = None
         # Why the exchange of this step failed, in words and whether a worker was lost, and how often that has happened
         # since the workers agreed.
-        self._failure: Optional[Tuple[str, bool]] = None
+        self._failure: tuple[str, bool] | None = None
         self._failures = 0
         self._generation: object = None
-        self._scaler: Optional[torch.amp.GradScaler] = None
-        self._unscaled: Union[float, torch.Tensor] = 1.0
+        self._scaler: torch.amp.GradScaler | None = None
+        self._unscaled: float | torch.Tensor = 1.0
         # Backward has a thread for each device.
         self._lock = threading.RLock()
         self._streams = Streams()
@@ -130,7 +130,7 @@ class Engine:
         """Takes note that the updates are multiplied by a scalar, which is no clipping."""
         self._unscaled = factor
 
-    def arrived(self, parameter: torch.nn.Parameter, incoming: Optional[torch.Tensor] = None) -> None:
+    def arrived(self, parameter: torch.nn.Parameter, incoming: torch.Tensor | None = None) -> None:
         """Takes in a gradient that backward has finished, and lets the exchanges go on as far as they can.
 
         Args:
@@ -243,7 +243,7 @@ class Engine:
                 gradient.commit(factors.get(gradient))
         self._watch.clear()
 
-    def _clipping(self, gradients: Sequence[PlainGradient]) -> Dict[PlainGradient, float]:
+    def _clipping(self, gradients: Sequence[PlainGradient]) -> dict[PlainGradient, float]:
         """What each update was clipped to, between 0 and 1, since the exchange has ended."""
         samples = {}
         for gradient in gradients:
@@ -281,12 +281,12 @@ class Engine:
             tensors=tuple(self._tensor_stats(gradient) for gradient in self._gradients),
         )
 
-    def state_dict(self) -> Dict[str, object]:
+    def state_dict(self) -> dict[str, object]:
         """What this worker has to keep for the exchange to go on where it is: tensors, numbers and strings."""
         tensors = {gradient.name: gradient.state_dict() for gradient in self._gradients}
         return checkpoint.state_dict(self._config, self.workers.count, self.workers.index, self.steps, tensors)
 
-    def load_state_dict(self, states: Union[Mapping, Iterable[Mapping]]) -> None:
+    def load_state_dict(self, states: Mapping | Iterable[Mapping]) -> None:
         """Goes on where the state was made.
 
         Args:
@@ -316,7 +316,7 @@ class Engine:
             decisions,
         )
 
-    def _trainable(self) -> Tuple[PlainGradient, ...]:
+    def _trainable(self) -> tuple[PlainGradient, ...]:
         """The gradients of a step: a frozen parameter has none, on all workers."""
         gradients = tuple(gradient for gradient in self._gradients if gradient.parameter.requires_grad)
         if self.steps < self._config.warmup_steps:
@@ -352,7 +352,7 @@ class Engine:
         else:
             self._generation = generation()
 
-    def names(self) -> List[str]:
+    def names(self) -> list[str]:
         """Of the parameters."""
         return [gradient.name for gradient in self._gradients]
 
@@ -360,7 +360,7 @@ class Engine:
         """What must be the same on every worker, in words."""
         return {**self._agreement, **describe([(g.name, g.parameter) for g in self._trainable()])}
 
-    def agreed(self, root: Optional[int], by_name: bool) -> None:
+    def agreed(self, root: int | None, by_name: bool) -> None:
         """Before the first exchange of these workers: all run the same training, and hold the same factors.
 
         Args:

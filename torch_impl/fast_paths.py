@@ -1,7 +1,8 @@
 """Which code exchanges the gradients of which compressor: the one place that knows of a fast path."""
 
 import os
-from typing import List, NamedTuple, Sequence, Type, Union
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from horovod_powersgd.buckets import BUCKET_BYTES, GPU_BUCKET_BYTES, bucket_name, sort_into_buckets
 from horovod_powersgd.compressors.compressor import Compressor
@@ -24,8 +25,8 @@ class Path(NamedTuple):
         bucket: what those of a bucket go through together.
     """
 
-    gradient: Type[CompressedGradient]
-    bucket: Type[Bucket]
+    gradient: type[CompressedGradient]
+    bucket: type[Bucket]
 
 
 FAST = {PowerSGD: Path(PowerSGDGradient, PowerSGDBucket)}
@@ -51,8 +52,8 @@ def make_buckets(
     gradients: Sequence[PlainGradient],
     workers: Workers,
     config: Compressor,
-    groups: Union[None, int, Sequence] = None,
-) -> List[Bucket]:
+    groups: None | int | Sequence = None,
+) -> list[Bucket]:
     """Sorts gradients into buckets, the same on every worker.
 
     Args:

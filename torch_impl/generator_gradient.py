@@ -1,7 +1,7 @@
 """A gradient that travels as a compressor's generator says."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -28,9 +28,9 @@ class Kept:
         norm: |delta| of the last step; None where there was none or no memory is kept.
     """
 
-    by_compressor: Dict[str, torch.Tensor] = field(default_factory=dict)
-    memory: Optional[torch.Tensor] = None
-    norm: Optional[torch.Tensor] = None
+    by_compressor: dict[str, torch.Tensor] = field(default_factory=dict)
+    memory: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
 
 
 class GeneratorGradient(CompressedGradient):
@@ -54,16 +54,16 @@ class GeneratorGradient(CompressedGradient):
         self._config, self.request, self._kept = config, None, Kept()
 
     @property
-    def memory(self) -> Optional[torch.Tensor]:
+    def memory(self) -> torch.Tensor | None:
         """(n, m); None before the first step and without error feedback."""
         return self._kept.memory
 
     @property
-    def kind(self) -> Tuple:
+    def kind(self) -> tuple:
         # Not with the gradients that are averaged as they are, nor with those that travel in another precision.
         return "compressed", self.dtype, self.parameter.device
 
-    def start(self, step: int, rate: Optional[float], workers: Workers) -> None:
+    def start(self, step: int, rate: float | None, workers: Workers) -> None:
         """Takes what is known before the gradient is there; `rate` is the learning rate."""
         kept = self._kept.by_compressor
         self._state = MatrixState(arrays, self.name, self.layout.matrix_shape, self._key, kept, self._to_tensor)
@@ -85,13 +85,13 @@ class GeneratorGradient(CompressedGradient):
         self._generator = self._config.family.exchange(self._delta, self._state)
         self._resume(None)
 
-    def parts(self) -> List[torch.Tensor]:
+    def parts(self) -> list[torch.Tensor]:
         """What is asked for, to be sent: floats become NaN where this worker's delta was not finite."""
         request = self.request
         tensors = [request.tensors] if isinstance(request, AllreduceMean) else list(request.tensors)
         return [torch.where(self._finite, t, torch.nan) if t.is_floating_point() else t for t in tensors]
 
-    def go_on(self, answers: List[torch.Tensor]) -> None:
+    def go_on(self, answers: list[torch.Tensor]) -> None:
         """Takes the answer. What is not finite goes on as zeros, on all workers: they let the generator finish, and the
         step is discarded."""
         for i, part in enumerate(answers):
@@ -148,7 +148,7 @@ class GeneratorGradient(CompressedGradient):
         if self._next is not None and self._next.memory is not None:
             self._next = replace(self._next, memory=self._next.memory / scale)
 
-    def residual(self) -> Optional[float]:
+    def residual(self) -> float | None:
         """|e| / |delta| of the last step; None where there was none or no memory is kept."""
         kept = self._next or self._kept
         if kept.norm is None:
@@ -156,7 +156,7 @@ class GeneratorGradient(CompressedGradient):
         left = torch.linalg.vector_norm(kept.memory, dtype=torch.float64)
         return (left / kept.norm).item() if kept.norm else 0.0
 
-    def shared_state(self) -> Dict[str, object]:
+    def shared_state(self) -> dict[str, object]:
         """What is the same on every worker, on the CPU."""
         kept = {key: torch.as_tensor(value).cpu().clone() for key, value in self._kept.by_compressor.items()}
         return {"kept": kept, **self.accordion.state_dict()}
@@ -168,7 +168,7 @@ class GeneratorGradient(CompressedGradient):
         self._kept = replace(self._kept, by_compressor=kept)
         self.accordion.load_state_dict(state, like)
 
-    def state_dict(self) -> Dict[str, object]:
+    def state_dict(self) -> dict[str, object]:
         return {
             **super().state_dict(),
             **self.shared_state(),
@@ -177,7 +177,7 @@ class GeneratorGradient(CompressedGradient):
             "usual_clipping": self._usual_clipping,
         }
 
-    def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
+    def load_state_dict(self, state: Mapping, memories: Sequence[tuple[torch.Tensor, float]], share: float) -> None:
         self.load_shared_state(state)
         self._usual_clipping = state.get("usual_clipping")
         like = torch.empty(0, dtype=self.dtype, device=self.parameter.device)

@@ -1,6 +1,6 @@
 """What one parameter's gradient goes through in a step: one that is averaged as it is."""
 
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -11,7 +11,7 @@ from horovod_powersgd.torch.ownership import owns_storage
 from horovod_powersgd.torch.workers import Workers
 
 # (to, from) of tensors to be copied.
-Copies = List[Tuple[torch.Tensor, torch.Tensor]]
+Copies = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class PlainGradient:
@@ -34,7 +34,7 @@ class PlainGradient:
     def __init__(self, name: str, parameter: torch.nn.Parameter, layout: Layout, sparse_as_dense: bool = False):
         self.name, self.parameter, self.layout = name, parameter, layout
         self.arrived = self.is_sparse = self.overlaps = False
-        self.incoming: Optional[torch.Tensor] = None
+        self.incoming: torch.Tensor | None = None
         self.sparse_dim = 0
         self._sparse_as_dense = sparse_as_dense
 
@@ -49,7 +49,7 @@ class PlainGradient:
         return self.parameter.numel() * self.parameter.element_size()
 
     @property
-    def kind(self) -> Tuple[torch.dtype, torch.device]:
+    def kind(self) -> tuple[torch.dtype, torch.device]:
         """What the gradients of a bucket have in common."""
         return self.sent_dtype, self.parameter.device
 
@@ -77,11 +77,11 @@ class PlainGradient:
         self._dense = gradient.to_dense() if gradient.is_sparse else gradient.data
 
     @property
-    def borrowed(self) -> Optional[torch.Tensor]:
+    def borrowed(self) -> torch.Tensor | None:
         """The gradient, where its memory may be others', too."""
         return self.parameter.grad if self._shared else None
 
-    def send_sparse(self, workers: Workers, parity: bool) -> Tuple[SparseMean, int]:
+    def send_sparse(self, workers: Workers, parity: bool) -> tuple[SparseMean, int]:
         """Starts averaging a sparse gradient by gathering, as Horovod does; also gives the bytes handed to it."""
         gradient = self.parameter.grad.coalesce()
         indices, values = gradient.indices(), gradient.values().to(PlainGradient.sent_dtype.fget(self))
@@ -138,12 +138,12 @@ class PlainGradient:
         else:
             copies.append((gradient, update))
 
-    def sample(self) -> Optional[Tuple[Sample, torch.Tensor]]:
+    def sample(self) -> tuple[Sample, torch.Tensor] | None:
         """What tells by how much a changed update was clipped, and the update as it is now; None where it does not
         matter."""
         return None
 
-    def commit(self, clipped: Optional[float] = None) -> None:
+    def commit(self, clipped: float | None = None) -> None:
         """Keeps what the next step needs: the step is taken.
 
         Args:
@@ -157,15 +157,15 @@ class PlainGradient:
     def scaled_by(self, scale: float) -> None:
         """Takes note, between end and commit, of what the loss was multiplied by, where it was not known before."""
 
-    def residual(self) -> Optional[float]:
+    def residual(self) -> float | None:
         """|e| / |delta| of the last step: nothing is left out."""
         return 0.0
 
-    def state_dict(self) -> Dict[str, object]:
+    def state_dict(self) -> dict[str, object]:
         """What is kept for the next step; on the CPU."""
         return {"shape": list(self.layout.shape)}
 
-    def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
+    def load_state_dict(self, state: Mapping, memories: Sequence[tuple[torch.Tensor, float]], share: float) -> None:
         """Takes what another gradient of this shape kept.
 
         Args:

@@ -1,6 +1,6 @@
 """PowerSGD on a GPU."""
 
-from typing import Dict, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -24,7 +24,7 @@ class GroupedBucket(PowerSGDBucket):
         self._found = torch.zeros(1, device=gradients[0].parameter.device)
         self._one = torch.ones_like(self._found)
 
-    def _rounds(self, step: Step, sparse: Dict[PlainGradient, SparseMean]):
+    def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
         half_step_count = self._start(step)
         self._found.zero_()
         for gradient in self.gradients:

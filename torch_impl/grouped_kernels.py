@@ -7,8 +7,8 @@ GPUs. As there, factors are kept transposed.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ def products(tasks: Sequence[Product]) -> None:
     _product[(count,)](_on(device, table), tiles, ROWS, COLUMNS, COLUMNS_OF_A_PROGRAM)
 
 
-def orthogonalize(factors: Sequence[torch.Tensor], spares: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+def orthogonalize(factors: Sequence[torch.Tensor], spares: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """orthogonalization.orthogonalize of float32 factors (r, n), on a GPU; the spares are there."""
     device = factors[0].device
     sizes = [factor.numel() for factor in factors]
@@ -108,15 +108,15 @@ class _Plan:
     """
 
     rank: int
-    tiles: List[Tuple[bool, torch.Tensor, int]]
+    tiles: list[tuple[bool, torch.Tensor, int]]
     found: int
-    sums: Optional[torch.Tensor]
+    sums: torch.Tensor | None
     sums_count: int
     numbers: int
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(layout: Tuple[Tuple[int, int, int, bool], ...], device: torch.device) -> _Plan:
+def _plan(layout: tuple[tuple[int, int, int, bool], ...], device: torch.device) -> _Plan:
     tiles, sums, found, numbers = {False: [], True: []}, [], 0, 0
     for i, (n, m, rank, makes_q) in enumerate(layout):
         size = rank * (m if makes_q else n)
@@ -144,13 +144,13 @@ def _padded(rank: int) -> int:
     return 1 << (rank - 1).bit_length()
 
 
-def _on(device: torch.device, rows: Sequence[Tuple[int, ...]]) -> torch.Tensor:
+def _on(device: torch.device, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
     """A table on the device, which the host does not wait for."""
     # So little is on its way when this returns, though it comes from memory that is not pinned.
     return torch.from_numpy(np.array(rows, np.int64)).to(device, non_blocking=True)
 
 
-def _address(tensor: Optional[torch.Tensor]) -> int:
+def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 

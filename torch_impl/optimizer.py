@@ -1,7 +1,7 @@
 """hvd.DistributedOptimizer that takes a compressor."""
 
 import weakref
-from typing import Iterator, Mapping, Optional
+from collections.abc import Iterator, Mapping
 
 import horovod.torch.optimizer as horovod_optimizer
 import torch
@@ -69,7 +69,7 @@ def _wrap(optimizer: torch.optim.Optimizer, methods: Mapping[str, object], *args
     return optimizer
 
 
-def _release_parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Optional[Engine]]:
+def _release_parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Engine | None]:
     """Takes them from other distributed optimizers that have some of them; gives these one's engines.
 
     With Horovod's own compressions, two optimizers may share some.

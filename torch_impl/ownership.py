@@ -6,17 +6,17 @@ error-feedback memory, must be nobody else's.
 """
 
 import sys
-from typing import Iterable, List, Optional, Tuple
+from collections.abc import Iterable
 
 import torch
 
 
-def _holders(tensor: torch.Tensor) -> Tuple[int, int]:
+def _holders(tensor: torch.Tensor) -> tuple[int, int]:
     """How many hold a tensor in C++ and in Python, those included that ask."""
     return tensor._use_count(), sys.getrefcount(tensor)
 
 
-def _holders_of_a_base() -> Tuple[int, int]:
+def _holders_of_a_base() -> tuple[int, int]:
     """Of one that its view holds, and nobody else: how many ask depends on PyTorch's release."""
     view = torch.empty(2, 2).t()
     base = view._base
@@ -29,7 +29,7 @@ _BASE_ALONE = _holders_of_a_base() if _CAN_TELL else None
 _GRADIENT_ALONE = 2
 
 
-def owns_storage(gradient: torch.Tensor, incoming: Optional[torch.Tensor] = None) -> bool:
+def owns_storage(gradient: torch.Tensor, incoming: torch.Tensor | None = None) -> bool:
     """Whether a dense gradient is alone in its storage, and nobody but its parameter holds it.
 
     Where PyTorch cannot tell, it says no.
@@ -59,7 +59,7 @@ def _same_storage(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
     return tensor.layout == torch.strided and tensor.untyped_storage()._cdata == storage._cdata
 
 
-def overlapping(gradients: Iterable[torch.Tensor]) -> List[bool]:
+def overlapping(gradients: Iterable[torch.Tensor]) -> list[bool]:
     """For each dense tensor, whether it has memory in common with another of them."""
     gradients = list(gradients)
     overlaps = [False] * len(gradients)
@@ -73,7 +73,7 @@ def overlapping(gradients: Iterable[torch.Tensor]) -> List[bool]:
     return overlaps
 
 
-def _span(tensor: torch.Tensor) -> Tuple[int, int]:
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """The addresses of its first byte and of the byte after its last one."""
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else -1
     return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()

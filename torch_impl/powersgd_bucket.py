@@ -1,6 +1,6 @@
 """Gradients that are exchanged together, as PowerSGD's factors or as they are."""
 
-from typing import Dict, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -29,7 +29,7 @@ class PowerSGDBucket(Bucket):
                 gradient.start(step.number, renews, step.rates.get(gradient.parameter))
         return self._config.family.half_steps(renews)
 
-    def _rounds(self, step: Step, sparse: Dict[PlainGradient, SparseMean]):
+    def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
         half_steps = self._start(step)
         matrices = [gradient for gradient in self.gradients if gradient.compressed]
         finite, bases = True, _bases(matrices)
@@ -49,6 +49,6 @@ class PowerSGDBucket(Bucket):
         return finite
 
 
-def _bases(matrices: Sequence[PowerSGDGradient]) -> Dict[PowerSGDGradient, torch.Tensor]:
+def _bases(matrices: Sequence[PowerSGDGradient]) -> dict[PowerSGDGradient, torch.Tensor]:
     """Of the factor that each was last averaged to, or starts from."""
     return dict(zip(matrices, orthogonalize([g.mean for g in matrices], [g.spare for g in matrices])))

@@ -1,7 +1,7 @@
 """A gradient that travels as PowerSGD's factors: the fast twin of PowerSGD.exchange."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Dict, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -33,9 +33,9 @@ class Kept:
 
     factor: torch.Tensor
     is_q: bool
-    memory: Optional[Memory] = None
+    memory: Memory | None = None
     scale: float = 1.0
-    own: Optional[torch.Tensor] = None
+    own: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Kept":
         """The same on another device."""
@@ -64,11 +64,11 @@ class PowerSGDGradient(CompressedGradient):
         self._config, self._rank = config.family, layout.amount
         starting = initial_factor(name, layout.matrix_shape[1], self._rank, config.seed)
         self._kept = Kept(self._transposed(starting).to(self.dtype), True)
-        self._spare_storage: Optional[torch.Tensor] = None
-        self._spares: Dict[bool, torch.Tensor] = {}
+        self._spare_storage: torch.Tensor | None = None
+        self._spares: dict[bool, torch.Tensor] = {}
 
     @property
-    def memory(self) -> Optional[torch.Tensor]:
+    def memory(self) -> torch.Tensor | None:
         """(n, m); None before the first step and without error feedback."""
         return None if self._kept.memory is None else self._kept.memory.tensor()
 
@@ -99,7 +99,7 @@ class PowerSGDGradient(CompressedGradient):
             self._spares[self._mean_is_q] = self._random(SPARE, self._mean.shape[1])
         return self._spares[self._mean_is_q]
 
-    def start(self, step: int, renews: bool, rate: Optional[float]) -> None:
+    def start(self, step: int, renews: bool, rate: float | None) -> None:
         """Takes as mean the factor that the first half-step starts from.
 
         Args:
@@ -217,7 +217,7 @@ class PowerSGDGradient(CompressedGradient):
             return memory.storage()
         return torch.empty_like(self._delta) if spare is None else spare
 
-    def _set_aside(self, memory: Optional[Memory]) -> None:
+    def _set_aside(self, memory: Memory | None) -> None:
         """Keeps a memory's storage for the next update, where that is cheaper than to allocate it."""
         if memory is not None and self.parameter.device.type == "cpu":
             self._spare_storage = memory.storage()
@@ -228,7 +228,7 @@ class PowerSGDGradient(CompressedGradient):
             memory.add_(old.memory.tensor(), alpha=(1 - weight) * new.scale / old.scale)
         return replace(new, memory=Memory(memory))
 
-    def commit(self, clipped: Optional[float] = None) -> None:
+    def commit(self, clipped: float | None = None) -> None:
         old = self._kept.memory if self._next is not None and self._undoable else None
         super().commit(clipped)
         self._set_aside(old)
@@ -242,11 +242,11 @@ class PowerSGDGradient(CompressedGradient):
         if self._next is not None:
             self._next = replace(self._next, scale=scale)
 
-    def _p_and_q(self, last: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _p_and_q(self, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The last half-step's factors, of which the basis is one."""
         return (self._basis, last) if self._mean_is_q else (last, self._basis)
 
-    def residual(self) -> Optional[float]:
+    def residual(self) -> float | None:
         """|e| / |delta| of the last step; None where there was none or no memory is kept."""
         kept = self._next or self._kept
         if kept.memory is None or kept.own is None:
@@ -254,7 +254,7 @@ class PowerSGDGradient(CompressedGradient):
         norms = (torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in (kept.memory.tensor(), kept.own))
         return residual(*norms)
 
-    def shared_state(self) -> Dict[str, object]:
+    def shared_state(self) -> dict[str, object]:
         """What is the same on every worker, on the CPU."""
         factor = {"factor": self.factor.cpu().clone(), "factor_is_q": self.factor_is_q}
         return {**factor, **self.accordion.state_dict()}
@@ -265,7 +265,7 @@ class PowerSGDGradient(CompressedGradient):
         self._kept = replace(self._kept, factor=factor, is_q=state["factor_is_q"])
         self.accordion.load_state_dict(state, self.factor)
 
-    def state_dict(self) -> Dict[str, object]:
+    def state_dict(self) -> dict[str, object]:
         return {
             **super().state_dict(),
             **self.shared_state(),
@@ -274,7 +274,7 @@ class PowerSGDGradient(CompressedGradient):
             "usual_clipping": self._usual_clipping,
         }
 
-    def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
+    def load_state_dict(self, state: Mapping, memories: Sequence[tuple[torch.Tensor, float]], share: float) -> None:
         self.load_shared_state(state)
         self._usual_clipping = state.get("usual_clipping")
         scale = state["memory_scale"]

@@ -1,7 +1,6 @@
 """The streams of GPUs that an exchange's work is queued in."""
 
 import contextlib
-from typing import Dict
 
 import torch
 
@@ -11,7 +10,7 @@ class Streams:
     in the streams of the forward pass, and step() in the caller's."""
 
     def __init__(self):
-        self._streams: Dict[torch.device, torch.cuda.Stream] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def wait_for_current(self, device: torch.device) -> None:
         """What is queued from now on comes after what the caller has queued; the first caller's stream is taken."""

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Optional, Tuple
+from typing import Any
 
 from horovod_powersgd.compressors.compressor import Compressor
 
@@ -38,7 +38,7 @@ class Accordion(Compressor):
     low: Compressor
     high: Compressor
     threshold: float = 0.5
-    interval: Optional[int] = None
+    interval: int | None = None
 
     def __post_init__(self):
         for field in ("low", "high"):
@@ -118,12 +118,12 @@ class Regime:
     """
 
     total: Any = None
-    last_norm: Optional[float] = None
-    rate: Optional[float] = None
+    last_norm: float | None = None
+    rate: float | None = None
     is_low: bool = True
-    decisions: Tuple[Tuple[int, str], ...] = ()
+    decisions: tuple[tuple[int, str], ...] = ()
 
-    def decided(self, config: Accordion, step: int, rate: Optional[float], norm) -> "Regime":
+    def decided(self, config: Accordion, step: int, rate: float | None, norm) -> "Regime":
         """The regime in which a step is.
 
         Args:
@@ -161,7 +161,7 @@ class Regime:
         return cls(**{**state, "total": total, "decisions": tuple(map(tuple, state["decisions"]))})
 
 
-def is_critical(last: Optional[float], now: Optional[float], threshold: float) -> bool:
+def is_critical(last: float | None, now: float | None, threshold: float) -> bool:
     """Whether the norm has changed so much that what follows is to be compressed less; also where the last one is zero
     or not known, or this one is not finite."""
     if last is None or now is None or not last > 0 or not math.isfinite(now):

@@ -2,8 +2,9 @@
 
 import math
 import numbers
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
-from typing import Any, Callable, ClassVar, Dict, Generator, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, ClassVar, NamedTuple
 
 from horovod_powersgd.layout import layout_of, leading_rows
 
@@ -34,7 +35,7 @@ class Compressor:
     error_feedback: bool = True
     warmup_steps: int = 0
     low_rank: ClassVar[bool] = False
-    refresh_every: Optional[int] = None
+    refresh_every: int | None = None
     seed: int = 0
 
     @property
@@ -47,7 +48,7 @@ class Compressor:
         """Whether each worker keeps delta - sent for its next step."""
         return self.error_feedback
 
-    def obstacle(self, rows: int, columns: int) -> Optional[str]:
+    def obstacle(self, rows: int, columns: int) -> str | None:
         """Why a matrix is averaged as it is; None where it is compressed."""
         return None
 
@@ -83,7 +84,7 @@ class Compressor:
 
     def traffic(
         self,
-        shapes: Sequence[Tuple[int, ...]],
+        shapes: Sequence[tuple[int, ...]],
         workers: int,
         itemsize: int = 4,
         step: int = 0,
@@ -110,7 +111,7 @@ class Compressor:
                 sent, received = (total + math.prod(shape) * itemsize for total in (sent, received))
         return Traffic(sent, received)
 
-    def description(self) -> Dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """Its name and fields, for checkpoints: plain numbers and strings."""
         return {"compressor": type(self).__name__, **asdict(self)}
 

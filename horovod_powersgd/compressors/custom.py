@@ -2,8 +2,8 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Callable
 
 from horovod_powersgd.compressors.compressor import Compressor
 

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import ClassVar
 
 import numpy as np
 
@@ -57,9 +57,9 @@ class PowerSGD(Compressor):
     warmup_steps: int = 0
     warm_start: bool = True
     error_feedback: bool = True
-    wire_dtype: Optional[str] = None
+    wire_dtype: str | None = None
     seed: int = 0
-    refresh_every: Optional[int] = None
+    refresh_every: int | None = None
     linear: ClassVar[bool] = True
     low_rank: ClassVar[bool] = True
 

@@ -1,7 +1,7 @@
 """What a distributed Keras optimizer does with gradients before it applies them."""
 
 import copy
-from typing import Callable, List, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -59,7 +59,7 @@ class Aggregation:
         return twin
 
     @tf.autograph.experimental.do_not_convert
-    def __call__(self, gradients: Sequence, variables: Sequence, learning_rate=None) -> List:
+    def __call__(self, gradients: Sequence, variables: Sequence, learning_rate=None) -> list:
         """The averages, in the step's last pass; the gradients, in the others, which are not to be applied.
 
         Args:
@@ -122,7 +122,7 @@ class Aggregation:
         """hvd.load_compression_state_dict, of the variables of the last call."""
         self.reduction.load_state_dict(states, self.variables)
 
-    def _reduce(self, gradients: Sequence, variables: Sequence, learning_rate) -> List:
+    def _reduce(self, gradients: Sequence, variables: Sequence, learning_rate) -> list:
         return self.reduction.of_shared(
             gradients, variables, self.local.references(), self._scale_local, learning_rate=learning_rate
         )

@@ -1,7 +1,7 @@
 """hvd.DistributedOptimizer for Keras 3 and Keras 2 (tf_keras), that takes a compressor."""
 
 import copy
-from typing import Dict, Iterable, Mapping, Union
+from collections.abc import Iterable, Mapping
 
 import horovod.tensorflow as horovod
 import tensorflow as tf
@@ -86,7 +86,7 @@ class _CompressingOptimizer:
             raise RuntimeError("this optimizer has compressed nothing yet")
         return exchange.stats()
 
-    def compression_state_dict(self) -> Dict[str, object]:
+    def compression_state_dict(self) -> dict[str, object]:
         """What the compressor keeps, and this worker's memory: what a resumed run needs beside model and optimizer.
 
         Returns:
@@ -97,7 +97,7 @@ class _CompressingOptimizer:
         """
         return self._aggregation.reduction.state_dict(self._aggregation.variables)
 
-    def load_compression_state_dict(self, states: Union[Mapping, Iterable[Mapping]]) -> None:
+    def load_compression_state_dict(self, states: Mapping | Iterable[Mapping]) -> None:
         """Goes on where compression_state_dict was called; in the first step, where that is still to come.
 
         Args:

@@ -29,6 +29,18 @@ def compressor_of(compression) -> Compressor | None:
     )
 
 
+def required_compressor(compression) -> Compressor:
+    """compressor_of, where Horovod's own compressions have no place.
+
+    Raises:
+        TypeError: compression is neither a compressor nor a generator function.
+    """
+    compressor = compressor_of(compression)
+    if compressor is None:
+        raise TypeError(f"compression must be a compressor or a generator function here, not {compression!r}")
+    return compressor
+
+
 def refuse_misplaced(arguments: Mapping[str, Any]) -> None:
     """Refuses a compressor in an argument's place that is not its own, where it would do nothing without a word.
 

@@ -12,7 +12,7 @@ STATE_VERSION = 2
 SavedTensor = Mapping[str, Any]
 
 
-def state_dict(config: Compressor, workers: int, worker: int, steps: int, tensors: dict[str, SavedTensor]) -> dict:
+def state_dict(config: Compressor, workers: int, worker: int, steps: int, tensors: Mapping[str, SavedTensor]) -> dict:
     """One worker's state: numbers, strings and the framework's arrays."""
     return {
         "version": STATE_VERSION,
@@ -63,7 +63,7 @@ def share_of(
     alone = isinstance(states, Mapping)
     memories: dict[str, list[SavedTensor]] = {}
     seen, saved, steps, tensors = [], 0, 0, {}
-    for state in [states] if alone else states:
+    for state in [states] if isinstance(states, Mapping) else states:
         _check(state, config, shapes)
         seen.append(state["worker"])
         if seen[0] != seen[-1] and (saved, steps) != (state["workers"], state["steps"]):
@@ -113,7 +113,7 @@ def compressor_from(description: Mapping) -> Compressor:
     Raises:
         ValueError: it is a function, which no description holds.
     """
-    fields = {k: compressor_from(v) if isinstance(v, Mapping) else v for k, v in description.items()}
+    fields: dict[str, Any] = {k: compressor_from(v) if isinstance(v, Mapping) else v for k, v in description.items()}
     name = fields.pop("compressor")
     if name == "Custom":
         raise ValueError(

@@ -27,6 +27,12 @@ class Layout:
         """Whether the tensor travels compressed."""
         return self.reason is None
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """matrix_shape of a tensor that has one, as all that are compressed do."""
+        assert self.matrix_shape is not None
+        return self.matrix_shape
+
 
 def leading_rows(shape: Sequence[int]) -> tuple[int, int]:
     """(rows, columns) where the first axis holds the outputs, as in PyTorch: (out, in * height * width)."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from horovod_powersgd import arrays
-from horovod_powersgd.arguments import compressor_of
+from horovod_powersgd.arguments import required_compressor
 from horovod_powersgd.compressors.accordion import Accordion, Regime
 from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean
 from horovod_powersgd.compressors.compressor import Compressor
@@ -78,7 +78,7 @@ def exchange(
         The averaged updates by name, the same on every worker. A tensor whose average is not finite gets a
         non-finite update, and then the state stays what it was for all tensors.
     """
-    config = compressor_of(config)
+    config = required_compressor(config)
     plain, matrices = {}, {}
     for name, gradient in gradients.items():
         layout = layout_of(gradient.shape, config, matrix_shape)
@@ -92,7 +92,7 @@ def exchange(
         asking = {name: matrix for name, matrix in matrices.items() if matrix.request is not None}
         means = {name: m.parts()[0] for name, m in asking.items() if isinstance(m.request, AllreduceMean)}
         gathers = {name: m.parts() for name, m in asking.items() if isinstance(m.request, Allgather)}
-        answers = {}
+        answers: dict[str, Any] = {}
         if means or waiting:
             answers.update((yield AllreduceMean({**means, **{name: plain[name] for name in waiting}})))
         if gathers:
@@ -122,17 +122,17 @@ class _Matrix:
         self.name, self._config, self._failed, amount = name, config, False, layout.amount
         if isinstance(config, Accordion):
             self._regime = state.regimes.get(name, Regime()).decided(config, state.steps, rate, _norm)
-            amount = config.amount_now(*layout.matrix_shape, self._regime.is_low)
-        self._delta = gradient.reshape(layout.matrix_shape)
+            amount = config.amount_now(*layout.matrix, self._regime.is_low)
+        self._delta = gradient.reshape(layout.matrix)
         if config.keeps_memory:
             self._delta = self._delta + state.memory.get(name, 0)
         self._finite = bool(np.isfinite(self._delta).all())
         if not self._finite:
             self._delta = np.zeros_like(self._delta)
-        kept = dict(state.kept.get(name, {}))
+        kept: dict[str, Any] = dict(state.kept.get(name, {}))
         if name in state.factors:
             kept.update(factor=state.factors[name].array, factor_is_q=state.factors[name].is_q)
-        self._state = MatrixState(arrays, name, layout.matrix_shape, key_of(name, config.seed), kept)
+        self._state = MatrixState(arrays, name, layout.matrix, key_of(name, config.seed), kept)
         self._state.begin(state.steps, amount, worker, workers, self._finite)
         self._generator = config.family.exchange(self._delta, self._state)
         self._resume(None)
@@ -180,7 +180,7 @@ class _Matrix:
 
 
 def _norm(matrix: np.ndarray) -> float:
-    return np.linalg.norm(matrix.astype(np.float64))
+    return float(np.linalg.norm(matrix.astype(np.float64)))
 
 
 def simulate(
@@ -219,7 +219,7 @@ def communicate(
     return over(comm, exchange(gradients, state, config, matrix_shape, comm.rank, comm.size, learning_rate))
 
 
-def lockstep(workers: Sequence[Generator]) -> list:
+def lockstep(workers: Sequence[Generator[Any, Any, Any]]) -> list:
     """Runs the generators of all workers, answering each round's requests; returns their results."""
     requests = [next(worker) for worker in workers]
     while True:
@@ -234,7 +234,7 @@ def lockstep(workers: Sequence[Generator]) -> list:
             return results
 
 
-def over(comm, worker: Generator):
+def over(comm, worker: Generator[Any, Any, Any]):
     """Runs one worker's generator over an mpi4py communicator; returns its result."""
     request = next(worker)
     while True:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from horovod_powersgd.compressors.accordion import Accordion
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.layout import Layout
 
@@ -54,8 +55,8 @@ class TensorStats:
         rank = 0
         if reason is None and compressor.low_rank:
             rank = layout.amount
-            if decisions:
-                rank = compressor.amount_now(*layout.matrix_shape, decisions[-1][1] == "low")
+            if isinstance(compressor, Accordion) and decisions:
+                rank = compressor.amount_now(*layout.matrix, decisions[-1][1] == "low")
         return cls(
             name=name,
             shape=layout.shape,

@@ -1,6 +1,5 @@
 """Which code exchanges the gradients of which compressor: the one place that knows of a fast path."""
 
-
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient

@@ -1,6 +1,5 @@
 """The variables whose gradients each worker keeps to itself."""
 
-
 import tensorflow as tf
 
 from horovod_powersgd.tensorflow.variable import native

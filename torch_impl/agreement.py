@@ -32,11 +32,13 @@ class Party(Protocol):
         workers: that it exchanges with. The agreement gives them the prefix of its messages' names.
         uncompressed: whether it exchanges by Horovod's own code.
         steps: that it has exchanged.
+        generation: of the workers that it has agreed with.
     """
 
     workers: Workers
     uncompressed: bool
     steps: int
+    generation: object
 
     def names(self) -> list[str]:
         """Of its parameters."""

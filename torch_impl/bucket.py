@@ -1,6 +1,7 @@
 """Gradients that are exchanged together: those that are averaged as they are."""
 
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import torch
 
@@ -14,11 +15,13 @@ from horovod_powersgd.torch.workers import Workers
 class Bucket:
     """Gradients that travel together as they are, in one flat tensor; of one device and one dtype on the wire."""
 
+    gradients: Sequence[PlainGradient]
+
     def __init__(self, name: str, gradients: Sequence[PlainGradient], workers: Workers, config: Compressor):
         self.gradients = list(gradients)
         self._name, self._workers, self._config = name, workers, config
 
-    def exchange(self, step: Step) -> Generator[PlainGradient | Future | Verdict, object, None]:
+    def exchange(self, step: Step) -> Generator[PlainGradient | Future | Verdict, Any, None]:
         """reference.exchange of these gradients. Yields what it waits for."""
         sparse: dict[PlainGradient, SparseMean] = {}
         finite = yield from self._rounds(step, sparse)
@@ -34,7 +37,7 @@ class Bucket:
         copies: Copies = []
         self._end(finite, step, copies)
         if copies:
-            torch._foreach_copy_(*map(list, zip(*copies)))
+            torch._foreach_copy_([to for to, _ in copies], [source for _, source in copies])
 
     def _end(self, finite: bool, step: Step, copies: Copies) -> None:
         """Ends all gradients' exchange; `copies` is for what is to be copied, all at once."""

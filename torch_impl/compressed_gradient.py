@@ -1,6 +1,6 @@
 """What compressed gradients have in common: what is kept of one from step to step, and who commits it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class CompressedGradient(PlainGradient):
     ):
         super().__init__(name, parameter, layout, sparse_as_dense)
         self.accordion = AccordionState(config, layout)
+        self._matrix_shape = layout.matrix
         self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         self._key = key_of(name, config.seed)
         # What is kept; and what takes its place when the step is taken, there between end and commit or discard.
@@ -44,7 +45,7 @@ class CompressedGradient(PlainGradient):
         gradient = self.parameter.grad
         if self._next is None or self._sample is None or gradient is None or gradient.is_sparse:
             return None
-        return self._sample, gradient.reshape(self.layout.matrix_shape)
+        return self._sample, gradient.reshape(self._matrix_shape)
 
     def commit(self, clipped: float | None = None) -> None:
         if self._next is None:
@@ -59,7 +60,16 @@ class CompressedGradient(PlainGradient):
     def discard(self) -> None:
         self._next = None
 
+    def shared_state(self) -> dict[str, Any]:
+        """What is the same on every worker, on the CPU."""
+        raise NotImplementedError
+
+    def load_shared_state(self, state: Mapping) -> None:
+        """Takes what another worker, or an earlier job, kept."""
+        raise NotImplementedError
+
     def take_over(self, other: PlainGradient) -> None:
+        assert isinstance(other, CompressedGradient)  # of the same configuration
         self._kept, self.accordion, self._usual_clipping = other._kept, other.accordion, other._usual_clipping
 
 

@@ -44,7 +44,7 @@ def _is_grouped(bucket: Sequence[PlainGradient]) -> bool:
         return False  # and nothing imports Triton
     from horovod_powersgd.torch import grouped_kernels
 
-    matrices = [gradient for gradient in bucket if gradient.compressed]
+    matrices = [gradient for gradient in bucket if isinstance(gradient, CompressedGradient)]
     return grouped_kernels.serve([g.dtype for g in matrices], [g.layout.amount for g in matrices])
 
 

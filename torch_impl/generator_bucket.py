@@ -18,6 +18,8 @@ class GeneratorBucket(Bucket):
     """Gradients whose generators go through their rounds together: what they ask for travels in one flat tensor for
     each collective and dtype."""
 
+    gradients: Sequence[GeneratorGradient]
+
     def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
         for gradient in self.gradients:
             gradient.start(step.number, step.rates.get(gradient.parameter), self._workers)
@@ -32,20 +34,21 @@ class GeneratorBucket(Bucket):
                 answers = place((yield message), parts)
                 for gradient, some in zip(gradients, answers):
                     gradient.go_on(some)
-        finite = True
+        finite: bool | torch.Tensor = True
         for gradient in dense:
             finite = gradient.finite() & finite
         return finite
 
     def _start(self, asking: Sequence[GeneratorGradient], name: str, step: Step) -> list[tuple]:
         """Starts a round's messages: for each its gradients, their parts, what to wait for, and what takes it apart."""
-        means, gathers = defaultdict(list), []
+        means: dict[torch.dtype, list[GeneratorGradient]] = defaultdict(list)
+        gathers = []
         for gradient in asking:
             if isinstance(gradient.request, AllreduceMean):
                 means[gradient.request.tensors.dtype].append(gradient)
             else:
                 gathers.append(gradient)
-        started = []
+        started: list[tuple] = []
         for dtype, gradients in means.items():
             parts = [gradient.parts() for gradient in gradients]
             flat = torch.cat([part.reshape(-1) for some in parts for part in some])

@@ -1,6 +1,7 @@
 """What one parameter's gradient goes through in a step: one that is averaged as it is."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -30,6 +31,9 @@ class PlainGradient:
     """
 
     compressed = False
+    # Tensors of a step, which lets go of them in the end: what is sent, and the average.
+    _dense: Any
+    _mean: Any
 
     def __init__(self, name: str, parameter: torch.nn.Parameter, layout: Layout, sparse_as_dense: bool = False):
         self.name, self.parameter, self.layout = name, parameter, layout
@@ -40,7 +44,12 @@ class PlainGradient:
 
     @property
     def sent_dtype(self) -> torch.dtype:
-        """Of what Horovod is given; it does not reduce bfloat16."""
+        """Of what Horovod is given."""
+        return self._plain_dtype
+
+    @property
+    def _plain_dtype(self) -> torch.dtype:
+        """Of what Horovod is given of a gradient as it is; it does not reduce bfloat16."""
         return torch.float32 if self.parameter.dtype == torch.bfloat16 else self.parameter.dtype
 
     @property
@@ -57,7 +66,7 @@ class PlainGradient:
         """Whether backward has computed the gradient."""
         return self.arrived
 
-    def result(self) -> torch.Tensor:
+    def result(self) -> torch.Tensor | None:
         """The gradient."""
         return self.parameter.grad
 
@@ -69,6 +78,7 @@ class PlainGradient:
     def begin(self, scale: float) -> None:
         """Takes the gradient, which is here; `scale` is what the loss, and so the gradient, is multiplied by."""
         gradient = self.parameter.grad
+        assert gradient is not None
         self.is_sparse = gradient.is_sparse and not self._sparse_as_dense
         self.sparse_dim = gradient.sparse_dim() if self.is_sparse else 0
         self.overlaps = False
@@ -83,8 +93,9 @@ class PlainGradient:
 
     def send_sparse(self, workers: Workers, parity: bool) -> tuple[SparseMean, int]:
         """Starts averaging a sparse gradient by gathering, as Horovod does; also gives the bytes handed to it."""
+        assert self.parameter.grad is not None
         gradient = self.parameter.grad.coalesce()
-        indices, values = gradient.indices(), gradient.values().to(PlainGradient.sent_dtype.fget(self))
+        indices, values = gradient.indices(), gradient.values().to(self._plain_dtype)
         self._sparse_bytes = indices.nbytes + values.nbytes
         return workers.sparse_mean(indices, values, gradient.shape, self.name, parity), self._sparse_bytes
 
@@ -120,6 +131,7 @@ class PlainGradient:
             copies: gets (to, from) of what the caller is to copy then.
         """
         gradient = self.parameter.grad
+        assert gradient is not None
         if not gradient.is_sparse and self._mean.data_ptr() == gradient.data_ptr():
             if factor != 1:
                 gradient.mul_(factor)
@@ -129,12 +141,14 @@ class PlainGradient:
 
     def _put(self, update: torch.Tensor, copies: Copies) -> None:
         gradient = self.parameter.grad
+        assert gradient is not None
         if gradient.is_sparse:
             gradient.zero_().add_(update if update.is_sparse else update.to(gradient.dtype).to_sparse())
         elif gradient.requires_grad:  # it is part of a graph, which may still need it
             self.parameter.grad = torch.empty_like(gradient, requires_grad=False).copy_(update)
         elif self.overlaps:
-            gradient.set_(torch.empty_like(gradient).copy_(update))
+            copy = torch.empty_like(gradient).copy_(update)
+            gradient.set_(copy)  # type: ignore[call-overload]  # PyTorch names storages only
         else:
             copies.append((gradient, update))
 
@@ -161,7 +175,7 @@ class PlainGradient:
         """|e| / |delta| of the last step: nothing is left out."""
         return 0.0
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """What is kept for the next step; on the CPU."""
         return {"shape": list(self.layout.shape)}
 

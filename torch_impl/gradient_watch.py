@@ -22,6 +22,7 @@ class GradientWatch:
             incoming: what backward has handed over, while the hook runs that was called with it.
         """
         gradient = parameter.grad
+        assert gradient is not None
         if not gradient.is_sparse and 0 in gradient.stride() and gradient.numel() > 1:
             # An expanded tensor has no room for what its elements are going to be.
             gradient = parameter.grad = gradient.contiguous()

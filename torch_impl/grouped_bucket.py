@@ -9,6 +9,7 @@ from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.gradient import Copies, PlainGradient
 from horovod_powersgd.torch.grouped_kernels import half_steps, orthogonalize, products
 from horovod_powersgd.torch.powersgd_bucket import PowerSGDBucket
+from horovod_powersgd.torch.powersgd_gradient import PowerSGDGradient
 from horovod_powersgd.torch.profiling import profiled
 from horovod_powersgd.torch.step import Step
 from horovod_powersgd.torch.workers import Workers
@@ -30,7 +31,7 @@ class GroupedBucket(PowerSGDBucket):
         for gradient in self.gradients:
             yield from self._begin(gradient, step, sparse)
         dense = [gradient for gradient in self.gradients if gradient not in sparse]
-        matrices = [gradient for gradient in dense if gradient.compressed]
+        matrices = [gradient for gradient in dense if isinstance(gradient, PowerSGDGradient)]
         if not matrices:
             return (yield from self._average(dense, [g.send() for g in dense], step, 0, in_place=True))
         dtype = matrices[0].sent_dtype
@@ -54,14 +55,14 @@ class GroupedBucket(PowerSGDBucket):
         return (self._found == 0).view(())
 
     def _end(self, finite: bool, step: Step, copies: Copies) -> None:
-        matrices = [gradient for gradient in self.gradients if gradient.compressed and not gradient.is_sparse]
+        matrices = [g for g in self.gradients if isinstance(g, PowerSGDGradient) and not g.is_sparse]
         if not (finite and matrices):
             return super()._end(finite, step, copies)
         updates = [gradient.update(finite, step.factor, step.undoable) for gradient in matrices]
         with profiled("update"):
             products(updates)
-        for gradient, update in zip(matrices, updates):
-            gradient.put_update(update, finite, step.factor, copies)
+        for matrix, update in zip(matrices, updates):
+            matrix.put_update(update, finite, step.factor, copies)
         for gradient in self.gradients:
             if gradient.is_sparse or not gradient.compressed:
                 gradient.end(finite, step.factor, step.undoable, copies)

@@ -42,16 +42,16 @@ def half_steps(tasks: Sequence[HalfStep], dtype: torch.dtype) -> torch.Tensor:
     """kernels.half_step of several float32 matrices: all factors, flat, one after the other, in a dtype."""
     device = tasks[0].delta.device
     plan = _plan(tuple((*task.delta.shape, len(task.basis), task.makes_q) for task in tasks), device)
-    table = []
+    rows = []
     for delta, basis, _, memory, scale in tasks:
         left, p, q = (None, None, None) if memory is None else memory.parts()
-        table.append(
+        rows.append(
             (
                 delta.data_ptr(), basis.data_ptr(), *delta.shape, len(basis), _address(left), _address(p), _address(q),
                 0 if p is None else len(p), np.float64(scale).view(np.int64),
             )
         )  # fmt: skip
-    table = _on(device, table)
+    table = _on(device, rows)
     adds = any(task.memory is not None for task in tasks)
     found = torch.empty(plan.found, dtype=torch.float32, device=device)
     for makes_q, tiles, count in plan.tiles:
@@ -117,7 +117,8 @@ class _Plan:
 
 @functools.lru_cache(maxsize=256)
 def _plan(layout: tuple[tuple[int, int, int, bool], ...], device: torch.device) -> _Plan:
-    tiles, sums, found, numbers = {False: [], True: []}, [], 0, 0
+    tiles: dict[bool, list[tuple]] = {False: [], True: []}
+    sums, found, numbers = [], 0, 0
     for i, (n, m, rank, makes_q) in enumerate(layout):
         size = rank * (m if makes_q else n)
         along, length = (n, ROWS_OF_A_PROGRAM) if makes_q else (m, COLUMNS_OF_A_PROGRAM)

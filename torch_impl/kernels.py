@@ -28,7 +28,7 @@ class Memory:
 
     def tensor(self) -> torch.Tensor:
         """The memory itself (n, m)."""
-        if self._p is not None:
+        if self._p is not None and self._q is not None:
             if _compiled(self._delta):
                 _run_product(self._delta, self._delta, self._p, self._q, -1.0)
             else:

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import horovod.torch.optimizer as horovod_optimizer
 import torch
@@ -23,7 +24,7 @@ from horovod_powersgd.torch.engine import Engine
 from horovod_powersgd.torch.transport import Transported
 
 # Those that there are.
-_distributed: "weakref.WeakSet[DistributedMethods]" = weakref.WeakSet()
+_distributed: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 class _Made:
@@ -53,7 +54,7 @@ def _wrap(optimizer: torch.optim.Optimizer, methods: Mapping[str, object], *args
     members = {**methods, "__module__": Horovods.__module__, "_wrapped_class": base}
     try:
         optimizer.__class__ = type(base.__name__, (_Made, base), members)
-        optimizer.__init__(optimizer.param_groups, *args, **kwargs)
+        type(optimizer).__init__(optimizer, optimizer.param_groups, *args, **kwargs)
     except BaseException:
         own.clear()
         own.update(before)

@@ -34,7 +34,7 @@ def orthogonalize(
     Returns:
         For each (r, n) with orthonormal rows, contiguous, of the factor's dtype and device.
     """
-    bases: list[torch.Tensor] = [None] * len(factors)
+    bases = list(factors)  # to be replaced, one by one
     by_rank: dict[int, list[int]] = {}
     for i, factor in enumerate(factors):
         by_rank.setdefault(len(factor), []).append(i)
@@ -69,9 +69,9 @@ def _checked(factors: Sequence[torch.Tensor], spares: Sequence[Callable[[], torc
 def _unchecked(factors: Sequence[torch.Tensor], spares: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
     rows = []
     for factor, spare in zip(factors, spares):
-        row, spare = factor.double(), spare()
+        row, random = factor.double(), spare()
         rounding = torch.finfo(factor.dtype).eps * torch.linalg.vector_norm(row, dim=1).amax()
-        rows.append(row + spare * ((rounding + TINY) / torch.linalg.vector_norm(spare, dim=1, keepdim=True)))
+        rows.append(row + random * ((rounding + TINY) / torch.linalg.vector_norm(random, dim=1, keepdim=True)))
     for _ in range(2):
         rows = [inverse @ row for inverse, row in zip(_triangles(rows)[0], rows)]
     return [row.to(factor.dtype) for row, factor in zip(rows, factors)]

@@ -7,23 +7,28 @@ error-feedback memory, must be nobody else's.
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+
+# torch.Tensor's, in releases that have it.
+_use_count: Any = getattr(torch.Tensor, "_use_count", None)
 
 
 def _holders(tensor: torch.Tensor) -> tuple[int, int]:
     """How many hold a tensor in C++ and in Python, those included that ask."""
-    return tensor._use_count(), sys.getrefcount(tensor)
+    return _use_count(tensor), sys.getrefcount(tensor)
 
 
 def _holders_of_a_base() -> tuple[int, int]:
     """Of one that its view holds, and nobody else: how many ask depends on PyTorch's release."""
     view = torch.empty(2, 2).t()
     base = view._base
+    assert base is not None
     return _holders(base)
 
 
-_CAN_TELL = hasattr(torch.Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
+_CAN_TELL = _use_count is not None and hasattr(torch._C, "_storage_Use_Count")
 _BASE_ALONE = _holders_of_a_base() if _CAN_TELL else None
 # The parameter, and PyTorch's object for Python.
 _GRADIENT_ALONE = 2
@@ -42,7 +47,7 @@ def owns_storage(gradient: torch.Tensor, incoming: torch.Tensor | None = None) -
     if not _CAN_TELL or gradient.requires_grad or gradient._base is not None:
         return False
     storage = gradient.untyped_storage()
-    if storage.nbytes() != gradient.nbytes or gradient._use_count() != _GRADIENT_ALONE:
+    if storage.nbytes() != gradient.nbytes or _use_count(gradient) != _GRADIENT_ALONE:
         return False
     holders = 2  # the gradient, and the object that asks
     if incoming is not None and _same_storage(incoming, storage):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.torch.bucket import Bucket
 from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.gradient import PlainGradient
@@ -19,19 +20,21 @@ class PowerSGDBucket(Bucket):
     it is travels with their first half-step."""
 
     def __init__(self, name: str, gradients: Sequence[PlainGradient], workers: Workers, config: Compressor):
+        assert isinstance(config.family, PowerSGD)
+        self._family = config.family
         super().__init__(name, sorted(gradients, key=lambda gradient: not gradient.compressed), workers, config)
 
     def _start(self, step: Step) -> int:
         """Begins a step of all matrices; returns how many half-steps it has."""
-        renews = self._config.family.renews(step.number)
+        renews = self._family.renews(step.number)
         for gradient in self.gradients:
-            if gradient.compressed:
+            if isinstance(gradient, PowerSGDGradient):
                 gradient.start(step.number, renews, step.rates.get(gradient.parameter))
-        return self._config.family.half_steps(renews)
+        return self._family.half_steps(renews)
 
     def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
         half_steps = self._start(step)
-        matrices = [gradient for gradient in self.gradients if gradient.compressed]
+        matrices = [gradient for gradient in self.gradients if isinstance(gradient, PowerSGDGradient)]
         finite, bases = True, _bases(matrices)
         for half_step in range(half_steps):
             senders, sent = [], []

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from horovod_powersgd import arrays
 from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.factors import initial_factor, resized
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.randomness import SPARE, random_factor
@@ -52,6 +54,11 @@ class PowerSGDGradient(CompressedGradient):
     discard.
     """
 
+    # Of a step, which lets go of them in the end.
+    _delta: Any
+    _basis: Any
+    _own: Any
+
     def __init__(
         self,
         name: str,
@@ -61,8 +68,9 @@ class PowerSGDGradient(CompressedGradient):
         sparse_as_dense: bool = False,
     ):
         super().__init__(name, parameter, layout, config, sparse_as_dense)
+        assert isinstance(config.family, PowerSGD)
         self._config, self._rank = config.family, layout.amount
-        starting = initial_factor(name, layout.matrix_shape[1], self._rank, config.seed)
+        starting = initial_factor(name, self._matrix_shape[1], self._rank, config.seed)
         self._kept = Kept(self._transposed(starting).to(self.dtype), True)
         self._spare_storage: torch.Tensor | None = None
         self._spares: dict[bool, torch.Tensor] = {}
@@ -115,7 +123,7 @@ class PowerSGDGradient(CompressedGradient):
             self._spares.clear()
         self._mean, self._mean_is_q = self._kept.factor, self._kept.is_q
         if renews or not self._config.warm_start:
-            self._mean, self._mean_is_q = self._random(step, self.layout.matrix_shape[1]).to(self.dtype), True
+            self._mean, self._mean_is_q = self._random(step, self._matrix_shape[1]).to(self.dtype), True
         elif len(self._mean) != rank:
             factor = resized(self._mean.t().cpu().numpy(), rank, self.spare().t().cpu().numpy())
             self._mean = torch.from_numpy(factor).t().contiguous().to(self._mean.device)
@@ -125,6 +133,7 @@ class PowerSGDGradient(CompressedGradient):
         super().begin(scale)
         if self.is_sparse:
             return
+        assert self.parameter.grad is not None
         gradient, self._dense = self._dense, None
         self._in_place = (
             not self.parameter.grad.is_sparse
@@ -134,7 +143,7 @@ class PowerSGDGradient(CompressedGradient):
         )
         if not self._in_place:
             gradient = gradient.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
-        self._delta, self._scale = gradient.view(self.layout.matrix_shape), scale
+        self._delta, self._scale = gradient.view(self._matrix_shape), scale
         self._added = self._kept.memory
 
     def half_step(self, basis: torch.Tensor) -> HalfStep:
@@ -203,9 +212,10 @@ class PowerSGDGradient(CompressedGradient):
             self.accordion.end(update.out, 1 / (factor * self._scale))
             if self._undoable and self._config.error_feedback:
                 self._sample = Sample.of_product(update.p, update.q)
+        assert self.parameter.grad is not None
         written = update.out.view(self.parameter.shape)
         if self._in_place:
-            self.parameter.grad.set_(written)
+            self.parameter.grad.set_(written)  # type: ignore[call-overload]  # PyTorch names storages only
         else:
             self._put(written, copies)
         self._delta = self._basis = self._mean = self._own = None
@@ -223,6 +233,7 @@ class PowerSGDGradient(CompressedGradient):
             self._spare_storage = memory.storage()
 
     def _mixed(self, old: Kept, new: Kept, weight: float) -> Kept:
+        assert new.memory is not None
         memory = new.memory.tensor().mul_(weight)
         if old.memory is not None:
             memory.add_(old.memory.tensor(), alpha=(1 - weight) * new.scale / old.scale)
@@ -254,18 +265,16 @@ class PowerSGDGradient(CompressedGradient):
         norms = (torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in (kept.memory.tensor(), kept.own))
         return residual(*norms)
 
-    def shared_state(self) -> dict[str, object]:
-        """What is the same on every worker, on the CPU."""
+    def shared_state(self) -> dict[str, Any]:
         factor = {"factor": self.factor.cpu().clone(), "factor_is_q": self.factor_is_q}
         return {**factor, **self.accordion.state_dict()}
 
     def load_shared_state(self, state: Mapping) -> None:
-        """Takes what another worker, or an earlier job, kept."""
         factor = state["factor"].to(self.factor, copy=True)
         self._kept = replace(self._kept, factor=factor, is_q=state["factor_is_q"])
         self.accordion.load_state_dict(state, self.factor)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
             **self.shared_state(),

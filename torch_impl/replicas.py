@@ -115,11 +115,13 @@ def assert_replicas_equal(model: torch.nn.Module | dict[str, torch.Tensor]) -> N
     Raises:
         AssertionError: on every worker, naming the tensors that differ, and from which worker on.
     """
-    tensors, statistics = model, set()
+    statistics: set[str] = set()
     if isinstance(model, torch.nn.Module):
         tensors = model.state_dict()
         layers = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase)]
         statistics = {f"{name}.{buffer}".lstrip(".") for name, layer in layers for buffer, _ in layer.named_buffers()}
+    else:
+        tensors = model
     mine = {
         name: _hash(tensor) for name, tensor in tensors.items() if torch.is_tensor(tensor) and name not in statistics
     }

@@ -1,6 +1,5 @@
 """Horovod's own compressions, for what Horovod alone refuses to send, or sends wrongly."""
 
-
 import torch
 
 from horovod_powersgd.torch.ownership import owns_storage

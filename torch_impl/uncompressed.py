@@ -46,7 +46,7 @@ class Uncompressed:
         }
 
     def agreed(self, root: int | None, by_name: bool) -> None:
-        parameters = sorted(self._parameter_names, key=self._parameter_names.get)
+        parameters = sorted(self._parameter_names, key=lambda p: self._parameter_names[p])
         # A worker that computed no gradient cannot know that it is sparse.
         dims = largest(self.workers, [sparse_dim(p) for p in parameters], "sparse")
         self.sparse_dims = dict(zip(parameters, dims))

@@ -1,6 +1,7 @@
 """Compression that adapts itself to the phases of training."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,6 +134,7 @@ class Regime:
         """
         regime = replace(self, rate=rate)
         decays = rate is not None and self.rate is not None and rate < self.rate
+        assert config.interval is not None  # which __post_init__ has seen to
         if step % config.interval == 0:
             now = None if self.total is None else float(norm(self.total))
             regime.is_low = decays or is_critical(self.last_norm, now, config.threshold)
@@ -155,7 +157,7 @@ class Regime:
         }
 
     @classmethod
-    def from_state_dict(cls, state: dict, from_saved) -> "Regime":
+    def from_state_dict(cls, state: Mapping, from_saved) -> "Regime":
         """What state_dict gave."""
         total = None if state["total"] is None else from_saved(state["total"])
         return cls(**{**state, "total": total, "decisions": tuple(map(tuple, state["decisions"]))})

@@ -31,12 +31,14 @@ class Compressor:
         refresh_every: every that many steps a step is another one than the rest (PowerSGD.refresh_every). None: none.
     """
 
-    linear: ClassVar[bool]
+    linear: bool
     error_feedback: bool = True
     warmup_steps: int = 0
-    low_rank: ClassVar[bool] = False
+    low_rank: bool = False
     refresh_every: int | None = None
     seed: int = 0
+    # A subclass's.
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def family(self) -> "Compressor":
@@ -105,7 +107,7 @@ class Compressor:
             layout = layout_of(shape, self, matrix_shape)
             if layout.compressed and step >= self.warmup_steps:
                 # What is computed from half precision is in single precision.
-                size = self.message_bytes(*layout.matrix_shape, max(itemsize, 4), step)
+                size = self.message_bytes(*layout.matrix, max(itemsize, 4), step)
                 sent, received = sent + size, received + size * (1 if self.linear else workers)
             else:
                 sent, received = (total + math.prod(shape) * itemsize for total in (sent, received))
@@ -143,7 +145,7 @@ class Compressor:
         value, name = getattr(self, field), type(self).__name__
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise TypeError(f"{name}: {field} must be a number, {allowed}, not {value!r}")
-        if not (math.isfinite(value) and holds(value)):
+        if not (math.isfinite(value) and holds(float(value))):
             raise ValueError(f"{name}: {field} must be a finite number, {allowed}, not {value!r}")
         object.__setattr__(self, field, float(value))
 

@@ -1,7 +1,6 @@
 """Vector quantization in a basis that is learnt from the gradients."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -40,7 +39,7 @@ class GradiVeq(Compressor):
     learning_steps: int = 10
     compressed_steps: int = 90
     error_feedback: bool = True
-    linear: ClassVar[bool] = True
+    linear = True
 
     def __post_init__(self):
         self._check_integer("slice_size", at_least=2)

@@ -1,7 +1,6 @@
 """Compressors that send a matrix's factors, beside PowerSGD (PowerSGD paper, sections 3 and 4, and appendix)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean
 from horovod_powersgd.compressors.compressor import Compressor
@@ -9,7 +8,7 @@ from horovod_powersgd.randomness import normal, uniform
 
 
 class _LowRank(Compressor):
-    low_rank: ClassVar[bool] = True
+    low_rank = True
 
     def __post_init__(self):
         self._check_integer("rank", at_least=1)
@@ -49,7 +48,7 @@ class BestRank(_LowRank):
 
     rank: int
     error_feedback: bool = True
-    linear: ClassVar[bool] = False
+    linear = False
 
     def exchange(self, delta, state):
         xp = state.arrays
@@ -79,8 +78,8 @@ class UnbiasedRank(_LowRank):
 
     rank: int
     seed: int = 0
-    error_feedback: ClassVar[bool] = False
-    linear: ClassVar[bool] = True
+    error_feedback = False
+    linear = True
 
     def obstacle(self, rows, columns):
         return None if columns > self.amount(rows, columns) else "has no more columns than the rank"
@@ -124,7 +123,7 @@ class Atomo(_LowRank):
     rank: int
     error_feedback: bool = False
     seed: int = 0
-    linear: ClassVar[bool] = False
+    linear = False
 
     def exchange(self, delta, state):
         xp = state.arrays

@@ -2,7 +2,6 @@
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -60,8 +59,8 @@ class PowerSGD(Compressor):
     wire_dtype: str | None = None
     seed: int = 0
     refresh_every: int | None = None
-    linear: ClassVar[bool] = True
-    low_rank: ClassVar[bool] = True
+    linear = True
+    low_rank = True
 
     def __post_init__(self):
         self._check_integer("rank", at_least=1)

@@ -1,7 +1,6 @@
 """Gradients that travel whole."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from horovod_powersgd.compressors.collectives import AllreduceMean
 from horovod_powersgd.compressors.compressor import Compressor
@@ -14,8 +13,8 @@ class NoCompression(Compressor):
     Linear: one allreduce of n m numbers.
     """
 
-    error_feedback: ClassVar[bool] = False
-    linear: ClassVar[bool] = True
+    error_feedback = False
+    linear = True
 
     def obstacle(self, rows, columns):
         return "NoCompression"
@@ -36,7 +35,7 @@ class Float16(Compressor):
     """
 
     error_feedback: bool = True
-    linear: ClassVar[bool] = True
+    linear = True
 
     def __post_init__(self):
         self._check_bool("error_feedback")

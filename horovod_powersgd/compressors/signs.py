@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from horovod_powersgd.compressors.collectives import Allgather
 from horovod_powersgd.compressors.compressor import Compressor
@@ -23,7 +22,7 @@ class SignNorm(Compressor):
     """
 
     error_feedback: bool = True
-    linear: ClassVar[bool] = False
+    linear = False
 
     def __post_init__(self):
         self._check_bool("error_feedback")
@@ -64,9 +63,9 @@ class Signum(Compressor):
     """
 
     momentum: float = 0.9
-    error_feedback: ClassVar[bool] = False
-    linear: ClassVar[bool] = False
-    keeps_memory: ClassVar[bool] = True
+    error_feedback = False
+    linear = False
+    keeps_memory = True
 
     def __post_init__(self):
         self._check_number("momentum", "at least 0 and below 1", lambda momentum: 0 <= momentum < 1)

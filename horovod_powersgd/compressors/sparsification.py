@@ -1,7 +1,6 @@
 """Compressors that send some of a matrix's entries (PowerSGD paper, appendix, "Compressors")."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean
 from horovod_powersgd.compressors.compressor import Compressor
@@ -26,7 +25,7 @@ class _Sparsifier(Compressor):
 class _SharedPlaces(_Sparsifier):
     """All workers send the same entries, so that their values can be added up."""
 
-    linear: ClassVar[bool] = True
+    linear = True
 
     def exchange(self, delta, state):
         xp, size = state.arrays, state.shape[0] * state.shape[1]
@@ -108,7 +107,7 @@ class TopK(_Sparsifier):
 
     ratio: float
     error_feedback: bool = True
-    linear: ClassVar[bool] = False
+    linear = False
 
     def exchange(self, delta, state):
         xp, size = state.arrays, state.shape[0] * state.shape[1]

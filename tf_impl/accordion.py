@@ -63,11 +63,12 @@ class AccordionState:
         rate = tf.constant(UNKNOWN) if rate is None else rate
         regime = [tf.convert_to_tensor(v) for v in (self.total, self.last_norm, self.rate, self.is_low)]
         config = tf.constant(self._config.interval, tf.int64), tf.constant(self._config.threshold, tf.float64)
-        return Decision(step, *_decide(*regime, *config, step, rate), rate)
+        is_low, is_new, begins, norm = _decide(*regime, *config, step, rate)
+        return Decision(step, is_low, is_new, begins, norm, rate)
 
     def amount(self, decision: Decision) -> tf.Tensor:
         """Compressor.amount, int64."""
-        low, high = (self._config.amount_now(*self._layout.matrix_shape, is_low) for is_low in (True, False))
+        low, high = (self._config.amount_now(*self._layout.matrix, is_low) for is_low in (True, False))
         return tf.where(decision.is_low, tf.constant(low, tf.int64), tf.constant(high, tf.int64))
 
     def keep(self, decision: Decision, update: tf.Tensor) -> list[tf.Operation]:

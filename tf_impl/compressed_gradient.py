@@ -1,6 +1,7 @@
 """What compressed gradients have in common: delta, the generator that exchanges it, and the memory."""
 
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -54,7 +55,7 @@ class CompressedGradient(PlainGradient):
         """Makes the variables that this kind of gradient keeps."""
         raise NotImplementedError
 
-    def _exchange(self, step: Step, amount: int | tf.Tensor) -> Generator:
+    def _exchange(self, step: Step, amount: int | tf.Tensor) -> Generator[Any, Any, Any]:
         """Yields requests; returns the mean, and this worker's part of it, which leaves the memory."""
         raise NotImplementedError
 

@@ -1,13 +1,13 @@
 """What resuming needs beside model and optimizer: what compressors keep, and the memories."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from horovod_powersgd import checkpoint
-from horovod_powersgd.arguments import compressor_of
+from horovod_powersgd.arguments import required_compressor
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.training import LOADED, known_states, last_training, states_of
@@ -96,7 +96,7 @@ def load_compression_state_dict(
     """
 
     def mine(first: Mapping) -> list[VariableState]:
-        config = _known(first["config"], variables) if compression is None else compressor_of(compression)
+        config = _known(first["config"], variables) if compression is None else required_compressor(compression)
         return _begun_or_loaded(variables, config, process_set)
 
     load(states, mine)
@@ -107,8 +107,8 @@ def load(
 ) -> None:
     """load_compression_state_dict into the states that `mine_of` finds for the first of what was saved."""
     alone = isinstance(states, Mapping)
-    states = iter([states] if alone else states)
-    first = next(states, None)
+    rest: Iterator[Mapping] = iter([states] if isinstance(states, Mapping) else states)
+    first = next(rest, None)
     if first is None:
         raise ValueError("the compression states of all workers are needed, and none is given")
     mine = mine_of(first)
@@ -126,7 +126,7 @@ def load(
         for state, name in zip(mine, first["tensors"]):
             state.rename(name)
     share = checkpoint.share_of(
-        first if alone else map(named_as_here, itertools.chain([first], states)),
+        first if alone else map(named_as_here, itertools.chain([first], rest)),
         mine[0].config,
         dict(zip((state.name for state in mine), shapes)),
         mine[0].process_set.size(),
@@ -176,7 +176,7 @@ class CompressionState(tf.Module):
         process_set: ProcessSet = global_process_set,
     ):
         super().__init__()
-        states = _begun_or_loaded(variables, compressor_of(compression), process_set)
+        states = _begun_or_loaded(variables, required_compressor(compression), process_set)
         self.steps = states[0].counters.steps
         self.tensors = {}
         for state in states:

@@ -4,7 +4,8 @@ import functools
 import itertools
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
@@ -22,10 +23,10 @@ from horovod_powersgd.tensorflow.snapshot import Snapshot
 from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import Workers, transportable
 
-Tensor = tf.Tensor | tf.IndexedSlices
+Tensor: TypeAlias = tf.Tensor | tf.IndexedSlices
 
 # Counts the exchanges in sessions of each process set, on every worker alike, so that their tensors' names differ.
-_numbers = defaultdict(itertools.count)
+_numbers: dict[int, Iterator[int]] = defaultdict(itertools.count)
 
 
 class Exchange:
@@ -152,8 +153,8 @@ class Exchange:
         workers' agreement; and the snapshots."""
         if self._in_session:
             ready = []
-            kept = [v for holder in (self.counters, *self.states) for v in holder.variables().values()]
-            for variable in (self._agreement.agreed, *kept):
+            kept = itertools.chain(*(state.variables().values() for state in self.states))
+            for variable in (self._agreement.agreed, *self.counters.variables().values(), *kept):
                 there = tf.compat.v1.is_variable_initialized(variable)
                 ready.append(tf.cond(there, tf.no_op, functools.partial(_initialise, variable)))
         else:
@@ -208,27 +209,28 @@ class Exchange:
     ) -> list[Message]:
         """reference.exchange of the gradients of a bucket. What is gathered waits for the op of `there`. Returns what
         was sent."""
-        messages = []
+        messages: list[Message] = []
         for gradient in bucket:
             gradient.begin(step)
         for i in itertools.count():
-            asking = [gradient for gradient in bucket if gradient.request is not None]
+            asking = [(gradient, gradient.request) for gradient in bucket if gradient.request is not None]
             if not asking:
-                return messages
+                break
             kinds = defaultdict(list)
-            for gradient in asking:
-                is_mean = isinstance(gradient.request, AllreduceMean)
-                kinds[gradient.request.tensors[0].dtype.name if is_mean else "gathered"].append(gradient)
+            for gradient, request in asking:
+                is_mean = isinstance(request, AllreduceMean)
+                kinds[request.tensors[0].dtype.name if is_mean else "gathered"].append((gradient, request))
             for kind, senders in kinds.items():
-                message = Message([sender.request.tensors for sender in senders])
+                message = Message([request.tensors for _, request in senders])
                 if kind == "gathered":
                     with tf.control_dependencies([there()]):
                         answers = message.gathered(self._workers, f"{name}.{i}.{kind}")
                 else:
                     answers = message.averaged(self._workers, f"{name}.{i}.{kind}")
-                for sender, answer in zip(senders, answers):
+                for (sender, _), answer in zip(senders, answers):
                     sender.receive(answer)
                 messages.append(message)
+        return messages
 
     def _update(self, gradient: PlainGradient) -> tf.Tensor:
         """What becomes of the gradient: the mean or the sum."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean
 from horovod_powersgd.tensorflow.variable import plain_name
 from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import transportable
@@ -43,6 +43,7 @@ class PlainGradient:
     """
 
     compressed = False
+    request: AllreduceMean | Allgather | None
 
     def __init__(self, state: VariableState, tensor: tf.Tensor):
         self.state = state

@@ -34,4 +34,4 @@ class SyncBatchNormalization(tf.keras.layers.BatchNormalization):
 
 
 if not KERAS_3:
-    SyncBatchNormalization = horovod.SyncBatchNormalization
+    globals()["SyncBatchNormalization"] = horovod.SyncBatchNormalization

@@ -105,8 +105,8 @@ class Reduction:
             return list(gradients)
         compressed = [i for i in places if self._settings is not None and _is_static(native(variables[i]))]
         plain = [i for i in places if i not in compressed]
-        updates = self._compressed(*_at(compressed, gradients, variables), learning_rate)
-        means = self._plain(*_at(plain, gradients, variables), use_generic_names)
+        updates = self._compressed(_at(compressed, gradients), _at(compressed, variables), learning_rate)
+        means = self._plain(_at(plain, gradients), _at(plain, variables), use_generic_names)
         found = dict(zip(compressed + plain, [*updates, *means]))
         return [found.get(i) for i in range(len(gradients))]
 
@@ -128,7 +128,8 @@ class Reduction:
         """
         found = list(gradients)
         shared = [i for i, variable in enumerate(variables) if native(variable).ref() not in local]
-        for i, mean in zip(shared, self(*_at(shared, gradients, variables), use_generic_names, learning_rate)):
+        means = self(_at(shared, gradients), _at(shared, variables), use_generic_names, learning_rate)
+        for i, mean in zip(shared, means):
             found[i] = mean
         if scale_local and len(shared) < len(found):
             count = Workers(self._process_set, "").count(tf.float32)
@@ -155,8 +156,10 @@ class Reduction:
             factors: what the average of each is multiplied by, scalars of any dtype, 0 or more; not finite where the
                 average is not.
         """
+        if self.compressor is None:
+            return
         for variable, factor in zip(variables, factors):
-            state = self.compressor and state_in(self.training, variable, self.compressor, self._process_set)
+            state = state_in(self.training, variable, self.compressor, self._process_set)
             if state is not None and state.memory is not None:
                 kept = self.discardable and state.snapshot in self._snapshots
                 before = state.snapshot.copy_of(state.memory) if kept else None
@@ -177,6 +180,7 @@ class Reduction:
         load(states, lambda first: self._states(variables))
 
     def _states(self, variables: Sequence) -> list[VariableState]:
+        assert self.compressor is not None
         return states_of(variables, self.compressor, self._process_set, self.training)
 
     def _compressed(self, gradients: Sequence, variables: Sequence, learning_rate) -> Sequence:
@@ -186,11 +190,12 @@ class Reduction:
             gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
         # A variable that is given twice has one gradient, and one memory.
         places = {id(native(variable)): i for i, variable in enumerate(variables)}
-        gradients, once = _at(places.values(), gradients, variables)
+        gradients, once = _at(places.values(), gradients), _at(places.values(), variables)
+        assert self._settings is not None
         self.exchange = exchange_of(self._settings, self.training, once, gradients)
         new = []
         if self.discardable:
-            kept = [holder.snapshot for holder in (self.exchange.counters, *self.exchange.states)]
+            kept = [self.exchange.counters.snapshot, *(state.snapshot for state in self.exchange.states)]
             new = [snapshot for snapshot in kept if snapshot not in self._snapshots]
             self._snapshots += new
         updates = dict(zip(places, self.exchange(gradients, learning_rate, tuple(new))))
@@ -217,10 +222,9 @@ def unscaled(gradients: Sequence, scale) -> list:
     return scaled(gradients, None if scale is None else 1 / tf.cast(scale, tf.float64))
 
 
-def _at(places: Iterable[int], *lists: Sequence) -> list[list]:
-    """What the lists hold at these places."""
-    places = list(places)
-    return [[items[i] for i in places] for items in lists]
+def _at(places: Iterable[int], items: Sequence) -> list:
+    """The items at these places."""
+    return [items[i] for i in places]
 
 
 def native_groups(groups):

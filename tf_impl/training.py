@@ -1,7 +1,7 @@
 """Trainings, and the states that variables have in each."""
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet
@@ -78,7 +78,7 @@ def state_in(training: Training, variable, config: Compressor, process_set: Proc
     return getattr(native(variable), ATTRIBUTE, {}).get(training, {}).get((config, process_set.process_set_id))
 
 
-def _states(variable) -> Mapping[Training, dict[tuple[Compressor, int], VariableState]]:
+def _states(variable) -> MutableMapping[Training, dict[tuple[Compressor, int], VariableState]]:
     return vars(native(variable)).setdefault(ATTRIBUTE, weakref.WeakKeyDictionary())
 
 

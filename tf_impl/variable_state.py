@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import tensorflow as tf
@@ -59,8 +60,13 @@ class VariableState:
         self.layout = layout_of(shape, config, trailing_columns)
         self.variable_dtype = dtype
         self.dtype = tf.float64 if dtype == tf.float64 else tf.float32
-        self.key = self.factor = self.factor_is_q = None
-        self.memory = self.usual_clipping = self.accordion = self.norm = None
+        self.key: tf.Variable | None = None
+        self.factor: tf.Variable | None = None
+        self.factor_is_q: Literal[True] | tf.Variable | None = None
+        self.memory: tf.Variable | None = None
+        self.usual_clipping: tf.Variable | None = None
+        self.accordion: AccordionState | None = None
+        self.norm: tf.Variable | None = None
         self.kept: dict[str, tf.Variable] = {}
         if not self.layout.compressed:
             return
@@ -130,7 +136,7 @@ class VariableState:
         if not self.layout.compressed:
             return state
         state["memory"] = None
-        if self.memory is not None:
+        if self.memory is not None and self.usual_clipping is not None:
             state.update(memory=self.memory.numpy(), usual_clipping=float(self.usual_clipping))
         if self.factor is not None:
             state.update(factor=self.factor.numpy(), factor_is_q=bool(self.factor_is_q))
@@ -146,7 +152,7 @@ class VariableState:
             return
         if self.factor is not None:
             self.factor.assign(state["factor"])
-            if self.factor_is_q is not True:
+            if isinstance(self.factor_is_q, tf.Variable):
                 self.factor_is_q.assign(state["factor_is_q"])
         else:
             for key, variable in self.kept.items():
@@ -155,7 +161,7 @@ class VariableState:
             self.accordion.load_state_dict(state["regime"])
         if self.norm is not None:
             self.norm.assign(np.nan)
-        if self.memory is not None:
+        if self.memory is not None and self.usual_clipping is not None:
             memory = sum(saved["memory"] for saved in memories) if memories else 0
             self.memory.assign(np.broadcast_to(memory * weight, self.memory.shape))
             self.usual_clipping.assign(state.get("usual_clipping", 0))

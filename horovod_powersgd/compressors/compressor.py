@@ -58,7 +58,7 @@ class Compressor:
         """How much of a matrix is sent: the rank, or the number of entries; 0 where there is no choice."""
         return 0
 
-    def exchange(self, delta, state) -> Generator:
+    def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         """One worker's side of the exchange of one matrix.
 
         Args:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import horovod.tensorflow as horovod
 import tensorflow as tf
@@ -24,8 +25,11 @@ class _DistributedOptimizer:
 
     Attributes:
         _wrapped: that class.
-        _aggregation: an Aggregation, the optimizer's own.
+        _aggregation: the optimizer's own.
     """
+
+    _wrapped: Any
+    _aggregation: Aggregation
 
     @property
     def _agg_helper(self):
@@ -74,6 +78,8 @@ class _DistributedOptimizer:
 
 class _CompressingOptimizer:
     """The mixin that comes first in an optimizer that compresses."""
+
+    _aggregation: Aggregation
 
     def compression_stats(self) -> CompressionStats:
         """What compression did in the last step and in all steps so far, for this worker.

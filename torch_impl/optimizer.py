@@ -98,7 +98,7 @@ def DistributedOptimizer(
     groups=None,
     sparse_as_dense: bool = False,
     process_set: ProcessSet = global_process_set,
-):
+) -> Any:
     """horovod.torch.DistributedOptimizer, whose compression can also be a compressor.
 
     Args:

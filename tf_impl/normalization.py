@@ -18,7 +18,7 @@ class SyncBatchNormalization(tf.keras.layers.BatchNormalization):
         ValueError: fused is true.
     """
 
-    def __init__(self, fused=False, **kwargs):
+    def __init__(self, fused=False, **kwargs) -> None:
         if fused:
             raise ValueError("SyncBatchNormalization does not support fused=True.")
         super().__init__(**kwargs)

@@ -41,7 +41,7 @@ class Accordion(Compressor):
     threshold: float = 0.5
     interval: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("low", "high"):
             value = getattr(self, field)
             if not isinstance(value, Compressor) or isinstance(value, Accordion):
@@ -88,21 +88,21 @@ class Accordion(Compressor):
     def seed(self):
         return self.low.seed
 
-    def obstacle(self, rows, columns):
+    def obstacle(self, rows: int, columns: int) -> str | None:
         return self.low.obstacle(rows, columns)
 
-    def amount(self, rows, columns):
+    def amount(self, rows: int, columns: int) -> int:
         return self.low.amount(rows, columns)
 
     def amount_now(self, rows: int, columns: int, is_low: bool) -> int:
         """Compressor.amount with low or high compression."""
         return (self.low if is_low else self.high).amount(rows, columns)
 
-    def message_bytes(self, rows, columns, itemsize, step=0):
+    def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
         """With low compression. With high compression it is what `high` says, of the matrices that `low` compresses."""
         return self.low.message_bytes(rows, columns, itemsize, step)
 
-    def description(self):
+    def description(self) -> dict[str, Any]:
         return {**super().description(), "low": self.low.description(), "high": self.high.description()}
 
 

@@ -250,7 +250,7 @@ def DistributedOptimizer(
     groups=None,
     process_set=horovod.global_process_set,
     scale_local_gradients=True,
-):
+) -> Any:
     """horovod.tensorflow.keras.DistributedOptimizer, for Keras 3 as well, whose compression can also be a compressor.
 
     Args:
@@ -315,7 +315,7 @@ def PartialDistributedOptimizer(
     process_set=horovod.global_process_set,
     local_layers=None,
     scale_local_gradients=True,
-):
+) -> Any:
     """horovod.keras.PartialDistributedOptimizer: DistributedOptimizer that leaves some layers to each worker.
 
     Args:
@@ -345,7 +345,7 @@ def PartialDistributedOptimizer(
 
 def load_model(
     filepath, custom_optimizers=None, custom_objects=None, compression=horovod.Compression.none, legacy_opts=False
-):
+) -> Any:
     """A saved Keras model, with its optimizer, as it was saved, made a distributed one.
 
     Args:

@@ -1,13 +1,14 @@
 # Everything goes into .venv. The interpreter can be chosen when that is made: make PYTHON=/path/to/python3 setup
 PYTHON =
 
-.PHONY: help setup demo demo-tensorflow test test-core bench evidence clean
+.PHONY: help setup demo demo-tensorflow lint test test-core bench evidence clean
 
 help:
 	@echo "make demo              set everything up, train on real data under horovodrun with 2 workers, print a table"
 	@echo "make demo-tensorflow   the same with TensorFlow in place of PyTorch"
 	@echo "make test              set everything up, then run the whole test suite"
 	@echo "make test-core         in under a minute, the tests that need only numpy: no Horovod, no PyTorch, no TensorFlow"
+	@echo "make lint              set everything up, then check style and types"
 	@echo "make bench             set everything up, then measure the exchange and write docs/benchmarks.md; best as root"
 	@echo "make evidence          set everything up, then train with all compressors and write docs/evidence.md; best as root"
 	@echo "make setup             only set everything up"
@@ -24,6 +25,11 @@ demo-tensorflow: setup
 
 test: setup
 	@.venv/bin/python -m pytest
+
+lint: setup
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+	@.venv/bin/mypy --config-file= --strict --follow-imports=silent tests/typed_*.py
 
 # The environment of those tests has nothing else, so that none can come to need more unnoticed.
 .venv-core/made: Makefile

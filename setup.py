@@ -28,6 +28,8 @@ EXTRAS = {
         "scikit-learn==1.7.2; python_version<'3.11'",
         "matplotlib==3.11.2; python_version>='3.11'",
         "matplotlib==3.10.9; python_version<'3.11'",
+        "ruff==0.17.6",
+        "mypy==2.4.1",
     ],
 }
 

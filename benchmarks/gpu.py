@@ -23,7 +23,7 @@ from horovod_powersgd.torch.kernels import HalfStep, Memory, Product
 from job import JobFailed, results
 from kernels import PASSES, SHAPES
 from methods import METHODS
-from models import TITLES, parameters
+from models import TITLES
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "gpu.json"
@@ -79,8 +79,8 @@ def milliseconds(runs):
 
 
 def measure_passes(shape, rank):
-    """Medians of a copy in ms, and of each pass of a step in copies. So many matrices are gone over at once, as those of
-    a bucket, that none of them is found in the GPU's cache."""
+    """Medians of a copy in ms, and of each pass of a step in copies. So many matrices are gone over at once, as those
+    of a bucket, that none of them is found in the GPU's cache."""
     n, m = shape
     count = max(1, WORKING_SET // (12 * n * m))
     gradients, deltas, others = ([torch.randn(n, m) for _ in range(count)] for _ in range(3))

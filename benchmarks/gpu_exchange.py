@@ -1,4 +1,4 @@
-"""A worker of gpu.py: exchanges a model's gradients, which are on the GPU that all workers share, by several methods."""
+"""A worker of gpu.py: exchanges a model's gradients, which are on the GPU that all share, by several methods."""
 
 import argparse
 import json

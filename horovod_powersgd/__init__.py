@@ -11,17 +11,17 @@ __path__ = extend_path(__path__, __name__)
 
 __version__ = "0.1.0"
 
-from horovod_powersgd.compressors.accordion import Accordion  # noqa: E402  (after the path is set)
-from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean  # noqa: E402
-from horovod_powersgd.compressors.compressor import Compressor, Traffic  # noqa: E402
-from horovod_powersgd.compressors.custom import Custom  # noqa: E402
-from horovod_powersgd.compressors.gradiveq import GradiVeq  # noqa: E402
-from horovod_powersgd.compressors.low_rank import Atomo, BestRank, UnbiasedRank  # noqa: E402
-from horovod_powersgd.compressors.powersgd import PowerSGD  # noqa: E402
-from horovod_powersgd.compressors.precision import Float16, NoCompression  # noqa: E402
-from horovod_powersgd.compressors.signs import SignNorm, Signum  # noqa: E402
-from horovod_powersgd.compressors.sparsification import RandomBlock, RandomK, TopK  # noqa: E402
-from horovod_powersgd.statistics import CompressionStats, TensorStats  # noqa: E402
+from horovod_powersgd.compressors.accordion import Accordion  # after the path is set
+from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean
+from horovod_powersgd.compressors.compressor import Compressor, Traffic
+from horovod_powersgd.compressors.custom import Custom
+from horovod_powersgd.compressors.gradiveq import GradiVeq
+from horovod_powersgd.compressors.low_rank import Atomo, BestRank, UnbiasedRank
+from horovod_powersgd.compressors.powersgd import PowerSGD
+from horovod_powersgd.compressors.precision import Float16, NoCompression
+from horovod_powersgd.compressors.signs import SignNorm, Signum
+from horovod_powersgd.compressors.sparsification import RandomBlock, RandomK, TopK
+from horovod_powersgd.statistics import CompressionStats, TensorStats
 
 __all__ = [
     "Accordion",

@@ -89,7 +89,7 @@ def _install_horovod(options: argparse.Namespace) -> int:
             if outdated is not None:
                 _say(f"{outdated}: {INSTALL_COMMAND} --force builds one that has all of it.")
             return 0
-        for what in [problem.what for problem in problems] or [outdated]:
+        for what in [problem.what for problem in problems] or (outdated,):
             _say(f"{what}.")
 
     wheel = None if options.force else build.cached_wheel()
@@ -112,7 +112,8 @@ def _install_horovod(options: argparse.Namespace) -> int:
 def _examine(build: horovod_build.HorovodBuild) -> tuple[list[Problem], dict[str, bool]]:
     """What keeps the installed Horovod from serving a build's frameworks, and what it has for all of them."""
     importlib.invalidate_caches()
-    problems, features = [], {}
+    problems: list[Problem] = []
+    features: dict[str, bool] = {}
     for framework in build.frameworks:
         problem, found = examine_horovod(framework)
         features.update({name: there and features.get(name, True) for name, there in found.items()})

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 # What one worker must have in common with the others: what it is, in words, and its value, in words.
 Description = Mapping[str, str]
@@ -15,7 +16,7 @@ MOST_WORKERS = 2**20
 
 def configuration(
     compression: str, sum_gradients: bool, predivide_factor: float, groups: object, sparse_as_dense: bool
-) -> Dict[str, str]:
+) -> dict[str, str]:
     """What of a distributed optimizer's or a tape's arguments must be the same on every worker, in words.
 
     Args:
@@ -34,7 +35,7 @@ def configuration(
     }
 
 
-def ballot(description: Description) -> List[int]:
+def ballot(description: Description) -> list[int]:
     """Eight numbers, all positive and below 2^50. The workers' descriptions are equal where the largest of all
     workers' ballots, number by number, is each worker's own.
 
@@ -90,11 +91,11 @@ class Settlement(NamedTuple):
     """
 
     places: Sequence[int]
-    root: Optional[int]
+    root: int | None
     by_name: bool
 
 
-def settle(claims: Sequence[Claim]) -> List[Settlement]:
+def settle(claims: Sequence[Claim]) -> list[Settlement]:
     """Which optimizer of one worker is which of another's, where workers come with different ones.
 
     Two workers may step two optimizers in different orders; one may have made one more, which it never steps.
@@ -121,7 +122,7 @@ def settle(claims: Sequence[Claim]) -> List[Settlement]:
     for candidates in places.values():
         if len({len(some) for some in candidates}) == 1:
             # Made in the same order; asked for in any.
-            numbers: Set[int] = {
+            numbers: set[int] = {
                 some.index(claim.asked) for claim, some in zip(claims, candidates) if claim.asked in some
             }
             rows = [[some[number] for some in candidates] for number in sorted(numbers)]
@@ -170,7 +171,7 @@ def check_replicas(everyone: Sequence[Mapping], names: Mapping, what: str) -> No
     Raises:
         AssertionError: naming the tensors that differ, and from which worker on.
     """
-    wrong: Dict[object, int] = {}
+    wrong: dict[object, int] = {}
     for worker, theirs in enumerate(everyone):
         for key in {**everyone[0], **theirs}:
             if theirs.get(key) != everyone[0].get(key):
@@ -190,7 +191,7 @@ def differences(descriptions: Sequence[Description]) -> str:
     """
     lines = []
     for what in dict.fromkeys(what for description in descriptions for what in description):
-        holders: Dict[str, List[int]] = {}
+        holders: dict[str, list[int]] = {}
         for worker, description in enumerate(descriptions):
             holders.setdefault(description.get(what, "missing"), []).append(worker)
         if len(holders) > 1:

@@ -3,13 +3,14 @@
 import functools
 import inspect
 import warnings
-from typing import Any, Callable, Mapping, Optional
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from horovod_powersgd.compressors.compressor import Compressor, misplaced
 from horovod_powersgd.compressors.custom import Custom
 
 
-def compressor_of(compression) -> Optional[Compressor]:
+def compressor_of(compression) -> Compressor | None:
     """The compressor that a user's `compression` means; None where it is one of Horovod's.
 
     Raises:
@@ -26,6 +27,18 @@ def compressor_of(compression) -> Optional[Compressor]:
         "compression must be a compressor such as hvd.PowerSGD(...), a generator function, or one of Horovod's, "
         f"hvd.Compression.none or hvd.Compression.fp16, not {compression!r}"
     )
+
+
+def required_compressor(compression) -> Compressor:
+    """compressor_of, where Horovod's own compressions have no place.
+
+    Raises:
+        TypeError: compression is neither a compressor nor a generator function.
+    """
+    compressor = compressor_of(compression)
+    if compressor is None:
+        raise TypeError(f"compression must be a compressor or a generator function here, not {compression!r}")
+    return compressor
 
 
 def refuse_misplaced(arguments: Mapping[str, Any]) -> None:
@@ -58,7 +71,7 @@ def without_compressors(function: Callable) -> Callable:
     return checked
 
 
-def check_op(compressor: Optional[Compressor], averages_or_sums: bool) -> None:
+def check_op(compressor: Compressor | None, averages_or_sums: bool) -> None:
     """Checks that a compressor has an op that it can serve.
 
     Args:
@@ -104,5 +117,5 @@ def groups_of(num_groups: int, groups):
     """The groups that are meant by num_groups, which warns of its age, and by groups, which goes before it."""
     if num_groups == 0:
         return groups
-    warnings.warn("Parameter `num_groups` has been replaced by `groups`.", DeprecationWarning)
+    warnings.warn("Parameter `num_groups` has been replaced by `groups`.", DeprecationWarning, stacklevel=3)
     return num_groups if groups is None else groups

@@ -4,7 +4,7 @@ horovod_powersgd.torch.arrays and horovod_powersgd.tensorflow.arrays have the sa
 them, compressors use operators, slices and abs(). A scalar can be a Python number or, in TensorFlow, a tensor.
 """
 
-from typing import Callable, Tuple
+from collections.abc import Callable
 
 import numpy as np
 
@@ -124,7 +124,7 @@ def unpack_bits(packed, count: int):
     return np.unpackbits(packed, axis=-1, count=count).astype(bool)
 
 
-def svd(matrix) -> Tuple:
+def svd(matrix) -> tuple:
     """U (n, s), the singular values (s,), falling, and V^T (s, m) of a finite matrix (n, m); s = min(n, m)."""
     return np.linalg.svd(matrix, full_matrices=False)
 

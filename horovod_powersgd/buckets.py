@@ -2,7 +2,8 @@
 
 import math
 import zlib
-from typing import Dict, Hashable, List, Protocol, Sequence, TypeVar, Union
+from collections.abc import Hashable, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -36,9 +37,9 @@ Gradient = TypeVar("Gradient", bound=Sendable)
 
 def sort_into_buckets(
     gradients: Sequence[Gradient],
-    groups: Union[None, int, Sequence[Sequence[Gradient]]] = None,
+    groups: None | int | Sequence[Sequence[Gradient]] = None,
     bucket_bytes: int = BUCKET_BYTES,
-) -> List[List[Gradient]]:
+) -> list[list[Gradient]]:
     """Sorts gradients into buckets, the same on every worker.
 
     Args:
@@ -59,11 +60,11 @@ def bucket_name(number: int, gradients: Sequence[Sendable]) -> str:
     return f"{number}.{zlib.crc32(chr(10).join(gradient.name for gradient in gradients).encode()):x}"
 
 
-def _fill(gradients: Sequence[Gradient], bucket_bytes: float, alone_bytes: float) -> List[List[Gradient]]:
+def _fill(gradients: Sequence[Gradient], bucket_bytes: float, alone_bytes: float) -> list[list[Gradient]]:
     """Buckets of one kind each, last gradient first."""
-    filling: Dict[Hashable, List[Gradient]] = {}
-    room: Dict[Hashable, float] = {}
-    full: List[List[Gradient]] = []
+    filling: dict[Hashable, list[Gradient]] = {}
+    room: dict[Hashable, float] = {}
+    full: list[list[Gradient]] = []
     for gradient in reversed(gradients):
         if not gradient.compressed and gradient.nbytes >= alone_bytes:
             full.append([gradient])

@@ -1,6 +1,7 @@
 """What a worker saves of its exchange, and who loads what when the workers have changed."""
 
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Tuple, Union
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import horovod_powersgd
 from horovod_powersgd.compressors.compressor import Compressor
@@ -11,7 +12,7 @@ STATE_VERSION = 2
 SavedTensor = Mapping[str, Any]
 
 
-def state_dict(config: Compressor, workers: int, worker: int, steps: int, tensors: Dict[str, SavedTensor]) -> Dict:
+def state_dict(config: Compressor, workers: int, worker: int, steps: int, tensors: Mapping[str, SavedTensor]) -> dict:
     """One worker's state: numbers, strings and the framework's arrays."""
     return {
         "version": STATE_VERSION,
@@ -35,14 +36,14 @@ class Share(NamedTuple):
 
     steps: int
     tensors: Mapping[str, SavedTensor]
-    memories: Mapping[str, List[SavedTensor]]
+    memories: Mapping[str, list[SavedTensor]]
     weight: float
 
 
 def share_of(
-    states: Union[Mapping, Iterable[Mapping]],
+    states: Mapping | Iterable[Mapping],
     config: Compressor,
-    shapes: Mapping[str, Tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
     workers: int,
     worker: int,
 ) -> Share:
@@ -60,9 +61,9 @@ def share_of(
         ValueError: the state is of another model or configuration, or does not serve this number of workers.
     """
     alone = isinstance(states, Mapping)
-    memories: Dict[str, List[SavedTensor]] = {}
+    memories: dict[str, list[SavedTensor]] = {}
     seen, saved, steps, tensors = [], 0, 0, {}
-    for state in [states] if alone else states:
+    for state in [states] if isinstance(states, Mapping) else states:
         _check(state, config, shapes)
         seen.append(state["worker"])
         if seen[0] != seen[-1] and (saved, steps) != (state["workers"], state["steps"]):
@@ -82,7 +83,7 @@ def share_of(
     return Share(steps, tensors, memories, workers / saved)
 
 
-def _check(state: Mapping, config: Compressor, shapes: Mapping[str, Tuple[int, ...]]) -> None:
+def _check(state: Mapping, config: Compressor, shapes: Mapping[str, tuple[int, ...]]) -> None:
     if state.get("version") != STATE_VERSION:
         raise ValueError(f"not a compression state of version {STATE_VERSION}: {state.get('version')!r}")
     mine = _words(config.description())
@@ -97,9 +98,9 @@ def _check(state: Mapping, config: Compressor, shapes: Mapping[str, Tuple[int, .
         raise ValueError(f"the compression state is of another model or configuration: {listed}")
 
 
-def _words(description: Mapping) -> Dict[str, str]:
+def _words(description: Mapping) -> dict[str, str]:
     """Each field of a compressor, in words."""
-    words: Dict[str, str] = {}
+    words: dict[str, str] = {}
     for field, value in description.items():
         inner = _words(value) if isinstance(value, Mapping) else {"": repr(value)}
         words.update((f"{description['compressor']}.{field}{what and '.'}{what}", v) for what, v in inner.items())
@@ -112,7 +113,7 @@ def compressor_from(description: Mapping) -> Compressor:
     Raises:
         ValueError: it is a function, which no description holds.
     """
-    fields = {k: compressor_from(v) if isinstance(v, Mapping) else v for k, v in description.items()}
+    fields: dict[str, Any] = {k: compressor_from(v) if isinstance(v, Mapping) else v for k, v in description.items()}
     name = fields.pop("compressor")
     if name == "Custom":
         raise ValueError(

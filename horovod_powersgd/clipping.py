@@ -6,13 +6,12 @@ part f of what is usual, counts as that part of a step: of what it adds to the m
 A training that is clipped in every step is treated as one that is not: what waits is cut in its turn, when it is sent.
 """
 
-from typing import Optional, Tuple
 
 # How many times more than usual an update has to be cut to be one of a bad batch.
 SPIKE = 2.0
 
 
-def after_clipping(factor: float, usual: Optional[float]) -> Tuple[float, float]:
+def after_clipping(factor: float, usual: float | None) -> tuple[float, float]:
     """Which part of a step counts, and what is usual from now on.
 
     Args:

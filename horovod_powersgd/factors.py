@@ -5,7 +5,7 @@ algebra, since the reference uses them, too.
 """
 
 import re
-from typing import Callable, Union
+from collections.abc import Callable
 
 import numpy as np
 
@@ -31,7 +31,7 @@ def initial_factor(name: str, columns: int, rank: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, 0, *last.encode()]).standard_normal((columns, rank))
 
 
-def orthogonalize(matrix: np.ndarray, spare: Union[np.ndarray, Callable[[], np.ndarray]]) -> np.ndarray:
+def orthogonalize(matrix: np.ndarray, spare: np.ndarray | Callable[[], np.ndarray]) -> np.ndarray:
     """An orthonormal basis of the matrix's columns, by Gram-Schmidt in double precision.
 
     A column that depends on those before it, up to rounding, gives its place to the spare column, so that a factor

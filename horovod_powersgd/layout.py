@@ -1,8 +1,8 @@
 """How a tensor is seen as a matrix, and whether it is compressed."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple
 
 
 @dataclass(frozen=True)
@@ -17,23 +17,29 @@ class Layout:
         reason: why it is not compressed; None if it is.
     """
 
-    shape: Tuple[int, ...]
-    matrix_shape: Optional[Tuple[int, int]]
+    shape: tuple[int, ...]
+    matrix_shape: tuple[int, int] | None
     amount: int
-    reason: Optional[str]
+    reason: str | None
 
     @property
     def compressed(self) -> bool:
         """Whether the tensor travels compressed."""
         return self.reason is None
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """matrix_shape of a tensor that has one, as all that are compressed do."""
+        assert self.matrix_shape is not None
+        return self.matrix_shape
 
-def leading_rows(shape: Sequence[int]) -> Tuple[int, int]:
+
+def leading_rows(shape: Sequence[int]) -> tuple[int, int]:
     """(rows, columns) where the first axis holds the outputs, as in PyTorch: (out, in * height * width)."""
     return shape[0], math.prod(shape[1:])
 
 
-def trailing_columns(shape: Sequence[int]) -> Tuple[int, int]:
+def trailing_columns(shape: Sequence[int]) -> tuple[int, int]:
     """(rows, columns) where the last axis holds the outputs, as in TensorFlow: (height * width * in, out)."""
     return math.prod(shape[:-1]), shape[-1]
 

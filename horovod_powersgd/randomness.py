@@ -5,6 +5,7 @@ Integers of 31 bits, whose products fit into the 64 bits that every framework ha
 
 import math
 import zlib
+from typing import Any
 
 MASK = 2**31 - 1
 ROUNDS = 6
@@ -17,7 +18,7 @@ def key_of(name: str, seed: int) -> int:
     return zlib.crc32(f"{seed} {name}".encode()) & MASK
 
 
-def draw(xp, key, step, places):
+def draw(xp, key, step, places) -> Any:
     """Numbers from 0 to 2^31 - 1.
 
     Args:
@@ -34,18 +35,18 @@ def _draw(xp, key, step, places):
     return _mix(xp, _mix(xp, places & MASK) ^ key)
 
 
-def uniform(xp, key, step, places):
+def uniform(xp, key, step, places) -> Any:
     """float64 numbers, above 0 and below 1."""
     return (xp.cast(draw(xp, key, step, places), "float64") + 0.5) / 2**31
 
 
-def normal(xp, key, step, places):
+def normal(xp, key, step, places) -> Any:
     """Independent standard normal numbers, float64 (Box and Muller 1958)."""
     radius = xp.sqrt(-2 * xp.log(uniform(xp, key, step, 2 * places)))
     return radius * xp.cos(2 * math.pi * uniform(xp, key, step, 2 * places + 1))
 
 
-def random_factor(xp, key, step, length, rank):
+def random_factor(xp, key, step, length, rank) -> Any:
     """A factor of independent standard normal numbers, (length, rank), float64.
 
     Args:
@@ -62,7 +63,7 @@ def _random_factor(xp, key, step, length, rank):
     return xp.reshape(normal(xp, key, step, xp.arange(length * rank)), (length, rank))
 
 
-def subset(xp, key, step, size: int, count):
+def subset(xp, key, step, size: int, count) -> Any:
     """`count` different numbers below `size`, each subset as likely as any other; int64, in random order.
 
     They are where a permutation takes 0 to count - 1: a Feistel network of the two digits of a number, in a base near

@@ -8,13 +8,14 @@ generator (horovod_powersgd.compressors), of PowerSGD as of the others.
 Words: an n x m matrix has the factors P (n x r) and Q (m x r); `delta` is gradient plus memory.
 """
 
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Dict, Generator, List, Mapping, Optional, Sequence, Union
+from typing import Any
 
 import numpy as np
 
 from horovod_powersgd import arrays
-from horovod_powersgd.arguments import compressor_of
+from horovod_powersgd.arguments import required_compressor
 from horovod_powersgd.compressors.accordion import Accordion, Regime
 from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean
 from horovod_powersgd.compressors.compressor import Compressor
@@ -47,10 +48,10 @@ class State:
     """
 
     steps: int = 0
-    memory: Dict[str, np.ndarray] = field(default_factory=dict)
-    factors: Dict[str, Factor] = field(default_factory=dict)
-    kept: Dict[str, Dict[str, np.ndarray]] = field(default_factory=dict)
-    regimes: Dict[str, Regime] = field(default_factory=dict)
+    memory: dict[str, np.ndarray] = field(default_factory=dict)
+    factors: dict[str, Factor] = field(default_factory=dict)
+    kept: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    regimes: dict[str, Regime] = field(default_factory=dict)
 
 
 def exchange(
@@ -60,8 +61,8 @@ def exchange(
     matrix_shape=leading_rows,
     worker: int = 0,
     workers: int = 1,
-    learning_rate: Optional[float] = None,
-) -> Generator[Union[AllreduceMean, Allgather], Mapping, Dict[str, np.ndarray]]:
+    learning_rate: float | None = None,
+) -> Generator[AllreduceMean | Allgather, Mapping, dict[str, np.ndarray]]:
     """One worker's side of one step.
 
     Args:
@@ -77,7 +78,7 @@ def exchange(
         The averaged updates by name, the same on every worker. A tensor whose average is not finite gets a
         non-finite update, and then the state stays what it was for all tensors.
     """
-    config = compressor_of(config)
+    config = required_compressor(config)
     plain, matrices = {}, {}
     for name, gradient in gradients.items():
         layout = layout_of(gradient.shape, config, matrix_shape)
@@ -91,7 +92,7 @@ def exchange(
         asking = {name: matrix for name, matrix in matrices.items() if matrix.request is not None}
         means = {name: m.parts()[0] for name, m in asking.items() if isinstance(m.request, AllreduceMean)}
         gathers = {name: m.parts() for name, m in asking.items() if isinstance(m.request, Allgather)}
-        answers = {}
+        answers: dict[str, Any] = {}
         if means or waiting:
             answers.update((yield AllreduceMean({**means, **{name: plain[name] for name in waiting}})))
         if gathers:
@@ -121,22 +122,22 @@ class _Matrix:
         self.name, self._config, self._failed, amount = name, config, False, layout.amount
         if isinstance(config, Accordion):
             self._regime = state.regimes.get(name, Regime()).decided(config, state.steps, rate, _norm)
-            amount = config.amount_now(*layout.matrix_shape, self._regime.is_low)
-        self._delta = gradient.reshape(layout.matrix_shape)
+            amount = config.amount_now(*layout.matrix, self._regime.is_low)
+        self._delta = gradient.reshape(layout.matrix)
         if config.keeps_memory:
             self._delta = self._delta + state.memory.get(name, 0)
         self._finite = bool(np.isfinite(self._delta).all())
         if not self._finite:
             self._delta = np.zeros_like(self._delta)
-        kept = dict(state.kept.get(name, {}))
+        kept: dict[str, Any] = dict(state.kept.get(name, {}))
         if name in state.factors:
             kept.update(factor=state.factors[name].array, factor_is_q=state.factors[name].is_q)
-        self._state = MatrixState(arrays, name, layout.matrix_shape, key_of(name, config.seed), kept)
+        self._state = MatrixState(arrays, name, layout.matrix, key_of(name, config.seed), kept)
         self._state.begin(state.steps, amount, worker, workers, self._finite)
         self._generator = config.family.exchange(self._delta, self._state)
         self._resume(None)
 
-    def parts(self) -> List[np.ndarray]:
+    def parts(self) -> list[np.ndarray]:
         """What it asks for, to be sent: floats become NaN where this worker's delta was not finite."""
         request = self.request
         tensors = [request.tensors] if isinstance(request, AllreduceMean) else list(request.tensors)
@@ -179,7 +180,7 @@ class _Matrix:
 
 
 def _norm(matrix: np.ndarray) -> float:
-    return np.linalg.norm(matrix.astype(np.float64))
+    return float(np.linalg.norm(matrix.astype(np.float64)))
 
 
 def simulate(
@@ -187,8 +188,8 @@ def simulate(
     states: Sequence[State],
     config: Compressor,
     matrix_shape=leading_rows,
-    learning_rate: Optional[float] = None,
-) -> List[Dict[str, np.ndarray]]:
+    learning_rate: float | None = None,
+) -> list[dict[str, np.ndarray]]:
     """One step of W workers in this process, in lockstep.
 
     Args:
@@ -218,7 +219,7 @@ def communicate(
     return over(comm, exchange(gradients, state, config, matrix_shape, comm.rank, comm.size, learning_rate))
 
 
-def lockstep(workers: Sequence[Generator]) -> list:
+def lockstep(workers: Sequence[Generator[Any, Any, Any]]) -> list:
     """Runs the generators of all workers, answering each round's requests; returns their results."""
     requests = [next(worker) for worker in workers]
     while True:
@@ -233,7 +234,7 @@ def lockstep(workers: Sequence[Generator]) -> list:
             return results
 
 
-def over(comm, worker: Generator):
+def over(comm, worker: Generator[Any, Any, Any]):
     """Runs one worker's generator over an mpi4py communicator; returns its result."""
     request = next(worker)
     while True:
@@ -243,7 +244,7 @@ def over(comm, worker: Generator):
             return finished.value
 
 
-def _answer(requests: Sequence[Union[AllreduceMean, Allgather]]) -> Dict[str, Any]:
+def _answer(requests: Sequence[AllreduceMean | Allgather]) -> dict[str, Any]:
     """What each of the workers gets that ask for this."""
     everyone = [request.tensors for request in requests]
     if isinstance(requests[0], Allgather):
@@ -261,17 +262,17 @@ class OptimizerState:
     """Algorithm 2's state of one worker: what the exchange keeps, and the momentum by tensor name."""
 
     exchange: State = field(default_factory=State)
-    momentum: Dict[str, np.ndarray] = field(default_factory=dict)
+    momentum: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def algorithm_2(
-    parameters: Dict[str, np.ndarray],
+    parameters: dict[str, np.ndarray],
     gradients: Tensors,
     state: OptimizerState,
     config: Compressor,
     learning_rate: float,
     momentum: float,
-) -> Generator[Union[AllreduceMean, Allgather], Mapping, None]:
+) -> Generator[AllreduceMean | Allgather, Mapping, None]:
     """One worker's whole step of the paper's Algorithm 2, to be run by `lockstep` or `over`.
 
     Error feedback comes before the exchange, momentum after it. The parameters and the state are changed, unless

@@ -1,9 +1,10 @@
 """What compression did in the last step and so far."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable, Optional, Tuple
 
+from horovod_powersgd.compressors.accordion import Accordion
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.layout import Layout
 
@@ -26,13 +27,13 @@ class TensorStats:
     """
 
     name: str
-    shape: Tuple[int, ...]
-    matrix_shape: Optional[Tuple[int, int]]
+    shape: tuple[int, ...]
+    matrix_shape: tuple[int, int] | None
     rank: int
     compressed: bool
-    reason: Optional[str]
-    residual: Optional[float]
-    decisions: Tuple[Tuple[int, str], ...] = ()
+    reason: str | None
+    residual: float | None
+    decisions: tuple[tuple[int, str], ...] = ()
 
     @classmethod
     def of(
@@ -42,8 +43,8 @@ class TensorStats:
         compressor: Compressor,
         is_sparse: bool,
         warming_up: bool,
-        residual: Callable[[], Optional[float]],
-        decisions: Tuple[Tuple[int, str], ...] = (),
+        residual: Callable[[], float | None],
+        decisions: tuple[tuple[int, str], ...] = (),
     ) -> "TensorStats":
         """A tensor whose gradient was sparse or not, in warm-up or not; the residual is asked for where it counts."""
         reason = layout.reason
@@ -54,8 +55,8 @@ class TensorStats:
         rank = 0
         if reason is None and compressor.low_rank:
             rank = layout.amount
-            if decisions:
-                rank = compressor.amount_now(*layout.matrix_shape, decisions[-1][1] == "low")
+            if isinstance(compressor, Accordion) and decisions:
+                rank = compressor.amount_now(*layout.matrix, decisions[-1][1] == "low")
         return cls(
             name=name,
             shape=layout.shape,
@@ -99,7 +100,7 @@ class CompressionStats:
     total_bytes_received: int
     total_bytes_uncompressed: int
     total_ratio: float = field(init=False)
-    tensors: Tuple[TensorStats, ...]
+    tensors: tuple[TensorStats, ...]
 
     def __post_init__(self):
         object.__setattr__(self, "ratio", _ratio(self.bytes_uncompressed, self.bytes_sent))

@@ -6,8 +6,9 @@
 """
 
 import hypothesis
-import job
 import pytest
+
+import job
 
 # How long an example takes depends on who else uses the machine.
 hypothesis.settings.register_profile("suite", deadline=None)

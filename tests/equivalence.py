@@ -7,8 +7,7 @@ start(gradients), finish() gives the updates; state() is this worker's reference
 import itertools
 
 import numpy as np
-from hypothesis import given, seed, settings
-from hypothesis import strategies as st
+from hypothesis import given, seed, settings, strategies as st
 
 import cases
 from horovod_powersgd import PowerSGD, reference

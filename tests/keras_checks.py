@@ -329,7 +329,7 @@ def check_models_are_saved_with_the_wrapped_optimizer():
             model.save(path)
             plain, ours = keras.models.load_model(path), hvd_keras.load_model(path, compression=PowerSGD(rank=2))
         assert type(plain.optimizer) is kind
-        assert isinstance(ours.optimizer, kind) and not type(ours.optimizer) is kind
+        assert isinstance(ours.optimizer, kind) and type(ours.optimizer) is not kind
 
         def kept(optimizer):
             variables = optimizer.variables

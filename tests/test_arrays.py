@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import horovod_powersgd.torch.arrays as torch_arrays
 from horovod_powersgd import arrays, randomness

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from environments import Environment, link_programs
 
+from environments import Environment, link_programs
 from horovod_powersgd import __main__ as command_line
 from horovod_powersgd.environment import doctor, horovod_build, horovod_patches
 

@@ -4,9 +4,9 @@ import json
 import sys
 
 import pytest
-from job import HERE, run
 
 from horovod_powersgd.launcher import launch_command
+from job import HERE, run
 
 EXAMPLES = HERE.parent / "examples"
 

@@ -3,8 +3,7 @@ between them would find a fault here."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from horovod_powersgd.factors import DEPENDENT, initial_factor, orthogonalize, resized
 

@@ -4,13 +4,13 @@ import dataclasses
 import sys
 
 import pytest
-from job import run
 
 from horovod_powersgd.environment import horovod_build
 from horovod_powersgd.environment.horovod_build import HorovodBuild
 from horovod_powersgd.environment.horovod_patches import patch_source
 from horovod_powersgd.environment.logged_run import BuildError
 from horovod_powersgd.launcher import launch_command
+from job import run
 
 BUILD = HorovodBuild(torch="2.13.0+cpu", tensorflow="2.21.0", mpi="Open MPI 4.1.8: c++ -IPREFIX/include")
 

@@ -3,8 +3,8 @@
 import time
 
 import pytest
-from environments import Environment
 
+from environments import Environment
 from horovod_powersgd.environment import horovod_build, installation
 
 COMMAND = "python -m horovod_powersgd install-horovod"

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from horovod_powersgd.torch import kernels
 from horovod_powersgd.torch.kernels import HalfStep, Memory, Product, half_step, product

@@ -4,6 +4,7 @@ import runpy
 
 import numpy as np
 import pytest
+
 from environments import REPOSITORY
 
 GROWTH = runpy.run_path(str(REPOSITORY / "benchmarks" / "memory_growth.py"))

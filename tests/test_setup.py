@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from environments import REPOSITORY, link_programs
 
 PROGRAMS = ["bash", "dirname", "uname", "cat", "cmp", "tee", "grep", "tail", "rm", "mkdir", "chmod", "g++", "make"]

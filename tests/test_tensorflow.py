@@ -3,9 +3,9 @@
 import inspect
 
 import pytest
-from job import COMPARING, Launch, assert_passed, launched
 
 import horovod_powersgd
+from job import COMPARING, Launch, assert_passed, launched
 
 CHECKS, FEATURES, KERAS, CALLBACKS = (
     f"{name}_checks" for name in ("tensorflow", "tensorflow_feature", "keras", "keras_callback")

@@ -4,9 +4,9 @@ import json
 import sys
 
 import pytest
-from job import HERE, run
 
 from horovod_powersgd.launcher import find_program
+from job import HERE, run
 
 HOSTS = ["localhost:1", "127.0.0.1:1", "127.1:1"]
 LATER = "127.0.1:1"

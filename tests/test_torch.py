@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from job import Launch, assert_passed, launched
 
 CHECKS, FEATURES = "torch_checks", ("torch_feature_checks", "torch_practice_checks")

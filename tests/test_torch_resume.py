@@ -3,9 +3,9 @@
 import sys
 
 import torch
-from job import HERE, run
 
 from horovod_powersgd.launcher import launch_command
+from job import HERE, run
 
 
 def test_ten_steps_and_ten_more_in_new_processes_are_twenty_bit_for_bit(tmp_path):

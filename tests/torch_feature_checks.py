@@ -748,7 +748,7 @@ def check_a_worker_that_is_new_takes_steps_and_factors_from_the_others():
             model.load_state_dict(state)
             optimizer = distribute(model, config=config)
         hvd.broadcast_optimizer_state(optimizer, root_rank=0)
-        optimizer._engine._generation = None
+        optimizer._engine.generation = None
         train(model, optimizer, range(3, 6))
         stats = optimizer.compression_stats()
         assert stats.steps == 6

@@ -8,6 +8,7 @@ import horovod_powersgd.torch as hvd
 from horovod_powersgd import Float16, PowerSGD, SignNorm, TopK
 from trainee import Trainee
 
+
 def random(*shape, **options):
     return torch.randn(*shape, device="cuda", **options)
 

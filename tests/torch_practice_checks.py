@@ -560,7 +560,7 @@ def check_a_model_that_is_wrapped_again_goes_on():
 def check_workers_may_make_and_step_their_optimizers_in_any_order():
     for config in (CONFIG, PowerSGD(2, num_iters_per_step=1), TopK(0.1), NONE):
         usual = {seed: network(seed) for seed in (1, 2)}
-        for seed, model in usual.items():
+        for model in usual.values():
             train(model, distribute(model, config=config), range(4))
         order = (1, 2) if hvd.rank() % 2 else (2, 1)
         models, optimizers = {}, {}

@@ -7,31 +7,35 @@ from horovod_powersgd.environment.installation import require_horovod
 
 require_horovod("tensorflow")
 
-import functools  # noqa: E402
+import functools
+from typing import Any
 
-import horovod.tensorflow  # noqa: E402
-from horovod.tensorflow import *  # noqa: E402, F401, F403
-from tensorflow.python.eager import context  # noqa: E402
+import horovod.tensorflow
+from horovod.tensorflow import *
+from tensorflow.python.eager import context
 
 # Not "from ... import elastic": that would find Horovod's, which the line above has brought.
-import horovod_powersgd.tensorflow.elastic  # noqa: E402, F401
-from horovod_powersgd import *  # noqa: E402, F401, F403
-from horovod_powersgd import launcher  # noqa: E402
-from horovod_powersgd.arguments import without_compressors  # noqa: E402
-from horovod_powersgd.tensorflow.compression_state import (  # noqa: E402, F401
-    CompressionState,
-    compression_state_dict,
-    compression_stats,
-    forget_compression,
-    load_compression_state_dict,
+import horovod_powersgd.tensorflow.elastic
+from horovod_powersgd import *
+from horovod_powersgd import launcher
+from horovod_powersgd.arguments import without_compressors
+from horovod_powersgd.tensorflow.agreement import new_generation
+from horovod_powersgd.tensorflow.compression_state import (
+    CompressionState as CompressionState,
+    compression_state_dict as compression_state_dict,
+    compression_stats as compression_stats,
+    forget_compression as forget_compression,
+    load_compression_state_dict as load_compression_state_dict,
 )
-from horovod_powersgd.tensorflow.agreement import new_generation  # noqa: E402
-from horovod_powersgd.tensorflow.normalization import SyncBatchNormalization  # noqa: E402, F401
-from horovod_powersgd.tensorflow.optimizer import DistributedOptimizer  # noqa: E402, F401
-from horovod_powersgd.tensorflow.replicas import assert_replicas_equal, broadcast_variables  # noqa: E402, F401
-from horovod_powersgd.tensorflow.tape import (  # noqa: E402, F401
-    DistributedGradientTape,
-    PartialDistributedGradientTape,
+from horovod_powersgd.tensorflow.normalization import SyncBatchNormalization as SyncBatchNormalization
+from horovod_powersgd.tensorflow.optimizer import DistributedOptimizer as DistributedOptimizer
+from horovod_powersgd.tensorflow.replicas import (
+    assert_replicas_equal as assert_replicas_equal,
+    broadcast_variables as broadcast_variables,
+)
+from horovod_powersgd.tensorflow.tape import (
+    DistributedGradientTape as DistributedGradientTape,
+    PartialDistributedGradientTape as PartialDistributedGradientTape,
 )
 
 
@@ -56,6 +60,6 @@ reducescatter = without_compressors(horovod.tensorflow.reducescatter)
 grouped_reducescatter = without_compressors(horovod.tensorflow.grouped_reducescatter)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     # Horovod's private names, which its users' tests use.
     return getattr(horovod.tensorflow, name)

@@ -1,6 +1,7 @@
 """What Accordion decides for one variable, from step to step: ops in a graph."""
 
-from typing import Dict, List, Mapping, NamedTuple, Optional, Tuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -53,23 +54,24 @@ class AccordionState:
         self.is_low = make_variable(np.bool_(True))
         self.decisions = make_variable(np.zeros((0, 2), np.int64), (None, 2))
 
-    def variables(self) -> Dict[str, tf.Variable]:
+    def variables(self) -> dict[str, tf.Variable]:
         """All, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, tf.Variable)}
 
-    def decide(self, step: tf.Tensor, rate: Optional[tf.Tensor]) -> Decision:
+    def decide(self, step: tf.Tensor, rate: tf.Tensor | None) -> Decision:
         """Regime.decided."""
         rate = tf.constant(UNKNOWN) if rate is None else rate
         regime = [tf.convert_to_tensor(v) for v in (self.total, self.last_norm, self.rate, self.is_low)]
         config = tf.constant(self._config.interval, tf.int64), tf.constant(self._config.threshold, tf.float64)
-        return Decision(step, *_decide(*regime, *config, step, rate), rate)
+        is_low, is_new, begins, norm = _decide(*regime, *config, step, rate)
+        return Decision(step, is_low, is_new, begins, norm, rate)
 
     def amount(self, decision: Decision) -> tf.Tensor:
         """Compressor.amount, int64."""
-        low, high = (self._config.amount_now(*self._layout.matrix_shape, is_low) for is_low in (True, False))
+        low, high = (self._config.amount_now(*self._layout.matrix, is_low) for is_low in (True, False))
         return tf.where(decision.is_low, tf.constant(low, tf.int64), tf.constant(high, tf.int64))
 
-    def keep(self, decision: Decision, update: tf.Tensor) -> List[tf.Operation]:
+    def keep(self, decision: Decision, update: tf.Tensor) -> list[tf.Operation]:
         """The ops that end a finite step; `update` is (n, m)."""
 
         total = _added(decision.begins, tf.convert_to_tensor(self.total), update)
@@ -81,11 +83,11 @@ class AccordionState:
             self.is_low.assign(decision.is_low, read_value=False),
         ]
 
-    def decided(self) -> Tuple[Tuple[int, str], ...]:
+    def decided(self) -> tuple[tuple[int, str], ...]:
         """TensorStats.decisions."""
         return tuple((int(step), "low" if is_low else "high") for step, is_low in self.decisions.numpy())
 
-    def state_dict(self) -> Dict[str, object]:
+    def state_dict(self) -> dict[str, object]:
         """Regime.state_dict."""
         last_norm = float(self.last_norm) if self.last_norm >= 0 else None
         rate = None if float(self.rate) == UNKNOWN else float(self.rate)

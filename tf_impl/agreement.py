@@ -2,8 +2,8 @@
 
 import pickle
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Callable, List, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -139,7 +139,7 @@ class Agreement:
                 ops += [variable.assign(value, read_value=False) for variable, value in zip(named.values(), taken)]
         return tf.group(*ops)
 
-    def _taken(self, root: tf.Tensor, tensors: Sequence[tf.Tensor], name: str) -> List[tf.Tensor]:
+    def _taken(self, root: tf.Tensor, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
         """The root's tensors, where the root, a global number, is known only when the graph runs. Their shapes can
         differ among the workers. By allreduce, which a worker may have joined."""
 

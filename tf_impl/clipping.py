@@ -1,6 +1,6 @@
 """What becomes of the memory where an averaged gradient is clipped: horovod_powersgd.clipping, in ops."""
 
-from typing import List, Optional, Sequence
+from collections.abc import Sequence
 
 import tensorflow as tf
 
@@ -18,7 +18,7 @@ def after_clipping(factor: tf.Tensor, usual: tf.Tensor):
     return of_memory, tf.where(known, usual * tf.sqrt(tf.clip_by_value(ratio, 1 / SPIKE, SPIKE)), factor)
 
 
-def clip_memory(state: VariableState, factor: tf.Tensor, before: Optional[tf.Variable]) -> None:
+def clip_memory(state: VariableState, factor: tf.Tensor, before: tf.Variable | None) -> None:
     """Clips what the last step left in the memory, as its update is; adds ops to a graph.
 
     Where the memory before the step is still there, it comes back in the place of what is cut off.
@@ -44,7 +44,7 @@ def clip_memory(state: VariableState, factor: tf.Tensor, before: Optional[tf.Var
     tf.cond(tf.math.is_finite(factor), clip, lambda: False)
 
 
-def clipping_factors(gradients: Sequence, clipped: Sequence) -> List[tf.Tensor]:
+def clipping_factors(gradients: Sequence, clipped: Sequence) -> list[tf.Tensor]:
     """By what each gradient was made shorter, float64.
 
     Args:

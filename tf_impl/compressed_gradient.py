@@ -1,6 +1,7 @@
 """What compressed gradients have in common: delta, the generator that exchanges it, and the memory."""
 
-from typing import Generator, List, Sequence, Union
+from collections.abc import Generator, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -40,7 +41,7 @@ class CompressedGradient(PlainGradient):
         answers = [_in_shape_of(part, answer, gathered) for part, answer in zip(self._parts, answers)]
         self._resume(answers if gathered else answers[0])
 
-    def commit(self) -> List[tf.Operation]:
+    def commit(self) -> list[tf.Operation]:
         state, ops = self.state, []
         if state.memory is not None:
             memory = self._delta - tf.reshape(self._sent, state.layout.matrix_shape)
@@ -54,7 +55,7 @@ class CompressedGradient(PlainGradient):
         """Makes the variables that this kind of gradient keeps."""
         raise NotImplementedError
 
-    def _exchange(self, step: Step, amount: Union[int, tf.Tensor]) -> Generator:
+    def _exchange(self, step: Step, amount: int | tf.Tensor) -> Generator[Any, Any, Any]:
         """Yields requests; returns the mean, and this worker's part of it, which leaves the memory."""
         raise NotImplementedError
 
@@ -62,7 +63,7 @@ class CompressedGradient(PlainGradient):
         """What is sent of a part: floats become NaN where this worker's delta is not finite."""
         raise NotImplementedError
 
-    def _keep(self) -> List[tf.Operation]:
+    def _keep(self) -> list[tf.Operation]:
         """The ops that keep what this kind of gradient keeps."""
         raise NotImplementedError
 

@@ -1,13 +1,13 @@
 """What resuming needs beside model and optimizer: what compressors keep, and the memories."""
 
 import itertools
-from typing import Callable, Dict, Iterable, List, Mapping, Sequence, Union
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet, global_process_set
 
 from horovod_powersgd import checkpoint
-from horovod_powersgd.arguments import compressor_of
+from horovod_powersgd.arguments import required_compressor
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.training import LOADED, known_states, last_training, states_of
@@ -46,7 +46,7 @@ def forget_compression(variables: Sequence) -> None:
         holder.begin_again()
 
 
-def compression_state_dict(variables: Sequence) -> Dict[str, object]:
+def compression_state_dict(variables: Sequence) -> dict[str, object]:
     """What the compressor keeps, and this worker's memory: what a resumed run needs beside model and optimizer.
 
     Args:
@@ -65,7 +65,7 @@ def compression_state_dict(variables: Sequence) -> Dict[str, object]:
     return saved(states_of(variables, state.config, state.process_set, training))
 
 
-def saved(states: Sequence[VariableState]) -> Dict[str, object]:
+def saved(states: Sequence[VariableState]) -> dict[str, object]:
     """compression_state_dict of these states."""
     config, process_set = states[0].config, states[0].process_set
     tensors = {state.name: state.state_dict() for state in states}
@@ -75,7 +75,7 @@ def saved(states: Sequence[VariableState]) -> Dict[str, object]:
 
 
 def load_compression_state_dict(
-    states: Union[Mapping, Iterable[Mapping]],
+    states: Mapping | Iterable[Mapping],
     variables: Sequence,
     process_set: ProcessSet = global_process_set,
     compression=None,
@@ -95,20 +95,20 @@ def load_compression_state_dict(
         ValueError: another model or compressor, or states are missing. It names what differs.
     """
 
-    def mine(first: Mapping) -> List[VariableState]:
-        config = _known(first["config"], variables) if compression is None else compressor_of(compression)
+    def mine(first: Mapping) -> list[VariableState]:
+        config = _known(first["config"], variables) if compression is None else required_compressor(compression)
         return _begun_or_loaded(variables, config, process_set)
 
     load(states, mine)
 
 
 def load(
-    states: Union[Mapping, Iterable[Mapping]], mine_of: Callable[[Mapping], Sequence[VariableState]]
+    states: Mapping | Iterable[Mapping], mine_of: Callable[[Mapping], Sequence[VariableState]]
 ) -> None:
     """load_compression_state_dict into the states that `mine_of` finds for the first of what was saved."""
     alone = isinstance(states, Mapping)
-    states = iter([states] if alone else states)
-    first = next(states, None)
+    rest: Iterator[Mapping] = iter([states] if isinstance(states, Mapping) else states)
+    first = next(rest, None)
     if first is None:
         raise ValueError("the compression states of all workers are needed, and none is given")
     mine = mine_of(first)
@@ -126,7 +126,7 @@ def load(
         for state, name in zip(mine, first["tensors"]):
             state.rename(name)
     share = checkpoint.share_of(
-        first if alone else map(named_as_here, itertools.chain([first], states)),
+        first if alone else map(named_as_here, itertools.chain([first], rest)),
         mine[0].config,
         dict(zip((state.name for state in mine), shapes)),
         mine[0].process_set.size(),
@@ -137,7 +137,7 @@ def load(
         state.load_state_dict(share.tensors[state.name], share.memories.get(state.name, ()), share.weight)
 
 
-def _begun_or_loaded(variables: Sequence, config: Compressor, process_set: ProcessSet) -> List[VariableState]:
+def _begun_or_loaded(variables: Sequence, config: Compressor, process_set: ProcessSet) -> list[VariableState]:
     """The states of the training that began last; where none has begun, of the one that will."""
     training, _ = last_training(variables, config, process_set) or (LOADED, None)
     return states_of(variables, config, process_set, training)
@@ -172,11 +172,11 @@ class CompressionState(tf.Module):
     def __init__(
         self,
         variables: Sequence,
-        compression: Union[Compressor, Callable],
+        compression: Compressor | Callable,
         process_set: ProcessSet = global_process_set,
     ):
         super().__init__()
-        states = _begun_or_loaded(variables, compressor_of(compression), process_set)
+        states = _begun_or_loaded(variables, required_compressor(compression), process_set)
         self.steps = states[0].counters.steps
         self.tensors = {}
         for state in states:

@@ -4,6 +4,7 @@ What compressors keep needs no care: the workers of a new generation agree on it
 """
 
 import functools
+from typing import Any
 
 import tensorflow as tf
 from horovod.common.elastic import ObjectState, run_fn
@@ -35,7 +36,7 @@ def _recoverable(function):
     return wrapper
 
 
-def run(func):
+def run(func) -> Any:
     """Decorates a function that trains, so that it goes on when workers are lost or new ones come.
 
     Args:
@@ -56,23 +57,23 @@ def _reset():
 class _VariablesState(ObjectState):
     """Saves and synchronizes the variables that _variables() returns, and attributes."""
 
-    def __init__(self, kwargs):
+    def __init__(self, kwargs) -> None:
         self._save_variables()
         super().__init__(bcast_object=broadcast_object, get_rank=rank, **kwargs)
 
-    def save(self):
+    def save(self) -> None:
         """Remembers variables and attributes as they are."""
         self._save_variables()
         super().save()
 
-    def restore(self):
+    def restore(self) -> None:
         """Sets variables and attributes to what was saved last."""
         for variable, value in zip(self._variables(), self._values):
             variable.assign(value)
         super().restore()
 
     @_recoverable
-    def sync(self):
+    def sync(self) -> None:
         """Gives all workers worker 0's variables and attributes."""
         broadcast_variables(self._variables(), root_rank=0)
         self._save_variables()
@@ -94,7 +95,7 @@ class TensorFlowState(_VariablesState):
         ValueError: a session is given.
     """
 
-    def __init__(self, variables=None, session=None, **kwargs):
+    def __init__(self, variables=None, session=None, **kwargs) -> None:
         if session is not None:
             raise ValueError("Sessions of TensorFlow 1 are not supported in elastic jobs")
         self.variables = list(variables or ())
@@ -117,7 +118,7 @@ class TensorFlowKerasState(_VariablesState):
         ValueError: the model is not built.
     """
 
-    def __init__(self, model, optimizer=None, backend=None, **kwargs):
+    def __init__(self, model, optimizer=None, backend=None, **kwargs) -> None:
         if not model.built:
             raise ValueError("The model must be built first: model.build(input_shape)")
         self.model = model

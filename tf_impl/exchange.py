@@ -4,7 +4,8 @@ import functools
 import itertools
 import zlib
 from collections import defaultdict
-from typing import Callable, List, Optional, Sequence, Tuple, Union
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
@@ -22,10 +23,10 @@ from horovod_powersgd.tensorflow.snapshot import Snapshot
 from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import Workers, transportable
 
-Tensor = Union[tf.Tensor, tf.IndexedSlices]
+Tensor: TypeAlias = tf.Tensor | tf.IndexedSlices
 
 # Counts the exchanges in sessions of each process set, on every worker alike, so that their tensors' names differ.
-_numbers = defaultdict(itertools.count)
+_numbers: dict[int, Iterator[int]] = defaultdict(itertools.count)
 
 
 class Exchange:
@@ -35,7 +36,7 @@ class Exchange:
     job, all generations of workers.
     """
 
-    def __init__(self, settings: Settings, states: Sequence[VariableState], groups, sparse: Tuple[bool, ...]):
+    def __init__(self, settings: Settings, states: Sequence[VariableState], groups, sparse: tuple[bool, ...]):
         self._settings, self._config = settings, settings.config
         self.states, self.counters = list(states), states[0].counters
         self._groups, self._sparse = groups, sparse
@@ -59,8 +60,8 @@ class Exchange:
         self._eagerly = tf.function(self._build, autograph=False, reduce_retracing=True)
 
     def __call__(
-        self, gradients: Sequence[Tensor], learning_rate=None, snapshots: Tuple[Snapshot, ...] = ()
-    ) -> List[Tensor]:
+        self, gradients: Sequence[Tensor], learning_rate=None, snapshots: tuple[Snapshot, ...] = ()
+    ) -> list[Tensor]:
         """Their averages (or sums), after compression. The states are kept for the next step where it is finite.
 
         Args:
@@ -101,8 +102,8 @@ class Exchange:
         )
 
     def _build(
-        self, gradients: List[Tensor], learning_rate: Optional[tf.Tensor], snapshots: Tuple[Snapshot, ...]
-    ) -> List[Tensor]:
+        self, gradients: list[Tensor], learning_rate: tf.Tensor | None, snapshots: tuple[Snapshot, ...]
+    ) -> list[Tensor]:
         """Adds the ops of one step to the graph."""
         graph = tf.compat.v1.get_default_graph()
         if control_flow_util.GraphOrParentsInXlaContext(graph):
@@ -146,14 +147,14 @@ class Exchange:
             return after_warmup()
         return tf.cond(number < self._config.warmup_steps, lambda: exchange("warmup"), after_warmup)
 
-    def _prepare(self, snapshots: Tuple[Snapshot, ...]) -> tf.Operation:
+    def _prepare(self, snapshots: tuple[Snapshot, ...]) -> tf.Operation:
         """What comes before a step: in a graph of TensorFlow 1 it makes the variables' initial values, so that no job
         has to initialise or restore variables that it does not know of; in the first step of a generation, the
         workers' agreement; and the snapshots."""
         if self._in_session:
             ready = []
-            kept = [v for holder in (self.counters, *self.states) for v in holder.variables().values()]
-            for variable in (self._agreement.agreed, *kept):
+            kept = itertools.chain(*(state.variables().values() for state in self.states))
+            for variable in (self._agreement.agreed, *self.counters.variables().values(), *kept):
                 there = tf.compat.v1.is_variable_initialized(variable)
                 ready.append(tf.cond(there, tf.no_op, functools.partial(_initialise, variable)))
         else:
@@ -163,7 +164,7 @@ class Exchange:
         with tf.control_dependencies([agreed]):
             return tf.group([snapshot.take() for snapshot in snapshots])
 
-    def _exchange_sparse(self, i: int, slices: tf.IndexedSlices) -> Tuple[tf.IndexedSlices, Traffic]:
+    def _exchange_sparse(self, i: int, slices: tf.IndexedSlices) -> tuple[tf.IndexedSlices, Traffic]:
         """The mean (or sum) of slices, and what was sent for it."""
         dtype = slices.values.dtype
         sent = tf.IndexedSlices(tf.cast(slices.values, transportable(dtype)), slices.indices, slices.dense_shape)
@@ -205,30 +206,31 @@ class Exchange:
 
     def _exchange_bucket(
         self, name: str, bucket: Sequence[PlainGradient], step: Step, there: Callable[[], tf.Operation]
-    ) -> List[Message]:
+    ) -> list[Message]:
         """reference.exchange of the gradients of a bucket. What is gathered waits for the op of `there`. Returns what
         was sent."""
-        messages = []
+        messages: list[Message] = []
         for gradient in bucket:
             gradient.begin(step)
         for i in itertools.count():
-            asking = [gradient for gradient in bucket if gradient.request is not None]
+            asking = [(gradient, gradient.request) for gradient in bucket if gradient.request is not None]
             if not asking:
-                return messages
+                break
             kinds = defaultdict(list)
-            for gradient in asking:
-                is_mean = isinstance(gradient.request, AllreduceMean)
-                kinds[gradient.request.tensors[0].dtype.name if is_mean else "gathered"].append(gradient)
+            for gradient, request in asking:
+                is_mean = isinstance(request, AllreduceMean)
+                kinds[request.tensors[0].dtype.name if is_mean else "gathered"].append((gradient, request))
             for kind, senders in kinds.items():
-                message = Message([sender.request.tensors for sender in senders])
+                message = Message([request.tensors for _, request in senders])
                 if kind == "gathered":
                     with tf.control_dependencies([there()]):
                         answers = message.gathered(self._workers, f"{name}.{i}.{kind}")
                 else:
                     answers = message.averaged(self._workers, f"{name}.{i}.{kind}")
-                for sender, answer in zip(senders, answers):
+                for (sender, _), answer in zip(senders, answers):
                     sender.receive(answer)
                 messages.append(message)
+        return messages
 
     def _update(self, gradient: PlainGradient) -> tf.Tensor:
         """What becomes of the gradient: the mean or the sum."""

@@ -1,6 +1,6 @@
 """The exchanges that there are: the same variables meet the same one in every step."""
 
-from typing import List, Sequence, Union
+from collections.abc import Sequence
 
 import tensorflow as tf
 
@@ -23,10 +23,10 @@ def exchange_of(
     """
     states = states_of(variables, settings.config, settings.process_set, training)
     sparse = tuple(isinstance(gradient, tf.IndexedSlices) for gradient in gradients)
-    groups: Union[None, int, List[List[int]]] = settings.groups
-    if isinstance(groups, tuple):
+    groups: object = settings.groups
+    if isinstance(settings.groups, tuple):
         places = {id(native(variable)): i for i, variable in enumerate(variables)}
-        groups = [[places[identity] for identity in group if identity in places] for group in groups]
+        groups = [[places[identity] for identity in group if identity in places] for group in settings.groups]
     key = (settings, tuple(id(state) for state in states), sparse)
     exchanges = states[0].counters.exchanges
     if key not in exchanges:

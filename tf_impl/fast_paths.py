@@ -1,7 +1,5 @@
 """Which code exchanges the gradients of which compressor: the one place that knows of a fast path."""
 
-from typing import Type
-
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
@@ -11,7 +9,7 @@ from horovod_powersgd.tensorflow.powersgd_gradient import PowerSGDGradient
 FAST = {PowerSGD: PowerSGDGradient}
 
 
-def gradient_class_of(config: Compressor) -> Type[CompressedGradient]:
+def gradient_class_of(config: Compressor) -> type[CompressedGradient]:
     """What a compressed gradient of this compressor goes through: the fast path where there is one, otherwise the
     compressor's generator."""
     return next((path for cls, path in FAST.items() if isinstance(config.family, cls)), GeneratorGradient)

@@ -1,6 +1,7 @@
 """A gradient that travels as its compressor's generator says."""
 
-from typing import Generator, List, Union
+from collections.abc import Generator
+from typing import Any
 
 import tensorflow as tf
 
@@ -20,16 +21,16 @@ class GeneratorGradient(CompressedGradient):
     @staticmethod
     def prepare(state: VariableState) -> None:
         layout, family = state.layout, state.config.family
-        initial = initial_values(family, state.name, layout.matrix_shape, layout.amount, state.dtype)
+        initial = initial_values(family, state.name, layout.matrix, layout.amount, state.dtype)
         state.kept = {key: make_variable(value) for key, value in initial.items()}
 
-    def _exchange(self, step: Step, amount: Union[int, tf.Tensor]) -> Generator:
+    def _exchange(self, step: Step, amount: int | tf.Tensor) -> Generator[Any, Any, Any]:
         state = self.state
         finite = self._sends_numbers = all_finite([self._delta])
         self._delta = tf.ensure_shape(zeros_unless(finite, self._delta), state.layout.matrix_shape)
         kept = {key: tf.convert_to_tensor(variable) for key, variable in state.kept.items()}
         key = tf.convert_to_tensor(state.key)
-        self._kept = MatrixState(arrays, state.name, state.layout.matrix_shape, key, kept, tf.constant)
+        self._kept = MatrixState(arrays, state.name, state.layout.matrix, key, kept, tf.constant)
         self._kept.begin(step.number, amount, step.worker, step.workers, finite)
         update, sent = yield from state.config.family.exchange(self._delta, self._kept)
         update = marked(update, self.finite)
@@ -39,7 +40,7 @@ class GeneratorGradient(CompressedGradient):
     def _marked_part(self, part: tf.Tensor) -> tf.Tensor:
         return marked(part, self._sends_numbers) if part.dtype.is_floating else part
 
-    def _keep(self) -> List[tf.Operation]:
+    def _keep(self) -> list[tf.Operation]:
         state = self.state
         ops = [state.kept[key].assign(value, read_value=False) for key, value in self._kept.kept.items()]
         if state.norm is not None:

@@ -1,10 +1,11 @@
 """What one variable's gradient goes through in a step, as ops in a graph: one that is averaged as it is."""
 
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import tensorflow as tf
 
-from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean
 from horovod_powersgd.tensorflow.variable import plain_name
 from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import transportable
@@ -24,7 +25,7 @@ class Step(NamedTuple):
     number: tf.Tensor
     worker: tf.Tensor
     workers: tf.Tensor
-    learning_rate: Optional[tf.Tensor]
+    learning_rate: tf.Tensor | None
     renews: bool
 
 
@@ -42,6 +43,7 @@ class PlainGradient:
     """
 
     compressed = False
+    request: AllreduceMean | Allgather | None
 
     def __init__(self, state: VariableState, tensor: tf.Tensor):
         self.state = state
@@ -63,7 +65,7 @@ class PlainGradient:
         return self._tensor.shape.num_elements() * self._tensor.dtype.size
 
     @property
-    def kind(self) -> Tuple[tf.DType, str]:
+    def kind(self) -> tuple[tf.DType, str]:
         """What the gradients of a bucket have in common."""
         return self.sent_dtype, self._tensor.device
 
@@ -77,7 +79,7 @@ class PlainGradient:
         self.mean = tf.reshape(answers[0], self.state.layout.shape)
         self.finite = all_finite([self.mean])
 
-    def commit(self) -> List[tf.Operation]:
+    def commit(self) -> list[tf.Operation]:
         """The ops that keep what the next step needs, where this one is finite."""
         return []
 

@@ -1,6 +1,6 @@
 """Functions that the graphs of all variables share."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import tensorflow as tf
 

@@ -1,7 +1,5 @@
 """What a compressor's generator keeps of a matrix, before the first step."""
 
-from typing import Dict, Tuple
-
 import numpy as np
 import tensorflow as tf
 
@@ -16,7 +14,7 @@ class _Watched(MatrixState):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.initial: Dict[str, np.ndarray] = {}
+        self.initial: dict[str, np.ndarray] = {}
 
     def get(self, key, initial):
         self.initial[key] = np.asarray(initial)
@@ -24,8 +22,8 @@ class _Watched(MatrixState):
 
 
 def initial_values(
-    compressor: Compressor, name: str, shape: Tuple[int, int], amount: int, dtype: tf.DType
-) -> Dict[str, np.ndarray]:
+    compressor: Compressor, name: str, shape: tuple[int, int], amount: int, dtype: tf.DType
+) -> dict[str, np.ndarray]:
     """What is kept of a matrix before the first step, by key: the generator is run once, in a graph that nobody needs.
 
     Args:

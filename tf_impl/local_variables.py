@@ -1,7 +1,5 @@
 """The variables whose gradients each worker keeps to itself."""
 
-from typing import List, Set
-
 import tensorflow as tf
 
 from horovod_powersgd.tensorflow.variable import native
@@ -11,8 +9,8 @@ class LocalVariables:
     """Some variables, and all of some layers, built or not: those are asked when gradients are averaged."""
 
     def __init__(self):
-        self._added: Set = set()
-        self._layers: List[tf.keras.layers.Layer] = []
+        self._added: set = set()
+        self._layers: list[tf.keras.layers.Layer] = []
 
     def add(self, variable) -> None:
         """A variable of TensorFlow or of Keras 3, or a tensor."""
@@ -34,6 +32,6 @@ class LocalVariables:
         self._added |= other._added
         self._layers += other._layers
 
-    def references(self) -> Set:
+    def references(self) -> set:
         """References (ref()) of all variables that there are now."""
         return self._added | {native(variable).ref() for layer in self._layers for variable in layer.weights}

@@ -1,6 +1,6 @@
 """What several gradients send together."""
 
-from typing import List, Sequence
+from collections.abc import Sequence
 
 import tensorflow as tf
 
@@ -22,13 +22,13 @@ class Message:
         self._parts = parts
         self._flat = [part for of_one in parts for part in of_one]
 
-    def averaged(self, workers: Workers, name: str) -> List[List[tf.Tensor]]:
+    def averaged(self, workers: Workers, name: str) -> list[list[tf.Tensor]]:
         """The averages of tensors of one dtype, each flat."""
         packed = _joined(self._flat)
         self.traffic = Traffic(nbytes(packed), nbytes(packed))
         return self._by_sender(_split(workers.mean(packed, name), self._flat, 0))
 
-    def gathered(self, workers: Workers, name: str) -> List[List[tf.Tensor]]:
+    def gathered(self, workers: Workers, name: str) -> list[list[tf.Tensor]]:
         """All workers' tensors, which have the same sizes on all of them, each (W, size)."""
         as_bytes = [_to_bytes(part) for part in self._flat]
         packed = _joined(as_bytes)
@@ -37,7 +37,7 @@ class Message:
         parts = _split(everyones, as_bytes, 1)
         return self._by_sender([_from_bytes(part, sent.dtype) for part, sent in zip(parts, self._flat)])
 
-    def _by_sender(self, answers: Sequence[tf.Tensor]) -> List[List[tf.Tensor]]:
+    def _by_sender(self, answers: Sequence[tf.Tensor]) -> list[list[tf.Tensor]]:
         remaining = iter(answers)
         return [[next(remaining) for _ in of_one] for of_one in self._parts]
 

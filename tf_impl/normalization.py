@@ -18,7 +18,7 @@ class SyncBatchNormalization(tf.keras.layers.BatchNormalization):
         ValueError: fused is true.
     """
 
-    def __init__(self, fused=False, **kwargs):
+    def __init__(self, fused=False, **kwargs) -> None:
         if fused:
             raise ValueError("SyncBatchNormalization does not support fused=True.")
         super().__init__(**kwargs)
@@ -34,4 +34,4 @@ class SyncBatchNormalization(tf.keras.layers.BatchNormalization):
 
 
 if not KERAS_3:
-    SyncBatchNormalization = horovod.SyncBatchNormalization
+    globals()["SyncBatchNormalization"] = horovod.SyncBatchNormalization

@@ -1,5 +1,7 @@
 """hvd.DistributedOptimizer that takes a compressor: for optimizers of TensorFlow 1 (tf.compat.v1.train) and Keras."""
 
+from typing import Any
+
 import horovod.tensorflow as horovod
 import tensorflow as tf
 
@@ -54,7 +56,7 @@ def DistributedOptimizer(
     groups=None,
     process_set=horovod.global_process_set,
     scale_local_gradients=True,
-):
+) -> Any:
     """horovod.tensorflow.DistributedOptimizer, whose compression can also be a compressor.
 
     Args:

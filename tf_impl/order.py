@@ -1,7 +1,7 @@
 """In which order one function runs the exchanges of one name."""
 
 import functools
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf

@@ -1,6 +1,6 @@
 """An orthonormal basis of a factor's columns."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf

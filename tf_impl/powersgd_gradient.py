@@ -1,13 +1,15 @@
 """A gradient that travels as PowerSGD's factors: the fast twin of PowerSGD.exchange."""
 
 import functools
-from typing import Callable, Generator, List, Union
+from collections.abc import Callable, Generator
+from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
 from horovod_powersgd.compressors.accordion import Accordion
 from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.factors import initial_factor
 from horovod_powersgd.randomness import SPARE, random_factor
 from horovod_powersgd.tensorflow import arrays, orthogonalization
@@ -18,7 +20,7 @@ from horovod_powersgd.tensorflow.variable import make_variable
 from horovod_powersgd.tensorflow.variable_state import VariableState
 
 # Whether a factor is Q; not known before the graph runs where P and Q alternate.
-Flag = Union[bool, tf.Tensor]
+Flag: TypeAlias = bool | tf.Tensor
 
 
 class PowerSGDGradient(CompressedGradient):
@@ -26,8 +28,8 @@ class PowerSGDGradient(CompressedGradient):
 
     @staticmethod
     def prepare(state: VariableState) -> None:
-        rank, columns = state.layout.amount, state.layout.matrix_shape[1]
-        alternates = state.config.family.alternates
+        rank, columns = state.layout.amount, state.layout.matrix[1]
+        alternates = _powersgd(state).alternates
         shape = None if isinstance(state.config, Accordion) else rank, None if alternates else columns
         starting = initial_factor(state.name, columns, rank, state.config.seed).T
         state.factor = make_variable(np.ascontiguousarray(starting, state.dtype.as_numpy_dtype), shape)
@@ -35,16 +37,16 @@ class PowerSGDGradient(CompressedGradient):
 
     @property
     def sent_dtype(self) -> tf.DType:
-        return tf.float16 if self.state.config.family.wire_dtype == "float16" else self.state.dtype
+        return tf.float16 if _powersgd(self.state).wire_dtype == "float16" else self.state.dtype
 
-    def _exchange(self, step: Step, amount: Union[int, tf.Tensor]) -> Generator:
-        state, config, key = self.state, self.state.config.family, tf.convert_to_tensor(self.state.key)
+    def _exchange(self, step: Step, amount: int | tf.Tensor) -> Generator[Any, Any, Any]:
+        state, config, key = self.state, _powersgd(self.state), tf.convert_to_tensor(self.state.key)
         # delta is finite where the small factor is that comes of it.
         factor, is_q = tf.convert_to_tensor(state.factor), state.factor_is_q
         if isinstance(is_q, tf.Variable):
             is_q = tf.convert_to_tensor(is_q)
         if step.renews or not config.warm_start:
-            columns = state.layout.matrix_shape[1]
+            columns = state.layout.matrix[1]
             factor, is_q = self._random(key, columns, amount, step.number), True
         elif state.accordion is not None:
             found = _resized(factor, amount, key)
@@ -71,8 +73,9 @@ class PowerSGDGradient(CompressedGradient):
     def _marked_part(self, part: tf.Tensor) -> tf.Tensor:
         return part  # a factor is not finite where delta is not
 
-    def _keep(self) -> List[tf.Operation]:
+    def _keep(self) -> list[tf.Operation]:
         state = self.state
+        assert state.factor is not None
         ops = [state.factor.assign(self._factor, read_value=False)]
         if isinstance(state.factor_is_q, tf.Variable):
             ops.append(state.factor_is_q.assign(self._factor_is_q, read_value=False))
@@ -87,7 +90,13 @@ class PowerSGDGradient(CompressedGradient):
 
     def _columns(self, is_q: Flag) -> int:
         """Of a factor, transposed; -1 where that is not known."""
-        return self.state.layout.matrix_shape[1 if is_q else 0] if isinstance(is_q, bool) else -1
+        return self.state.layout.matrix[1 if is_q else 0] if isinstance(is_q, bool) else -1
+
+
+def _powersgd(state: VariableState) -> PowerSGD:
+    family = state.config.family
+    assert isinstance(family, PowerSGD)
+    return family
 
 
 def _basis(factor: tf.Tensor, key: tf.Tensor) -> tf.Tensor:

@@ -1,6 +1,6 @@
 """Gradients in, averages out: what a tape and an optimizer do with all the workers' gradients."""
 
-from typing import Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Union
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import horovod.tensorflow as horovod
 import tensorflow as tf
@@ -50,14 +50,14 @@ class Reduction:
         gradient_predivide_factor: float,
         groups,
         process_set: ProcessSet,
-        training: Optional[Training] = None,
+        training: Training | None = None,
     ):
         self.compressor = compressor_of(compression)
         self.training = training or Training()
         self.discardable = False
-        self._snapshots: List[Snapshot] = []
-        self.exchange: Optional[Exchange] = None
-        self._settings: Optional[Settings] = None
+        self._snapshots: list[Snapshot] = []
+        self.exchange: Exchange | None = None
+        self._settings: Settings | None = None
         self._process_set, self._sparse_as_dense = process_set, sparse_as_dense
         groups = native_groups(groups)
         check_op(self.compressor, op in (Average, Sum))
@@ -90,7 +90,7 @@ class Reduction:
 
     def __call__(
         self, gradients: Sequence, variables: Sequence, use_generic_names: bool = False, learning_rate=None
-    ) -> List:
+    ) -> list:
         """The averages, in the same order; None where there is no gradient.
 
         Args:
@@ -105,8 +105,8 @@ class Reduction:
             return list(gradients)
         compressed = [i for i in places if self._settings is not None and _is_static(native(variables[i]))]
         plain = [i for i in places if i not in compressed]
-        updates = self._compressed(*_at(compressed, gradients, variables), learning_rate)
-        means = self._plain(*_at(plain, gradients, variables), use_generic_names)
+        updates = self._compressed(_at(compressed, gradients), _at(compressed, variables), learning_rate)
+        means = self._plain(_at(plain, gradients), _at(plain, variables), use_generic_names)
         found = dict(zip(compressed + plain, [*updates, *means]))
         return [found.get(i) for i in range(len(gradients))]
 
@@ -114,11 +114,11 @@ class Reduction:
         self,
         gradients: Sequence,
         variables: Sequence,
-        local: Set,
+        local: set,
         scale_local: bool,
         use_generic_names: bool = False,
         learning_rate=None,
-    ) -> List:
+    ) -> list:
         """The averages for the variables that the workers share; a worker's own keep their gradients.
 
         Args:
@@ -128,7 +128,8 @@ class Reduction:
         """
         found = list(gradients)
         shared = [i for i, variable in enumerate(variables) if native(variable).ref() not in local]
-        for i, mean in zip(shared, self(*_at(shared, gradients, variables), use_generic_names, learning_rate)):
+        means = self(_at(shared, gradients), _at(shared, variables), use_generic_names, learning_rate)
+        for i, mean in zip(shared, means):
             found[i] = mean
         if scale_local and len(shared) < len(found):
             count = Workers(self._process_set, "").count(tf.float32)
@@ -155,14 +156,16 @@ class Reduction:
             factors: what the average of each is multiplied by, scalars of any dtype, 0 or more; not finite where the
                 average is not.
         """
+        if self.compressor is None:
+            return
         for variable, factor in zip(variables, factors):
-            state = self.compressor and state_in(self.training, variable, self.compressor, self._process_set)
+            state = state_in(self.training, variable, self.compressor, self._process_set)
             if state is not None and state.memory is not None:
                 kept = self.discardable and state.snapshot in self._snapshots
                 before = state.snapshot.copy_of(state.memory) if kept else None
                 clip_memory(state, tf.cast(factor, tf.float64), before)
 
-    def state_dict(self, variables: Sequence) -> Dict[str, object]:
+    def state_dict(self, variables: Sequence) -> dict[str, object]:
         """hvd.compression_state_dict, of this training.
 
         Raises:
@@ -172,11 +175,12 @@ class Reduction:
             raise RuntimeError("nothing has been compressed yet")
         return saved(self._states(variables))
 
-    def load_state_dict(self, states: Union[Mapping, Iterable[Mapping]], variables: Sequence) -> None:
+    def load_state_dict(self, states: Mapping | Iterable[Mapping], variables: Sequence) -> None:
         """hvd.load_compression_state_dict, into this training."""
         load(states, lambda first: self._states(variables))
 
-    def _states(self, variables: Sequence) -> List[VariableState]:
+    def _states(self, variables: Sequence) -> list[VariableState]:
+        assert self.compressor is not None
         return states_of(variables, self.compressor, self._process_set, self.training)
 
     def _compressed(self, gradients: Sequence, variables: Sequence, learning_rate) -> Sequence:
@@ -186,11 +190,12 @@ class Reduction:
             gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
         # A variable that is given twice has one gradient, and one memory.
         places = {id(native(variable)): i for i, variable in enumerate(variables)}
-        gradients, once = _at(places.values(), gradients, variables)
+        gradients, once = _at(places.values(), gradients), _at(places.values(), variables)
+        assert self._settings is not None
         self.exchange = exchange_of(self._settings, self.training, once, gradients)
         new = []
         if self.discardable:
-            kept = [holder.snapshot for holder in (self.exchange.counters, *self.exchange.states)]
+            kept = [self.exchange.counters.snapshot, *(state.snapshot for state in self.exchange.states)]
             new = [snapshot for snapshot in kept if snapshot not in self._snapshots]
             self._snapshots += new
         updates = dict(zip(places, self.exchange(gradients, learning_rate, tuple(new))))
@@ -205,22 +210,21 @@ class Reduction:
         return [_cast(mean, dtype) for mean, dtype in zip(means, dtypes)]
 
 
-def scaled(gradients: Sequence, scale) -> List:
+def scaled(gradients: Sequence, scale) -> list:
     """The gradients times `scale`, a number or a variable; None: as they are."""
     if scale is None:
         return list(gradients)
     return [_map(lambda values: values * tf.cast(scale, values.dtype), gradient) for gradient in gradients]
 
 
-def unscaled(gradients: Sequence, scale) -> List:
+def unscaled(gradients: Sequence, scale) -> list:
     """The gradients divided by `scale`, a number or a variable; None: as they are."""
     return scaled(gradients, None if scale is None else 1 / tf.cast(scale, tf.float64))
 
 
-def _at(places: Iterable[int], *lists: Sequence) -> List[List]:
-    """What the lists hold at these places."""
-    places = list(places)
-    return [[items[i] for i in places] for items in lists]
+def _at(places: Iterable[int], items: Sequence) -> list:
+    """The items at these places."""
+    return [items[i] for i in places]
 
 
 def native_groups(groups):

@@ -1,6 +1,7 @@
 """What makes and keeps the workers' replicas of a model equal."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -14,7 +15,7 @@ from horovod_powersgd.tensorflow.variable import native
 _SENT_AS_THEY_ARE = (tf.bool, tf.uint8, tf.int8, tf.int32, tf.int64, tf.float16, tf.float32, tf.float64)
 
 
-def broadcast_variables(variables, root_rank, process_set=global_process_set, inplace=False):
+def broadcast_variables(variables, root_rank, process_set=global_process_set, inplace=False) -> Any:
     """Gives all workers the root's variables; as Horovod's, and also Keras 3's variables and numbers of any dtype.
 
     The n-th variable here meets the n-th variable there, whatever their names are.
@@ -62,7 +63,7 @@ def optimizer_variables(optimizer):
     return variables + [v for v in unlisted if isinstance(v, tf.Variable) and id(v) not in seen]
 
 
-def assert_replicas_equal(model):
+def assert_replicas_equal(model) -> None:
     """Checks that all workers hold the same bits. Costs a hash of the model, and a few bytes.
 
     Args:

@@ -1,7 +1,6 @@
 """How gradients are exchanged."""
 
 from dataclasses import dataclass
-from typing import Tuple, Union
 
 from horovod.tensorflow.mpi_ops import ProcessSet
 
@@ -28,6 +27,6 @@ class Settings:
     sum_gradients: bool = False
     predivide_factor: float = 1.0
     sparse_as_dense: bool = False
-    groups: Union[None, int, Tuple[Tuple[int, ...], ...]] = None
+    groups: None | int | tuple[tuple[int, ...], ...] = None
     device: str = ""
     device_sparse: str = ""

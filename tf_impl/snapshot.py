@@ -1,6 +1,6 @@
 """What was kept before a step, so that the step can be discarded."""
 
-from typing import Iterable, List
+from collections.abc import Iterable
 
 import numpy as np
 import tensorflow as tf
@@ -18,11 +18,11 @@ class Snapshot:
         """What it was before, in a variable."""
         return next(copy for original, copy in self._copies if original is variable)
 
-    def take(self) -> List[tf.Operation]:
+    def take(self) -> list[tf.Operation]:
         """The ops that copy the variables as they are."""
         return [copy.assign(tf.convert_to_tensor(variable), read_value=False) for variable, copy in self._copies]
 
-    def restore(self) -> List[tf.Operation]:
+    def restore(self) -> list[tf.Operation]:
         """The ops that set the variables back."""
         return [variable.assign(tf.convert_to_tensor(copy), read_value=False) for variable, copy in self._copies]
 

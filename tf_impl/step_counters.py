@@ -1,7 +1,6 @@
 """How many steps were exchanged, and what was sent for them."""
 
 import functools
-from typing import Dict
 
 import numpy as np
 import tensorflow as tf
@@ -30,7 +29,7 @@ class StepCounters:
         self.bytes_sent, self.total_bytes_sent = make_variable(np.int64(0)), make_variable(np.int64(0))
         self.bytes_received, self.total_bytes_received = make_variable(np.int64(0)), make_variable(np.int64(0))
         self.bytes_uncompressed, self.total_bytes_uncompressed = make_variable(np.int64(0)), make_variable(np.int64(0))
-        self.exchanges: Dict = {}
+        self.exchanges: dict = {}
 
     @functools.cached_property
     def snapshot(self) -> Snapshot:
@@ -42,7 +41,7 @@ class StepCounters:
         for variable in self.variables().values():
             variable.assign(0)
 
-    def variables(self) -> Dict[str, tf.Variable]:
+    def variables(self) -> dict[str, tf.Variable]:
         """All, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, tf.Variable)}
 

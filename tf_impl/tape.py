@@ -1,6 +1,7 @@
 """hvd.DistributedGradientTape that takes a compressor."""
 
-from typing import Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import horovod.tensorflow as horovod
 import tensorflow as tf
@@ -35,7 +36,7 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
         self._allreduce_grads.begin()
         return super(self.__class__, self).__enter__()
 
-    def register_local_source(self, source):
+    def register_local_source(self, source) -> None:
         """The source's gradient stays this worker's own."""
         self._local_sources.add(source)
 
@@ -47,7 +48,7 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
         output_gradients=None,
         use_generic_names=False,
         unconnected_gradients=tf.UnconnectedGradients.NONE,
-    ):
+    ) -> Any:
         """The averaged gradients, in the structure of `sources`.
 
         Args:
@@ -68,7 +69,7 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
         )
         return tf.nest.pack_sequence_as(sources, scaled(gradients, self.loss_scale))
 
-    def jacobian(self, *args, **kwargs):
+    def jacobian(self, *args, **kwargs) -> Any:
         """Not for a distributed tape, whose gradients are averages.
 
         Raises:
@@ -92,7 +93,7 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
         )
 
     @tf.autograph.experimental.do_not_convert
-    def discard(self):
+    def discard(self) -> None:
         """Lets the step leave no trace, where its gradients are not applied: memory, what the compressor keeps and the
         number of steps are what they were before this tape's gradient(). All workers call it, or none.
 
@@ -104,7 +105,7 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
         self._allreduce_grads.discard()
 
     @tf.autograph.experimental.do_not_convert
-    def clip_by_global_norm(self, gradients, clip_norm):
+    def clip_by_global_norm(self, gradients, clip_norm) -> Any:
         """tf.clip_by_global_norm of what gradient() returned last, which lets the memory know: else what it cuts off a
         bad batch's gradients would come back from there, in many steps.
 
@@ -126,7 +127,7 @@ class _DistributedGradientTape(horovod._DistributedGradientTape):
         return tf.nest.pack_sequence_as(gradients, tf.clip_by_global_norm(flat, clip_norm, norm)[0]), norm
 
     @tf.autograph.experimental.do_not_convert
-    def follow_clipping(self, gradients, clipped):
+    def follow_clipping(self, gradients, clipped) -> None:
         """Lets the memory know of clipping of another kind, as clip_by_global_norm does.
 
         Args:
@@ -165,7 +166,7 @@ def DistributedGradientTape(
     groups=None,
     process_set=horovod.global_process_set,
     scale_local_gradients=True,
-):
+) -> Any:
     """horovod.tensorflow.DistributedGradientTape, whose compression can also be a compressor.
 
     What that keeps from step to step belongs to the variables: a tape may be built anew in each step, and goes on with
@@ -225,7 +226,7 @@ def PartialDistributedGradientTape(
     process_set=horovod.global_process_set,
     local_layers=None,
     scale_local_gradients=True,
-):
+) -> Any:
     """DistributedGradientTape that leaves the gradients of some layers to each worker.
 
     Args:

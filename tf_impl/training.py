@@ -1,7 +1,7 @@
 """Trainings, and the states that variables have in each."""
 
 import weakref
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from collections.abc import Iterator, MutableMapping, Sequence
 
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet
@@ -29,7 +29,7 @@ LOADED = Training()
 
 def states_of(
     variables: Sequence, config: Compressor, process_set: ProcessSet, training: Training
-) -> List[VariableState]:
+) -> list[VariableState]:
     """The variables' states in a training, made where they have none. In an order that is the same on every worker."""
     key = config, process_set.process_set_id
     kept = [_states(variable).setdefault(training, {}) for variable in variables]
@@ -51,12 +51,12 @@ def states_of(
     return [states[key] for states in kept]
 
 
-def known_states(variables: Sequence) -> List[VariableState]:
+def known_states(variables: Sequence) -> list[VariableState]:
     """The states that variables have already, in whatever training."""
     return [state for _, state in _known(variables)]
 
 
-def last_training(variables: Sequence, config: Optional[Compressor] = None, process_set: Optional[ProcessSet] = None):
+def last_training(variables: Sequence, config: Compressor | None = None, process_set: ProcessSet | None = None):
     """The training of these variables that began last, and a state that it has.
 
     Args:
@@ -73,16 +73,16 @@ def last_training(variables: Sequence, config: Optional[Compressor] = None, proc
     return found
 
 
-def state_in(training: Training, variable, config: Compressor, process_set: ProcessSet) -> Optional[VariableState]:
+def state_in(training: Training, variable, config: Compressor, process_set: ProcessSet) -> VariableState | None:
     """The variable's state in a training; None where it has none."""
     return getattr(native(variable), ATTRIBUTE, {}).get(training, {}).get((config, process_set.process_set_id))
 
 
-def _states(variable) -> Mapping[Training, Dict[Tuple[Compressor, int], VariableState]]:
+def _states(variable) -> MutableMapping[Training, dict[tuple[Compressor, int], VariableState]]:
     return vars(native(variable)).setdefault(ATTRIBUTE, weakref.WeakKeyDictionary())
 
 
-def _known(variables: Sequence) -> Iterator[Tuple[Training, VariableState]]:
+def _known(variables: Sequence) -> Iterator[tuple[Training, VariableState]]:
     for variable in variables:
         for training, states in getattr(native(variable), ATTRIBUTE, {}).items():
             for state in states.values():

@@ -1,14 +1,13 @@
 """The variables that are kept beside the model's."""
 
 import re
-from typing import Optional, Tuple
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 
-def make_variable(value, shape: Optional[Tuple] = None) -> tf.Variable:
+def make_variable(value, shape: tuple | None = None) -> tf.Variable:
     """A variable beside the model's: not trained, and in no collection. Outlives the function that is being traced."""
     shape = np.shape(value) if shape is None else shape
     with tf.init_scope():

@@ -1,7 +1,8 @@
 """What is kept of a variable from step to step."""
 
 import functools
-from typing import Dict, Mapping, Optional, Sequence, Tuple
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import tensorflow as tf
@@ -59,9 +60,14 @@ class VariableState:
         self.layout = layout_of(shape, config, trailing_columns)
         self.variable_dtype = dtype
         self.dtype = tf.float64 if dtype == tf.float64 else tf.float32
-        self.key = self.factor = self.factor_is_q = None
-        self.memory = self.usual_clipping = self.accordion = self.norm = None
-        self.kept: Dict[str, tf.Variable] = {}
+        self.key: tf.Variable | None = None
+        self.factor: tf.Variable | None = None
+        self.factor_is_q: Literal[True] | tf.Variable | None = None
+        self.memory: tf.Variable | None = None
+        self.usual_clipping: tf.Variable | None = None
+        self.accordion: AccordionState | None = None
+        self.norm: tf.Variable | None = None
+        self.kept: dict[str, tf.Variable] = {}
         if not self.layout.compressed:
             return
         self.key = make_variable(np.int64(key_of(name, config.seed)))
@@ -74,7 +80,7 @@ class VariableState:
         if isinstance(config, Accordion):
             self.accordion = AccordionState(config, self.layout, self.dtype)
 
-    def shared(self) -> Dict[str, tf.Variable]:
+    def shared(self) -> dict[str, tf.Variable]:
         """What is the same on every worker, by name, as a checkpoint holds it."""
         found = {"factor": self.factor, "factor_is_q": self.factor_is_q, "usual_clipping": self.usual_clipping}
         found.update((f"kept.{key}", variable) for key, variable in self.kept.items())
@@ -82,11 +88,11 @@ class VariableState:
             found.update(self.accordion.variables())
         return {name: value for name, value in found.items() if isinstance(value, tf.Variable)}
 
-    def shared_with_keys(self) -> Dict[str, tf.Variable]:
+    def shared_with_keys(self) -> dict[str, tf.Variable]:
         """What is to be the same on every worker, by name."""
         return {"key": self.key, **self.shared()} if self.layout.compressed else {}
 
-    def variables(self) -> Dict[str, tf.Variable]:
+    def variables(self) -> dict[str, tf.Variable]:
         """All, by name."""
         own = {name: value for name, value in vars(self).items() if isinstance(value, tf.Variable)}
         return {**own, **self.shared()}
@@ -111,11 +117,11 @@ class VariableState:
         for name, variable in self.variables().items():
             variable.assign(new[name])
 
-    def decisions(self) -> Tuple[Tuple[int, str], ...]:
+    def decisions(self) -> tuple[tuple[int, str], ...]:
         """TensorStats.decisions."""
         return () if self.accordion is None else self.accordion.decided()
 
-    def residual(self) -> Optional[float]:
+    def residual(self) -> float | None:
         """|e| / |delta| of the last step; None where there was none or without error feedback."""
         if self.norm is None or np.isnan(self.norm):
             return None
@@ -124,13 +130,13 @@ class VariableState:
             return residual(left, norm)
         return left / norm if norm else 0.0
 
-    def state_dict(self) -> Dict[str, object]:
+    def state_dict(self) -> dict[str, object]:
         """What is kept, as numpy arrays."""
-        state: Dict[str, object] = {"shape": list(self.layout.shape)}
+        state: dict[str, object] = {"shape": list(self.layout.shape)}
         if not self.layout.compressed:
             return state
         state["memory"] = None
-        if self.memory is not None:
+        if self.memory is not None and self.usual_clipping is not None:
             state.update(memory=self.memory.numpy(), usual_clipping=float(self.usual_clipping))
         if self.factor is not None:
             state.update(factor=self.factor.numpy(), factor_is_q=bool(self.factor_is_q))
@@ -146,7 +152,7 @@ class VariableState:
             return
         if self.factor is not None:
             self.factor.assign(state["factor"])
-            if self.factor_is_q is not True:
+            if isinstance(self.factor_is_q, tf.Variable):
                 self.factor_is_q.assign(state["factor_is_q"])
         else:
             for key, variable in self.kept.items():
@@ -155,7 +161,7 @@ class VariableState:
             self.accordion.load_state_dict(state["regime"])
         if self.norm is not None:
             self.norm.assign(np.nan)
-        if self.memory is not None:
+        if self.memory is not None and self.usual_clipping is not None:
             memory = sum(saved["memory"] for saved in memories) if memories else 0
             self.memory.assign(np.broadcast_to(memory * weight, self.memory.shape))
             self.usual_clipping.assign(state.get("usual_clipping", 0))

@@ -3,7 +3,6 @@
 import os
 import re
 from dataclasses import dataclass
-from typing import Optional
 
 import tensorflow as tf
 from horovod.tensorflow import mpi_ops
@@ -73,7 +72,7 @@ class Workers:
             gathered = self.allgather(packed, name)
         return tf.reshape(gathered, tf.stack([self.count(tf.int32), tf.size(packed)]))
 
-    def all_there(self, name: str, compressor: Optional[Compressor]) -> tf.Operation:
+    def all_there(self, name: str, compressor: Compressor | None) -> tf.Operation:
         """An op that fails with an InvalidArgumentError where a worker has joined (hvd.join). Horovod's allgather would
         then break down, and the job with it. Costs one small allreduce.
 

@@ -7,23 +7,31 @@ from horovod_powersgd.environment.installation import require_horovod
 
 require_horovod("torch")
 
-import horovod.torch  # noqa: E402
-from horovod.torch import *  # noqa: E402, F401, F403
+from typing import TYPE_CHECKING, Any
+
+import horovod.torch
+from horovod.torch import *
 
 # Not "from ... import elastic": that would find Horovod's, which the line above has brought.
-import horovod_powersgd.torch.elastic  # noqa: E402, F401
-from horovod_powersgd import *  # noqa: E402, F401, F403
-from horovod_powersgd import launcher  # noqa: E402
-from horovod_powersgd.arguments import without_compressors  # noqa: E402
-from horovod_powersgd.torch.error_feedback_sgd import ErrorFeedbackSGD  # noqa: E402, F401
-from horovod_powersgd.torch.generation import join  # noqa: E402, F401
-from horovod_powersgd.torch.loss_scaling import synchronize_before_unscaling  # noqa: E402
-from horovod_powersgd.torch.optimizer import DistributedOptimizer  # noqa: E402, F401
-from horovod_powersgd.torch.replicas import (  # noqa: E402, F401
-    assert_replicas_equal,
-    broadcast_optimizer_state,
-    broadcast_parameters,
+import horovod_powersgd.torch.elastic
+from horovod_powersgd import *
+from horovod_powersgd import launcher
+from horovod_powersgd.arguments import without_compressors
+from horovod_powersgd.torch.error_feedback_sgd import ErrorFeedbackSGD as ErrorFeedbackSGD
+from horovod_powersgd.torch.generation import join as join
+from horovod_powersgd.torch.loss_scaling import synchronize_before_unscaling
+from horovod_powersgd.torch.optimizer import DistributedOptimizer as DistributedOptimizer
+from horovod_powersgd.torch.replicas import (
+    assert_replicas_equal as assert_replicas_equal,
+    broadcast_optimizer_state as broadcast_optimizer_state,
+    broadcast_parameters as broadcast_parameters,
 )
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """What Horovod exports, which comes without types."""
+
 
 synchronize_before_unscaling()
 init = launcher.careful_init(horovod.torch)

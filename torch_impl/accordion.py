@@ -1,6 +1,6 @@
 """What Accordion decides for one gradient, from step to step."""
 
-from typing import Dict, Optional, Tuple
+from collections.abc import Mapping
 
 import torch
 
@@ -17,25 +17,24 @@ class AccordionState:
     """
 
     def __init__(self, config: Compressor, layout: Layout):
-        self._config, self._layout = config, layout
-        self._adapts = isinstance(config, Accordion)
+        self._accordion, self._layout = config if isinstance(config, Accordion) else None, layout
         self.regime = self._next = Regime()
 
     @property
-    def decisions(self) -> Tuple[Tuple[int, str], ...]:
+    def decisions(self) -> tuple[tuple[int, str], ...]:
         """TensorStats.decisions."""
         return self.regime.decisions
 
-    def amount(self, step: int, rate: Optional[float]) -> int:
+    def amount(self, step: int, rate: float | None) -> int:
         """Compressor.amount, in the step that comes after so many steps and has this learning rate."""
-        if not self._adapts:
+        if self._accordion is None:
             return self._layout.amount
-        self._next = self.regime.decided(self._config, step, rate, _norm)
-        return self._config.amount_now(*self._layout.matrix_shape, self._next.is_low)
+        self._next = self.regime.decided(self._accordion, step, rate, _norm)
+        return self._accordion.amount_now(*self._layout.matrix, self._next.is_low)
 
     def end(self, update: torch.Tensor, weight: float) -> None:
         """Takes the update, (n, m), of a finite step whose averaged gradient was `weight` times it."""
-        if self._adapts:
+        if self._accordion is not None:
             # Not in place: the step may still be discarded.
             total = self._next.total
             self._next.total = update * weight if total is None else torch.add(total, update, alpha=weight)
@@ -44,13 +43,15 @@ class AccordionState:
         """Keeps what `end` was told: the step is taken."""
         self.regime = self._next
 
-    def state_dict(self) -> Dict[str, object]:
+    def state_dict(self) -> dict[str, object]:
         """What is kept, on the CPU; the same on every worker."""
-        return {"regime": self.regime.state_dict(lambda total: total.cpu().clone())} if self._adapts else {}
+        if self._accordion is None:
+            return {}
+        return {"regime": self.regime.state_dict(lambda total: total.cpu().clone())}
 
-    def load_state_dict(self, state: Dict[str, object], like: torch.Tensor) -> None:
+    def load_state_dict(self, state: Mapping, like: torch.Tensor) -> None:
         """Takes what another one kept; its tensors get the dtype and the device of `like`."""
-        if self._adapts:
+        if self._accordion is not None:
             self.regime = Regime.from_state_dict(state["regime"], lambda total: total.to(like, copy=True))
 
 

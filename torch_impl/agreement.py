@@ -6,7 +6,7 @@ import itertools
 import weakref
 from collections import Counter, defaultdict
 from dataclasses import replace
-from typing import Dict, List, Optional, Protocol, Tuple
+from typing import Protocol
 
 from horovod.torch import mpi_ops
 
@@ -32,19 +32,21 @@ class Party(Protocol):
         workers: that it exchanges with. The agreement gives them the prefix of its messages' names.
         uncompressed: whether it exchanges by Horovod's own code.
         steps: that it has exchanged.
+        generation: of the workers that it has agreed with.
     """
 
     workers: Workers
     uncompressed: bool
     steps: int
+    generation: object
 
-    def names(self) -> List[str]:
+    def names(self) -> list[str]:
         """Of its parameters."""
 
     def description(self) -> Description:
         """What must be the same on every worker, in words."""
 
-    def agreed(self, root: Optional[int], by_name: bool) -> None:
+    def agreed(self, root: int | None, by_name: bool) -> None:
         """All workers have it. They all call this together.
 
         Args:
@@ -54,9 +56,9 @@ class Party(Protocol):
 
 
 # Of each process set, in the order in which they were made.
-_parties: Dict[int, List["weakref.ref[Party]"]] = defaultdict(list)
+_parties: dict[int, list["weakref.ref[Party]"]] = defaultdict(list)
 # How many have agreed, since the workers last changed, of each process set and names.
-_agreed: Tuple[object, Counter] = (None, Counter())
+_agreed: tuple[object, Counter] = (None, Counter())
 
 
 def enter(party: Party) -> None:
@@ -70,7 +72,7 @@ def leave(party: Party) -> None:
     known[:] = [ref for ref in known if ref() not in (None, party)]
 
 
-def parties(process_set_id: Optional[int] = None) -> List[Party]:
+def parties(process_set_id: int | None = None) -> list[Party]:
     """The optimizers that there are, of one process set or of all."""
     refs = itertools.chain(*_parties.values()) if process_set_id is None else _parties[process_set_id]
     known = [ref() for ref in refs]

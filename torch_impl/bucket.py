@@ -1,6 +1,7 @@
 """Gradients that are exchanged together: those that are averaged as they are."""
 
-from typing import Dict, Generator, Sequence, Union
+from collections.abc import Generator, Sequence
+from typing import Any
 
 import torch
 
@@ -14,13 +15,15 @@ from horovod_powersgd.torch.workers import Workers
 class Bucket:
     """Gradients that travel together as they are, in one flat tensor; of one device and one dtype on the wire."""
 
+    gradients: Sequence[PlainGradient]
+
     def __init__(self, name: str, gradients: Sequence[PlainGradient], workers: Workers, config: Compressor):
         self.gradients = list(gradients)
         self._name, self._workers, self._config = name, workers, config
 
-    def exchange(self, step: Step) -> Generator[Union[PlainGradient, Future, Verdict], object, None]:
+    def exchange(self, step: Step) -> Generator[PlainGradient | Future | Verdict, Any, None]:
         """reference.exchange of these gradients. Yields what it waits for."""
-        sparse: Dict[PlainGradient, SparseMean] = {}
+        sparse: dict[PlainGradient, SparseMean] = {}
         finite = yield from self._rounds(step, sparse)
         for gradient, gathered in sparse.items():
             average = yield gathered
@@ -34,14 +37,14 @@ class Bucket:
         copies: Copies = []
         self._end(finite, step, copies)
         if copies:
-            torch._foreach_copy_(*map(list, zip(*copies)))
+            torch._foreach_copy_([to for to, _ in copies], [source for _, source in copies])
 
     def _end(self, finite: bool, step: Step, copies: Copies) -> None:
         """Ends all gradients' exchange; `copies` is for what is to be copied, all at once."""
         for gradient in self.gradients:
             gradient.end(finite, step.factor, step.undoable, copies)
 
-    def _begin(self, gradient: PlainGradient, step: Step, sparse: Dict[PlainGradient, SparseMean]):
+    def _begin(self, gradient: PlainGradient, step: Step, sparse: dict[PlainGradient, SparseMean]):
         """Waits for a gradient; starts averaging it where it is sparse, and notes that."""
         yield gradient
         gradient.begin(step.scale)
@@ -49,7 +52,7 @@ class Bucket:
             sparse[gradient], nbytes = gradient.send_sparse(self._workers, step.parity)
             step.count(nbytes, 0)
 
-    def _rounds(self, step: Step, sparse: Dict[PlainGradient, SparseMean]):
+    def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
         """Averages all gradients but the sparse ones; returns whether the averages are finite, on the device."""
         senders, sent = [], []
         for gradient in self.gradients:

@@ -1,6 +1,6 @@
 """How much of an update is left when its step is taken."""
 
-from typing import Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 
@@ -44,7 +44,7 @@ def _largest(norms: torch.Tensor) -> torch.Tensor:
     return torch.topk(norms, min(ROWS, len(norms)), sorted=False).indices
 
 
-def factors_of(samples: Sequence[Tuple[Sample, torch.Tensor]]) -> Sequence[float]:
+def factors_of(samples: Sequence[tuple[Sample, torch.Tensor]]) -> Sequence[float]:
     """The factors of samples and what has become of their updates. The host waits for the device."""
     if not samples:
         return []

@@ -1,6 +1,7 @@
 """What compressed gradients have in common: what is kept of one from step to step, and who commits it."""
 
-from typing import Any, Optional, Sequence, Tuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -27,25 +28,26 @@ class CompressedGradient(PlainGradient):
     ):
         super().__init__(name, parameter, layout, sparse_as_dense)
         self.accordion = AccordionState(config, layout)
+        self._matrix_shape = layout.matrix
         self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         self._key = key_of(name, config.seed)
         # What is kept; and what takes its place when the step is taken, there between end and commit or discard.
         self._kept: Any = None
         self._next: Any = None
-        self._sample: Optional[Sample] = None
-        self._usual_clipping: Optional[float] = None
+        self._sample: Sample | None = None
+        self._usual_clipping: float | None = None
 
     def _mixed(self, old, new, weight: float):
         """The new one with (1 - weight) times the old memory plus `weight` times its own."""
         raise NotImplementedError
 
-    def sample(self) -> Optional[Tuple[Sample, torch.Tensor]]:
+    def sample(self) -> tuple[Sample, torch.Tensor] | None:
         gradient = self.parameter.grad
         if self._next is None or self._sample is None or gradient is None or gradient.is_sparse:
             return None
-        return self._sample, gradient.reshape(self.layout.matrix_shape)
+        return self._sample, gradient.reshape(self._matrix_shape)
 
-    def commit(self, clipped: Optional[float] = None) -> None:
+    def commit(self, clipped: float | None = None) -> None:
         if self._next is None:
             return
         weight = 1.0
@@ -58,13 +60,22 @@ class CompressedGradient(PlainGradient):
     def discard(self) -> None:
         self._next = None
 
+    def shared_state(self) -> dict[str, Any]:
+        """What is the same on every worker, on the CPU."""
+        raise NotImplementedError
+
+    def load_shared_state(self, state: Mapping) -> None:
+        """Takes what another worker, or an earlier job, kept."""
+        raise NotImplementedError
+
     def take_over(self, other: PlainGradient) -> None:
+        assert isinstance(other, CompressedGradient)  # of the same configuration
         self._kept, self.accordion, self._usual_clipping = other._kept, other.accordion, other._usual_clipping
 
 
 def sum_of_memories(
-    memories: Sequence[Tuple[torch.Tensor, float]], weight: float, like: torch.Tensor
-) -> Optional[torch.Tensor]:
+    memories: Sequence[tuple[torch.Tensor, float]], weight: float, like: torch.Tensor
+) -> torch.Tensor | None:
     """The sum of memories, each divided by its loss scale, times `weight`; None where there are none.
 
     Args:

@@ -1,7 +1,7 @@
 """The methods of a distributed optimizer that compresses."""
 
 import weakref
-from typing import Dict, Iterable, Mapping, Union
+from collections.abc import Iterable, Mapping
 
 import torch
 from horovod.torch.mpi_ops import Sum
@@ -140,7 +140,7 @@ class CompressingMethods(DistributedMethods):
         """What compression did in the last step and in all steps so far, for this worker."""
         return self._member_engine().stats()
 
-    def compression_state_dict(self) -> Dict[str, object]:
+    def compression_state_dict(self) -> dict[str, object]:
         """This worker's factors and memory: what a resumed run needs beside model and optimizer.
 
         Returns:
@@ -149,7 +149,7 @@ class CompressingMethods(DistributedMethods):
         """
         return self._member_engine().state_dict()
 
-    def load_compression_state_dict(self, states: Union[Mapping, Iterable[Mapping]]) -> None:
+    def load_compression_state_dict(self, states: Mapping | Iterable[Mapping]) -> None:
         """Goes on where compression_state_dict was called.
 
         Args:
@@ -172,6 +172,6 @@ class CompressingMethods(DistributedMethods):
             self._engine.follow_loss_scale(scaler)
 
 
-def _learning_rates(optimizer: torch.optim.Optimizer) -> Dict[torch.nn.Parameter, float]:
+def _learning_rates(optimizer: torch.optim.Optimizer) -> dict[torch.nn.Parameter, float]:
     groups = [group for group in optimizer.param_groups if group.get("lr") is not None]
     return {p: float(group["lr"]) for group in groups for p in group["params"]}

@@ -1,7 +1,7 @@
 """What workers tell each other beside gradients, and wait for: to agree, and to take over another one's state."""
 
 import pickle
-from typing import List
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -10,14 +10,16 @@ from horovod.torch.mpi_ops import Max, Sum, allgather, allreduce
 
 from horovod_powersgd.torch.workers import Workers
 
+Item = TypeVar("Item")
 
-def largest(workers: Workers, numbers: List[int], name: str) -> List[int]:
+
+def largest(workers: Workers, numbers: list[int], name: str) -> list[int]:
     """The largest of all workers', number by number. A worker that has joined (hvd.join) counts as zeros."""
     sent = torch.tensor(numbers, dtype=torch.int64)
     return allreduce(sent, name=f"{workers.prefix}.{name}", op=Max, process_set=workers.process_set).tolist()
 
 
-def items(workers: Workers, item: object, name: str) -> List[object]:
+def items(workers: Workers, item: Item, name: str) -> list[Item]:
     """Each worker's item, in their order; Horovod's allgather_object knows no process sets."""
     pickled = torch.from_numpy(np.frombuffer(pickle.dumps(item), np.uint8).copy())
     name = f"{workers.prefix}.{name}"
@@ -26,7 +28,7 @@ def items(workers: Workers, item: object, name: str) -> List[object]:
     return [pickle.loads(part.numpy().tobytes()) for part in items.split(sizes.tolist())]
 
 
-def from_worker(workers: Workers, root: int, item: object) -> object:
+def from_worker(workers: Workers, root: int, item: Item) -> Item:
     """The root's item; the root is given by its global rank. By allreduce, which a worker may have joined."""
     mine = pickle.dumps(item) if mpi_ops.rank() == root else b""
     mine += bytes(-len(mine) % 4)

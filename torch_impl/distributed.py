@@ -2,6 +2,7 @@
 
 import warnings
 import weakref
+from typing import Any
 
 import horovod.torch.optimizer as horovod_optimizer
 import torch
@@ -13,7 +14,7 @@ from horovod_powersgd.torch.generation import generation
 from horovod_powersgd.torch.uncompressed import Uncompressed
 from horovod_powersgd.torch.workers import Workers
 
-Horovods = horovod_optimizer._DistributedOptimizer
+Horovods: Any = horovod_optimizer._DistributedOptimizer
 
 
 class DistributedMethods(Horovods):
@@ -141,7 +142,7 @@ class DistributedMethods(Horovods):
 
     # For schedulers that are made after wrapping; those made before find their own step in _own_step. And for PyTorch,
     # which calls step hooks around the wrapped optimizer's step, and is not to call them around this one as well.
-    step._wrapped_by_lr_sched = step.hooked = True
+    vars(step).update(_wrapped_by_lr_sched=True, hooked=True)
 
     def _complete(self):
         """What comes before a step: the exchange, unless it is there or not wanted."""
@@ -149,7 +150,8 @@ class DistributedMethods(Horovods):
             if self._synchronized:
                 warnings.warn(
                     "optimizer.step() after optimizer.synchronize() averages the gradients a second time: put "
-                    "optimizer.skip_synchronize() around it"
+                    "optimizer.skip_synchronize() around it",
+                    stacklevel=3,
                 )
             self.synchronize()
 

@@ -2,8 +2,9 @@
 
 import threading
 import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Callable, Dict, Generator, Iterable, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Any
 
 import torch
 from horovod.common.exceptions import HorovodInternalError
@@ -16,8 +17,10 @@ from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.torch import agreement as agreement_of_workers
 from horovod_powersgd.torch.byte_counters import ByteCounters
 from horovod_powersgd.torch.clipping import factors_of
+from horovod_powersgd.torch.compressed_gradient import CompressedGradient
 from horovod_powersgd.torch.control_messages import from_worker, largest
 from horovod_powersgd.torch.fast_paths import make_buckets, path_of
+from horovod_powersgd.torch.futures import Future
 from horovod_powersgd.torch.generation import generation
 from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.gradient_watch import GradientWatch
@@ -48,6 +51,7 @@ class Engine:
 
     Attributes:
         steps: that were exchanged with finite results, and taken.
+        generation: of the workers that it has agreed with.
     """
 
     uncompressed = False
@@ -58,32 +62,32 @@ class Engine:
         workers: Workers,
         agreement: Description = MappingProxyType({}),
         sum_gradients: bool = False,
-        groups: Union[None, int, Sequence] = None,
+        groups: None | int | Sequence = None,
         sparse_as_dense: bool = False,
         learning_rates: Callable[[], Mapping[torch.nn.Parameter, float]] = dict,
     ):
         self._learning_rates = learning_rates
         self._config, self.workers, self._agreement = config, workers, agreement
         self._sum_gradients, self._groups, self._sparse_as_dense = sum_gradients, groups, sparse_as_dense
-        self._gradients: List[PlainGradient] = []
-        self._plain: Dict[PlainGradient, PlainGradient] = {}
-        self._bucketed: Tuple = ()
+        self._gradients: list[PlainGradient] = []
+        self._plain: dict[PlainGradient, PlainGradient] = {}
+        self._bucketed: tuple = ()
         self._warming_up = False
-        self._waiting: Dict[Generator, object] = {}
-        self._arriving: Dict[torch.nn.Parameter, PlainGradient] = {}
+        self._waiting: dict[Generator[Future, Any, None], Future] = {}
+        self._arriving: dict[torch.nn.Parameter, PlainGradient] = {}
         # Those whose gradients were there before the workers had agreed.
-        self._early: Set[torch.nn.Parameter] = set()
+        self._early: set[torch.nn.Parameter] = set()
         # Of the gradients as they were when they arrived, and then as the exchange has left them.
         self._watch = GradientWatch()
         # The gradients of the exchange that has ended, and whether it was finite.
-        self._pending: Optional[Tuple[Sequence[PlainGradient], bool]] = None
+        self._pending: tuple[Sequence[PlainGradient], bool] | None = None
         # Why the exchange of this step failed, in words and whether a worker was lost, and how often that has happened
         # since the workers agreed.
-        self._failure: Optional[Tuple[str, bool]] = None
+        self._failure: tuple[str, bool] | None = None
         self._failures = 0
-        self._generation: object = None
-        self._scaler: Optional[torch.amp.GradScaler] = None
-        self._unscaled: Union[float, torch.Tensor] = 1.0
+        self.generation: object = None
+        self._scaler: torch.amp.GradScaler | None = None
+        self._unscaled: float | torch.Tensor = 1.0
         # Backward has a thread for each device.
         self._lock = threading.RLock()
         self._streams = Streams()
@@ -130,7 +134,7 @@ class Engine:
         """Takes note that the updates are multiplied by a scalar, which is no clipping."""
         self._unscaled = factor
 
-    def arrived(self, parameter: torch.nn.Parameter, incoming: Optional[torch.Tensor] = None) -> None:
+    def arrived(self, parameter: torch.nn.Parameter, incoming: torch.Tensor | None = None) -> None:
         """Takes in a gradient that backward has finished, and lets the exchanges go on as far as they can.
 
         Args:
@@ -141,7 +145,7 @@ class Engine:
             if parameter.grad is None:
                 return  # a hook of the user's has taken it away
             # The first exchange of a generation waits for finish: workers may call backward in another order than step.
-            if self._generation is not generation():
+            if self.generation is not generation():
                 self.discard()
                 self._watch.note(parameter, incoming)
                 self._early.add(parameter)
@@ -196,7 +200,7 @@ class Engine:
             RuntimeError: the workers do not agree on the model or the configuration; or a gradient was changed while it
                 was exchanged; or the exchange has failed before.
         """
-        if self._generation is generation():
+        if self.generation is generation():
             self._refuse_failed()
         else:
             self._agree()
@@ -243,7 +247,7 @@ class Engine:
                 gradient.commit(factors.get(gradient))
         self._watch.clear()
 
-    def _clipping(self, gradients: Sequence[PlainGradient]) -> Dict[PlainGradient, float]:
+    def _clipping(self, gradients: Sequence[PlainGradient]) -> dict[PlainGradient, float]:
         """What each update was clipped to, between 0 and 1, since the exchange has ended."""
         samples = {}
         for gradient in gradients:
@@ -281,12 +285,12 @@ class Engine:
             tensors=tuple(self._tensor_stats(gradient) for gradient in self._gradients),
         )
 
-    def state_dict(self) -> Dict[str, object]:
+    def state_dict(self) -> dict[str, object]:
         """What this worker has to keep for the exchange to go on where it is: tensors, numbers and strings."""
         tensors = {gradient.name: gradient.state_dict() for gradient in self._gradients}
         return checkpoint.state_dict(self._config, self.workers.count, self.workers.index, self.steps, tensors)
 
-    def load_state_dict(self, states: Union[Mapping, Iterable[Mapping]]) -> None:
+    def load_state_dict(self, states: Mapping | Iterable[Mapping]) -> None:
         """Goes on where the state was made.
 
         Args:
@@ -305,7 +309,7 @@ class Engine:
             gradient.load_state_dict(share.tensors[gradient.name], memories, share.weight)
 
     def _tensor_stats(self, gradient: PlainGradient) -> TensorStats:
-        decisions = gradient.accordion.decisions if gradient.compressed else ()
+        decisions = gradient.accordion.decisions if isinstance(gradient, CompressedGradient) else ()
         return TensorStats.of(
             gradient.name,
             gradient.layout,
@@ -316,7 +320,7 @@ class Engine:
             decisions,
         )
 
-    def _trainable(self) -> Tuple[PlainGradient, ...]:
+    def _trainable(self) -> tuple[PlainGradient, ...]:
         """The gradients of a step: a frozen parameter has none, on all workers."""
         gradients = tuple(gradient for gradient in self._gradients if gradient.parameter.requires_grad)
         if self.steps < self._config.warmup_steps:
@@ -350,9 +354,9 @@ class Engine:
         if self.workers.count > 1:
             agreement_of_workers.agree(self)
         else:
-            self._generation = generation()
+            self.generation = generation()
 
-    def names(self) -> List[str]:
+    def names(self) -> list[str]:
         """Of the parameters."""
         return [gradient.name for gradient in self._gradients]
 
@@ -360,7 +364,7 @@ class Engine:
         """What must be the same on every worker, in words."""
         return {**self._agreement, **describe([(g.name, g.parameter) for g in self._trainable()])}
 
-    def agreed(self, root: Optional[int], by_name: bool) -> None:
+    def agreed(self, root: int | None, by_name: bool) -> None:
         """Before the first exchange of these workers: all run the same training, and hold the same factors.
 
         Args:
@@ -377,13 +381,13 @@ class Engine:
         dims = largest(self.workers, [sparse_dim(gradient.parameter) for gradient in gradients], "sparse")
         for gradient, dim in zip(gradients, dims):
             gradient.sparse_dim = 0 if self._sparse_as_dense else dim
-        self._generation, self._failures, self._bucketed = generation(), 0, ()
+        self.generation, self._failures, self._bucketed = generation(), 0, ()
         for parameter in tuple(self._early):
             if parameter.requires_grad:
                 self.arrived(parameter)
 
     def _take_state(self, root: int) -> None:
-        compressed = [gradient for gradient in self._gradients if gradient.compressed]
+        compressed = [gradient for gradient in self._gradients if isinstance(gradient, CompressedGradient)]
         mine = self.steps, self._parity, [gradient.shared_state() for gradient in compressed]
         self.steps, self._parity, states = from_worker(self.workers, root, mine)
         for gradient, state in zip(compressed, states):
@@ -400,7 +404,7 @@ class Engine:
             others = [
                 other
                 for other in agreement_of_workers.parties()
-                if other is not self and not other.uncompressed and other._waiting
+                if other is not self and isinstance(other, Engine) and other._waiting
             ]
             if not others:
                 self._go_on(*sent[0])
@@ -420,12 +424,13 @@ class Engine:
 
     def _resume(self) -> None:
         """Lets every exchange go on that has what it waits for."""
-        for exchange, awaited in list(self._waiting.items()):
+        for exchange, first in list(self._waiting.items()):
+            awaited: Future | None = first
             while awaited is not None and awaited.done():
                 awaited = self._go_on(exchange, awaited)
 
     @torch.no_grad()
-    def _go_on(self, exchange: Generator, awaited) -> object:
+    def _go_on(self, exchange: Generator[Future, Any, None], awaited: Future) -> Future | None:
         """Resumes an exchange with what it waits for; returns what it waits for next, or None at its end."""
         try:
             with self._streams.current():
@@ -464,7 +469,7 @@ class Engine:
 
 
 def _mark_overlaps(gradients: Iterable[PlainGradient]) -> None:
-    borrowed = [gradient for gradient in gradients if gradient.borrowed is not None]
-    overlaps = overlapping([gradient.borrowed for gradient in borrowed])
-    for gradient, overlaps_others in zip(borrowed, overlaps):
+    borrowed = [(gradient, grad) for gradient in gradients if (grad := gradient.borrowed) is not None]
+    overlaps = overlapping([grad for _, grad in borrowed])
+    for (gradient, _), overlaps_others in zip(borrowed, overlaps):
         gradient.overlaps = overlaps_others

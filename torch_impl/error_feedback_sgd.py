@@ -1,5 +1,7 @@
 """The update of the PowerSGD paper's Algorithm 2."""
 
+from typing import Any
+
 import torch
 
 
@@ -26,7 +28,7 @@ class ErrorFeedbackSGD(torch.optim.Optimizer):
         >>> optimizer = hvd.DistributedOptimizer(optimizer, model.named_parameters(), compression=hvd.PowerSGD(rank=4))
     """
 
-    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.9):
+    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.9) -> None:
         if not lr >= 0:
             raise ValueError(f"ErrorFeedbackSGD: lr must be 0 or more, not {lr!r}")
         if not 0 <= momentum < 1:
@@ -34,7 +36,7 @@ class ErrorFeedbackSGD(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None) -> Any:
         """Takes one step; returns what the closure returns, if there is one."""
         loss = None
         if closure is not None:

@@ -1,7 +1,8 @@
 """Which code exchanges the gradients of which compressor: the one place that knows of a fast path."""
 
 import os
-from typing import List, NamedTuple, Sequence, Type, Union
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from horovod_powersgd.buckets import BUCKET_BYTES, GPU_BUCKET_BYTES, bucket_name, sort_into_buckets
 from horovod_powersgd.compressors.compressor import Compressor
@@ -24,8 +25,8 @@ class Path(NamedTuple):
         bucket: what those of a bucket go through together.
     """
 
-    gradient: Type[CompressedGradient]
-    bucket: Type[Bucket]
+    gradient: type[CompressedGradient]
+    bucket: type[Bucket]
 
 
 FAST = {PowerSGD: Path(PowerSGDGradient, PowerSGDBucket)}
@@ -44,7 +45,7 @@ def _is_grouped(bucket: Sequence[PlainGradient]) -> bool:
         return False  # and nothing imports Triton
     from horovod_powersgd.torch import grouped_kernels
 
-    matrices = [gradient for gradient in bucket if gradient.compressed]
+    matrices = [gradient for gradient in bucket if isinstance(gradient, CompressedGradient)]
     return grouped_kernels.serve(device, [g.dtype for g in matrices], [g.layout.amount for g in matrices])
 
 
@@ -52,8 +53,8 @@ def make_buckets(
     gradients: Sequence[PlainGradient],
     workers: Workers,
     config: Compressor,
-    groups: Union[None, int, Sequence] = None,
-) -> List[Bucket]:
+    groups: None | int | Sequence = None,
+) -> list[Bucket]:
     """Sorts gradients into buckets, the same on every worker.
 
     Args:

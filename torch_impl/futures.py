@@ -1,6 +1,6 @@
 """Answers of the other workers that may still be on their way."""
 
-from typing import List, Optional, Protocol
+from typing import Protocol
 
 import torch
 from horovod.common.exceptions import HorovodInternalError
@@ -73,7 +73,7 @@ class SparseMean:
         nbytes: of all workers' parts, when they are here.
     """
 
-    def __init__(self, handles: List[int], shape: torch.Size, count: int, parity: bool):
+    def __init__(self, handles: list[int], shape: torch.Size, count: int, parity: bool):
         self._handles, self._shape, self._count, self._parity = handles, shape, count, parity
 
     def done(self) -> bool:
@@ -96,7 +96,7 @@ class SparseMean:
         ).coalesce()
 
 
-def _gathered(handle: int, compressor: Optional[Compressor] = None) -> torch.Tensor:
+def _gathered(handle: int, compressor: Compressor | None = None) -> torch.Tensor:
     try:
         return mpi_ops.synchronize(handle)
     except HorovodInternalError as error:

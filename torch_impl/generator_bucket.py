@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from typing import Dict, List, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 
@@ -18,7 +18,9 @@ class GeneratorBucket(Bucket):
     """Gradients whose generators go through their rounds together: what they ask for travels in one flat tensor for
     each collective and dtype."""
 
-    def _rounds(self, step: Step, sparse: Dict[PlainGradient, SparseMean]):
+    gradients: Sequence[GeneratorGradient]
+
+    def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
         for gradient in self.gradients:
             gradient.start(step.number, step.rates.get(gradient.parameter), self._workers)
             yield from self._begin(gradient, step, sparse)
@@ -32,20 +34,21 @@ class GeneratorBucket(Bucket):
                 answers = place((yield message), parts)
                 for gradient, some in zip(gradients, answers):
                     gradient.go_on(some)
-        finite = True
+        finite: bool | torch.Tensor = True
         for gradient in dense:
             finite = gradient.finite() & finite
         return finite
 
-    def _start(self, asking: Sequence[GeneratorGradient], name: str, step: Step) -> List[Tuple]:
+    def _start(self, asking: Sequence[GeneratorGradient], name: str, step: Step) -> list[tuple]:
         """Starts a round's messages: for each its gradients, their parts, what to wait for, and what takes it apart."""
-        means, gathers = defaultdict(list), []
+        means: dict[torch.dtype, list[GeneratorGradient]] = defaultdict(list)
+        gathers = []
         for gradient in asking:
             if isinstance(gradient.request, AllreduceMean):
                 means[gradient.request.tensors.dtype].append(gradient)
             else:
                 gathers.append(gradient)
-        started = []
+        started: list[tuple] = []
         for dtype, gradients in means.items():
             parts = [gradient.parts() for gradient in gradients]
             flat = torch.cat([part.reshape(-1) for some in parts for part in some])
@@ -64,13 +67,13 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def _split_mean(flat: torch.Tensor, parts: Sequence[Sequence[torch.Tensor]]) -> List[List[torch.Tensor]]:
+def _split_mean(flat: torch.Tensor, parts: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
     """The means, in the shapes of what was sent."""
     split = iter(flat.split([part.numel() for some in parts for part in some]))
     return [[next(split).view(part.shape) for part in some] for some in parts]
 
 
-def _split_gathered(packed: torch.Tensor, parts: Sequence[Sequence[torch.Tensor]]) -> List[List[torch.Tensor]]:
+def _split_gathered(packed: torch.Tensor, parts: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
     """All workers' parts, (W, ...), out of (W, bytes)."""
     split = iter(packed.split([part.nbytes for some in parts for part in some], dim=1))
     # A part's bytes may begin where no number of its dtype can.

@@ -1,12 +1,13 @@
 """A gradient that travels as a compressor's generator says."""
 
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.matrix_state import MatrixState
 from horovod_powersgd.layout import Layout
@@ -28,9 +29,9 @@ class Kept:
         norm: |delta| of the last step; None where there was none or no memory is kept.
     """
 
-    by_compressor: Dict[str, torch.Tensor] = field(default_factory=dict)
-    memory: Optional[torch.Tensor] = None
-    norm: Optional[torch.Tensor] = None
+    by_compressor: dict[str, torch.Tensor] = field(default_factory=dict)
+    memory: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
 
 
 class GeneratorGradient(CompressedGradient):
@@ -42,6 +43,12 @@ class GeneratorGradient(CompressedGradient):
         request: what the generator asks for; None at its end.
     """
 
+    # Of a step, which lets go of them in the end.
+    _state: Any
+    _delta: Any
+    _sent: Any
+    _generator: Generator | None
+
     def __init__(
         self,
         name: str,
@@ -51,22 +58,23 @@ class GeneratorGradient(CompressedGradient):
         sparse_as_dense: bool = False,
     ):
         super().__init__(name, parameter, layout, config, sparse_as_dense)
-        self._config, self.request, self._kept = config, None, Kept()
+        self._config, self._kept = config, Kept()
+        self.request: AllreduceMean | Allgather | None = None
 
     @property
-    def memory(self) -> Optional[torch.Tensor]:
+    def memory(self) -> torch.Tensor | None:
         """(n, m); None before the first step and without error feedback."""
         return self._kept.memory
 
     @property
-    def kind(self) -> Tuple:
+    def kind(self) -> tuple:
         # Not with the gradients that are averaged as they are, nor with those that travel in another precision.
         return "compressed", self.dtype, self.parameter.device
 
-    def start(self, step: int, rate: Optional[float], workers: Workers) -> None:
+    def start(self, step: int, rate: float | None, workers: Workers) -> None:
         """Takes what is known before the gradient is there; `rate` is the learning rate."""
         kept = self._kept.by_compressor
-        self._state = MatrixState(arrays, self.name, self.layout.matrix_shape, self._key, kept, self._to_tensor)
+        self._state = MatrixState(arrays, self.name, self._matrix_shape, self._key, kept, self._to_tensor)
         self._state.begin(step, self.accordion.amount(step, rate), workers.index, workers.count, True)
 
     def begin(self, scale: float) -> None:
@@ -74,7 +82,7 @@ class GeneratorGradient(CompressedGradient):
         if self.is_sparse:
             return
         # A compressor sees gradients of the loss as it is: what it keeps, and signs among others, know of no scale.
-        delta, self._dense, self._scale = self._dense.to(self.dtype).reshape(self.layout.matrix_shape), None, scale
+        delta, self._dense, self._scale = self._dense.to(self.dtype).reshape(self._matrix_shape), None, scale
         if scale != 1:
             delta = delta / scale
         if self.memory is not None:
@@ -85,13 +93,14 @@ class GeneratorGradient(CompressedGradient):
         self._generator = self._config.family.exchange(self._delta, self._state)
         self._resume(None)
 
-    def parts(self) -> List[torch.Tensor]:
+    def parts(self) -> list[torch.Tensor]:
         """What is asked for, to be sent: floats become NaN where this worker's delta was not finite."""
         request = self.request
+        assert request is not None
         tensors = [request.tensors] if isinstance(request, AllreduceMean) else list(request.tensors)
         return [torch.where(self._finite, t, torch.nan) if t.is_floating_point() else t for t in tensors]
 
-    def go_on(self, answers: List[torch.Tensor]) -> None:
+    def go_on(self, answers: list[torch.Tensor]) -> None:
         """Takes the answer. What is not finite goes on as zeros, on all workers: they let the generator finish, and the
         step is discarded."""
         for i, part in enumerate(answers):
@@ -102,12 +111,13 @@ class GeneratorGradient(CompressedGradient):
         self._resume(answers[0] if isinstance(self.request, AllreduceMean) else answers)
 
     def _resume(self, answer) -> None:
+        assert self._generator is not None
         try:
             self.request = self._generator.send(answer)
         except StopIteration as finished:
             self.request = self._generator = None
             update, self._sent = finished.value
-            self._mean = torch.where(self._failed, torch.nan, update).reshape(self.layout.matrix_shape)
+            self._mean = torch.where(self._failed, torch.nan, update).reshape(self._matrix_shape)
 
     def _to_tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.array(array)).to(self.parameter.device)
@@ -141,34 +151,33 @@ class GeneratorGradient(CompressedGradient):
         self._delta = self._sent = self._mean = self._state = None
 
     def _mixed(self, old: Kept, new: Kept, weight: float) -> Kept:
+        assert new.memory is not None
         memory = new.memory * weight
-        return replace(new, memory=memory if old.memory is None else memory + (1 - weight) * old.memory)
+        return replace(new, memory=memory if old.memory is None else memory + old.memory * (1 - weight))
 
     def scaled_by(self, scale: float) -> None:
         if self._next is not None and self._next.memory is not None:
             self._next = replace(self._next, memory=self._next.memory / scale)
 
-    def residual(self) -> Optional[float]:
+    def residual(self) -> float | None:
         """|e| / |delta| of the last step; None where there was none or no memory is kept."""
         kept = self._next or self._kept
-        if kept.norm is None:
+        if kept.norm is None or kept.memory is None:
             return None
         left = torch.linalg.vector_norm(kept.memory, dtype=torch.float64)
         return (left / kept.norm).item() if kept.norm else 0.0
 
-    def shared_state(self) -> Dict[str, object]:
-        """What is the same on every worker, on the CPU."""
+    def shared_state(self) -> dict[str, Any]:
         kept = {key: torch.as_tensor(value).cpu().clone() for key, value in self._kept.by_compressor.items()}
         return {"kept": kept, **self.accordion.state_dict()}
 
     def load_shared_state(self, state: Mapping) -> None:
-        """Takes what another worker, or an earlier job, kept."""
         like = torch.empty(0, dtype=self.dtype, device=self.parameter.device)
         kept = {key: value.to(self.parameter.device, copy=True) for key, value in state["kept"].items()}
         self._kept = replace(self._kept, by_compressor=kept)
         self.accordion.load_state_dict(state, like)
 
-    def state_dict(self) -> Dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
             **self.shared_state(),
@@ -177,7 +186,7 @@ class GeneratorGradient(CompressedGradient):
             "usual_clipping": self._usual_clipping,
         }
 
-    def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
+    def load_state_dict(self, state: Mapping, memories: Sequence[tuple[torch.Tensor, float]], share: float) -> None:
         self.load_shared_state(state)
         self._usual_clipping = state.get("usual_clipping")
         like = torch.empty(0, dtype=self.dtype, device=self.parameter.device)

@@ -1,6 +1,7 @@
 """What one parameter's gradient goes through in a step: one that is averaged as it is."""
 
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from horovod_powersgd.torch.ownership import owns_storage
 from horovod_powersgd.torch.workers import Workers
 
 # (to, from) of tensors to be copied.
-Copies = List[Tuple[torch.Tensor, torch.Tensor]]
+Copies = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class PlainGradient:
@@ -30,17 +31,25 @@ class PlainGradient:
     """
 
     compressed = False
+    # Tensors of a step, which lets go of them in the end: what is sent, and the average.
+    _dense: Any
+    _mean: Any
 
     def __init__(self, name: str, parameter: torch.nn.Parameter, layout: Layout, sparse_as_dense: bool = False):
         self.name, self.parameter, self.layout = name, parameter, layout
         self.arrived = self.is_sparse = self.overlaps = False
-        self.incoming: Optional[torch.Tensor] = None
+        self.incoming: torch.Tensor | None = None
         self.sparse_dim = 0
         self._sparse_as_dense = sparse_as_dense
 
     @property
     def sent_dtype(self) -> torch.dtype:
-        """Of what Horovod is given; it does not reduce bfloat16."""
+        """Of what Horovod is given."""
+        return self._plain_dtype
+
+    @property
+    def _plain_dtype(self) -> torch.dtype:
+        """Of what Horovod is given of a gradient as it is; it does not reduce bfloat16."""
         return torch.float32 if self.parameter.dtype == torch.bfloat16 else self.parameter.dtype
 
     @property
@@ -49,7 +58,7 @@ class PlainGradient:
         return self.parameter.numel() * self.parameter.element_size()
 
     @property
-    def kind(self) -> Tuple[torch.dtype, torch.device]:
+    def kind(self) -> tuple[torch.dtype, torch.device]:
         """What the gradients of a bucket have in common."""
         return self.sent_dtype, self.parameter.device
 
@@ -57,7 +66,7 @@ class PlainGradient:
         """Whether backward has computed the gradient."""
         return self.arrived
 
-    def result(self) -> torch.Tensor:
+    def result(self) -> torch.Tensor | None:
         """The gradient."""
         return self.parameter.grad
 
@@ -69,6 +78,7 @@ class PlainGradient:
     def begin(self, scale: float) -> None:
         """Takes the gradient, which is here; `scale` is what the loss, and so the gradient, is multiplied by."""
         gradient = self.parameter.grad
+        assert gradient is not None
         self.is_sparse = gradient.is_sparse and not self._sparse_as_dense
         self.sparse_dim = gradient.sparse_dim() if self.is_sparse else 0
         self.overlaps = False
@@ -77,14 +87,15 @@ class PlainGradient:
         self._dense = gradient.to_dense() if gradient.is_sparse else gradient.data
 
     @property
-    def borrowed(self) -> Optional[torch.Tensor]:
+    def borrowed(self) -> torch.Tensor | None:
         """The gradient, where its memory may be others', too."""
         return self.parameter.grad if self._shared else None
 
-    def send_sparse(self, workers: Workers, parity: bool) -> Tuple[SparseMean, int]:
+    def send_sparse(self, workers: Workers, parity: bool) -> tuple[SparseMean, int]:
         """Starts averaging a sparse gradient by gathering, as Horovod does; also gives the bytes handed to it."""
+        assert self.parameter.grad is not None
         gradient = self.parameter.grad.coalesce()
-        indices, values = gradient.indices(), gradient.values().to(PlainGradient.sent_dtype.fget(self))
+        indices, values = gradient.indices(), gradient.values().to(self._plain_dtype)
         self._sparse_bytes = indices.nbytes + values.nbytes
         return workers.sparse_mean(indices, values, gradient.shape, self.name, parity), self._sparse_bytes
 
@@ -120,6 +131,7 @@ class PlainGradient:
             copies: gets (to, from) of what the caller is to copy then.
         """
         gradient = self.parameter.grad
+        assert gradient is not None
         if not gradient.is_sparse and self._mean.data_ptr() == gradient.data_ptr():
             if factor != 1:
                 gradient.mul_(factor)
@@ -129,21 +141,23 @@ class PlainGradient:
 
     def _put(self, update: torch.Tensor, copies: Copies) -> None:
         gradient = self.parameter.grad
+        assert gradient is not None
         if gradient.is_sparse:
             gradient.zero_().add_(update if update.is_sparse else update.to(gradient.dtype).to_sparse())
         elif gradient.requires_grad:  # it is part of a graph, which may still need it
             self.parameter.grad = torch.empty_like(gradient, requires_grad=False).copy_(update)
         elif self.overlaps:
-            gradient.set_(torch.empty_like(gradient).copy_(update))
+            copy = torch.empty_like(gradient).copy_(update)
+            gradient.set_(copy)  # type: ignore[call-overload]  # PyTorch names storages only
         else:
             copies.append((gradient, update))
 
-    def sample(self) -> Optional[Tuple[Sample, torch.Tensor]]:
+    def sample(self) -> tuple[Sample, torch.Tensor] | None:
         """What tells by how much a changed update was clipped, and the update as it is now; None where it does not
         matter."""
         return None
 
-    def commit(self, clipped: Optional[float] = None) -> None:
+    def commit(self, clipped: float | None = None) -> None:
         """Keeps what the next step needs: the step is taken.
 
         Args:
@@ -157,15 +171,15 @@ class PlainGradient:
     def scaled_by(self, scale: float) -> None:
         """Takes note, between end and commit, of what the loss was multiplied by, where it was not known before."""
 
-    def residual(self) -> Optional[float]:
+    def residual(self) -> float | None:
         """|e| / |delta| of the last step: nothing is left out."""
         return 0.0
 
-    def state_dict(self) -> Dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """What is kept for the next step; on the CPU."""
         return {"shape": list(self.layout.shape)}
 
-    def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
+    def load_state_dict(self, state: Mapping, memories: Sequence[tuple[torch.Tensor, float]], share: float) -> None:
         """Takes what another gradient of this shape kept.
 
         Args:

@@ -1,6 +1,6 @@
 """Whether anybody changes gradients while they are exchanged, or afterwards."""
 
-from typing import Dict, Iterable, Optional, Tuple
+from collections.abc import Iterable
 
 import torch
 
@@ -12,9 +12,9 @@ class GradientWatch:
     """The gradients of a step as they were noted, with the versions that PyTorch counts of them."""
 
     def __init__(self):
-        self._noted: Dict[torch.nn.Parameter, Tuple[torch.Tensor, Optional[int]]] = {}
+        self._noted: dict[torch.nn.Parameter, tuple[torch.Tensor, int | None]] = {}
 
-    def note(self, parameter: torch.nn.Parameter, incoming: Optional[torch.Tensor] = None) -> None:
+    def note(self, parameter: torch.nn.Parameter, incoming: torch.Tensor | None = None) -> None:
         """Notes a gradient as it is: from now on nobody is to change it before the exchange has ended.
 
         Args:
@@ -22,6 +22,7 @@ class GradientWatch:
             incoming: what backward has handed over, while the hook runs that was called with it.
         """
         gradient = parameter.grad
+        assert gradient is not None
         if not gradient.is_sparse and 0 in gradient.stride() and gradient.numel() > 1:
             # An expanded tensor has no room for what its elements are going to be.
             gradient = parameter.grad = gradient.contiguous()
@@ -43,7 +44,7 @@ class GradientWatch:
         """Whether the parameter has another gradient than the noted one."""
         return parameter.grad is not self._noted[parameter][0]
 
-    def changes(self, gradients: Iterable[PlainGradient]) -> Optional[str]:
+    def changes(self, gradients: Iterable[PlainGradient]) -> str | None:
         """What to say where gradients were changed since they were noted; None where they were not."""
         changed = [gradient for gradient in gradients if self._is_changed(gradient.parameter)]
         for gradient in changed:

@@ -1,6 +1,6 @@
 """PowerSGD on a GPU."""
 
-from typing import Dict, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -9,14 +9,15 @@ from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.gradient import Copies, PlainGradient
 from horovod_powersgd.torch.grouped_kernels import half_steps, orthogonalize, products
 from horovod_powersgd.torch.powersgd_bucket import PowerSGDBucket
+from horovod_powersgd.torch.powersgd_gradient import PowerSGDGradient
 from horovod_powersgd.torch.profiling import profiled
 from horovod_powersgd.torch.step import Step
 from horovod_powersgd.torch.workers import Workers
 
 
 class GroupedBucket(PowerSGDBucket):
-    """A PowerSGDBucket that asks the device once for what it does to all its gradients, when they are there: asking takes
-    longer than doing. The messages are the same."""
+    """A PowerSGDBucket that asks the device once for what it does to all its gradients, when they are there: asking
+    takes longer than doing. The messages are the same."""
 
     def __init__(self, name: str, gradients: Sequence[PlainGradient], workers: Workers, config: Compressor):
         super().__init__(name, gradients, workers, config)
@@ -24,13 +25,13 @@ class GroupedBucket(PowerSGDBucket):
         self._found = torch.zeros(1, device=gradients[0].parameter.device)
         self._one = torch.ones_like(self._found)
 
-    def _rounds(self, step: Step, sparse: Dict[PlainGradient, SparseMean]):
+    def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
         half_step_count = self._start(step)
         self._found.zero_()
         for gradient in self.gradients:
             yield from self._begin(gradient, step, sparse)
         dense = [gradient for gradient in self.gradients if gradient not in sparse]
-        matrices = [gradient for gradient in dense if gradient.compressed]
+        matrices = [gradient for gradient in dense if isinstance(gradient, PowerSGDGradient)]
         if not matrices:
             return (yield from self._average(dense, [g.send() for g in dense], step, 0, in_place=True))
         dtype = matrices[0].sent_dtype
@@ -54,14 +55,14 @@ class GroupedBucket(PowerSGDBucket):
         return (self._found == 0).view(())
 
     def _end(self, finite: bool, step: Step, copies: Copies) -> None:
-        matrices = [gradient for gradient in self.gradients if gradient.compressed and not gradient.is_sparse]
+        matrices = [g for g in self.gradients if isinstance(g, PowerSGDGradient) and not g.is_sparse]
         if not (finite and matrices):
             return super()._end(finite, step, copies)
         updates = [gradient.update(finite, step.factor, step.undoable) for gradient in matrices]
         with profiled("update"):
             products(updates)
-        for gradient, update in zip(matrices, updates):
-            gradient.put_update(update, finite, step.factor, copies)
+        for matrix, update in zip(matrices, updates):
+            matrix.put_update(update, finite, step.factor, copies)
         for gradient in self.gradients:
             if gradient.is_sparse or not gradient.compressed:
                 gradient.end(finite, step.factor, step.undoable, copies)

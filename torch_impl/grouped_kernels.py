@@ -8,8 +8,8 @@ GPUs. As there, factors are kept transposed.
 
 import functools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ def serve(device: torch.device, dtypes: Sequence[torch.dtype], ranks: Sequence[i
     return set(dtypes) == {torch.float32} and max(ranks) <= LARGEST_RANK and _work(device)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _work(device: torch.device) -> bool:
     if triton is None:
         return False
@@ -61,16 +61,16 @@ def half_steps(tasks: Sequence[HalfStep], dtype: torch.dtype) -> torch.Tensor:
     """kernels.half_step of several float32 matrices: all factors, flat, one after the other, in a dtype."""
     device = tasks[0].delta.device
     plan = _plan(tuple((*task.delta.shape, len(task.basis), task.makes_q) for task in tasks), device)
-    table = []
+    rows = []
     for delta, basis, _, memory, scale in tasks:
         left, p, q = (None, None, None) if memory is None else memory.parts()
-        table.append(
+        rows.append(
             (
                 delta.data_ptr(), basis.data_ptr(), *delta.shape, len(basis), _address(left), _address(p), _address(q),
                 0 if p is None else len(p), np.float64(scale).view(np.int64),
             )
         )  # fmt: skip
-    table = _on(device, table)
+    table = _on(device, rows)
     adds = any(task.memory is not None for task in tasks)
     found = torch.empty(plan.found, dtype=torch.float32, device=device)
     for makes_q, tiles, count in plan.tiles:
@@ -94,7 +94,7 @@ def products(tasks: Sequence[Product]) -> None:
     _product[(count,)](_on(device, table), tiles, ROWS, COLUMNS, COLUMNS_OF_A_PROGRAM)
 
 
-def orthogonalize(factors: Sequence[torch.Tensor], spares: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+def orthogonalize(factors: Sequence[torch.Tensor], spares: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """orthogonalization.orthogonalize of float32 factors (r, n), on a GPU; the spares are there."""
     device = factors[0].device
     sizes = [factor.numel() for factor in factors]
@@ -119,24 +119,25 @@ class _Plan:
 
     Attributes:
         rank: of the largest, as the kernels see it.
-        tiles: for those that make P, and for those that make Q: (whether it is Q, a table of what the programs take, how
-            many they are).
+        tiles: for those that make P, and for those that make Q: (whether it is Q, a table of what the programs take,
+            how many they are).
         found: how many numbers the programs write.
         sums, sums_count: a table of what the programs of the adding kernel take, and how many they are.
         numbers: that the factors have.
     """
 
     rank: int
-    tiles: List[Tuple[bool, torch.Tensor, int]]
+    tiles: list[tuple[bool, torch.Tensor, int]]
     found: int
-    sums: Optional[torch.Tensor]
+    sums: torch.Tensor | None
     sums_count: int
     numbers: int
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(layout: Tuple[Tuple[int, int, int, bool], ...], device: torch.device) -> _Plan:
-    tiles, sums, found, numbers = {False: [], True: []}, [], 0, 0
+def _plan(layout: tuple[tuple[int, int, int, bool], ...], device: torch.device) -> _Plan:
+    tiles: dict[bool, list[tuple]] = {False: [], True: []}
+    sums, found, numbers = [], 0, 0
     for i, (n, m, rank, makes_q) in enumerate(layout):
         size = rank * (m if makes_q else n)
         along, length = (n, ROWS_OF_A_PROGRAM) if makes_q else (m, COLUMNS_OF_A_PROGRAM)
@@ -163,13 +164,13 @@ def _padded(rank: int) -> int:
     return 1 << (rank - 1).bit_length()
 
 
-def _on(device: torch.device, rows: Sequence[Tuple[int, ...]]) -> torch.Tensor:
+def _on(device: torch.device, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
     """A table on the device, which the host does not wait for."""
     # So little is on its way when this returns, though it comes from memory that is not pinned.
     return torch.from_numpy(np.array(rows, np.int64)).to(device, non_blocking=True)
 
 
-def _address(tensor: Optional[torch.Tensor]) -> int:
+def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 

@@ -5,8 +5,9 @@ compiled when this package was installed, PyTorch's own operations do the same.
 """
 
 import functools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import torch
 
@@ -22,12 +23,12 @@ class Memory:
     It is only worked out where it is used next, which spares a pass over the matrix.
     """
 
-    def __init__(self, delta: torch.Tensor, p: Optional[torch.Tensor] = None, q: Optional[torch.Tensor] = None):
+    def __init__(self, delta: torch.Tensor, p: torch.Tensor | None = None, q: torch.Tensor | None = None):
         self._delta, self._p, self._q = delta, p, q
 
     def tensor(self) -> torch.Tensor:
         """The memory itself (n, m)."""
-        if self._p is not None:
+        if self._p is not None and self._q is not None:
             if _compiled(self._delta):
                 _run_product(self._delta, self._delta, self._p, self._q, -1.0)
             else:
@@ -35,7 +36,7 @@ class Memory:
             self._p = self._q = None
         return self._delta
 
-    def parts(self) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """delta, P and Q; without the last two where the memory has been worked out."""
         return self._delta, self._p, self._q
 
@@ -57,7 +58,7 @@ class HalfStep(NamedTuple):
     delta: torch.Tensor
     basis: torch.Tensor
     makes_q: bool
-    memory: Optional[Memory] = None
+    memory: Memory | None = None
     scale: float = 1.0
 
 
@@ -113,11 +114,11 @@ def _compiled(tensor: torch.Tensor) -> bool:
     return _kernels is not None and tensor.device.type == "cpu"
 
 
-def _address(tensor: Optional[torch.Tensor]) -> int:
+def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _in_parts(matrix: torch.Tensor, by_columns: bool, run: Callable[[Tuple[int, int, int, int]], None]) -> None:
+def _in_parts(matrix: torch.Tensor, by_columns: bool, run: Callable[[tuple[int, int, int, int]], None]) -> None:
     """Runs over (first row, end, first column, end) of the matrix, on as many threads as PyTorch would use."""
     n, m = matrix.shape
     threads = min(torch.get_num_threads(), matrix.nbytes // BYTES_PER_THREAD)

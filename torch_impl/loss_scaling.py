@@ -5,13 +5,14 @@ must be the averages then: so the exchange is completed first. Here it is told o
 """
 
 import functools
+from typing import Any
 
 import torch
 
 
 def synchronize_before_unscaling() -> None:
     """Lets GradScaler call `before_unscaling` and `unscaled` of the optimizers that have them."""
-    scaler = next(cls for cls in torch.cuda.amp.GradScaler.__mro__ if "_unscale_grads_" in vars(cls))
+    scaler: Any = next(cls for cls in torch.cuda.amp.GradScaler.__mro__ if "_unscale_grads_" in vars(cls))
     original = scaler._unscale_grads_
 
     @functools.wraps(original)

@@ -1,11 +1,11 @@
 """What workers tell each other of their models."""
 
-from typing import Dict, Iterable, Tuple
+from collections.abc import Iterable
 
 import torch
 
 
-def describe(parameters: Iterable[Tuple[str, torch.nn.Parameter]]) -> Dict[str, str]:
+def describe(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, str]:
     """What all workers must have in common of their models, in words."""
     return {f"parameter {name}": f"{tuple(p.shape)} {p.dtype}" for name, p in parameters}
 

@@ -1,7 +1,8 @@
 """hvd.DistributedOptimizer that takes a compressor."""
 
 import weakref
-from typing import Iterator, Mapping, Optional
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import horovod.torch.optimizer as horovod_optimizer
 import torch
@@ -23,7 +24,7 @@ from horovod_powersgd.torch.engine import Engine
 from horovod_powersgd.torch.transport import Transported
 
 # Those that there are.
-_distributed: "weakref.WeakSet[DistributedMethods]" = weakref.WeakSet()
+_distributed: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 class _Made:
@@ -53,7 +54,7 @@ def _wrap(optimizer: torch.optim.Optimizer, methods: Mapping[str, object], *args
     members = {**methods, "__module__": Horovods.__module__, "_wrapped_class": base}
     try:
         optimizer.__class__ = type(base.__name__, (_Made, base), members)
-        optimizer.__init__(optimizer.param_groups, *args, **kwargs)
+        type(optimizer).__init__(optimizer, optimizer.param_groups, *args, **kwargs)
     except BaseException:
         own.clear()
         own.update(before)
@@ -69,7 +70,7 @@ def _wrap(optimizer: torch.optim.Optimizer, methods: Mapping[str, object], *args
     return optimizer
 
 
-def _release_parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Optional[Engine]]:
+def _release_parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Engine | None]:
     """Takes them from other distributed optimizers that have some of them; gives these one's engines.
 
     With Horovod's own compressions, two optimizers may share some.
@@ -97,7 +98,7 @@ def DistributedOptimizer(
     groups=None,
     sparse_as_dense: bool = False,
     process_set: ProcessSet = global_process_set,
-):
+) -> Any:
     """horovod.torch.DistributedOptimizer, whose compression can also be a compressor.
 
     Args:

@@ -1,6 +1,6 @@
 """Orthonormal bases of factors' columns."""
 
-from typing import Callable, Dict, List, Sequence, Tuple
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,7 +18,7 @@ TINY = 1e-100
 
 def orthogonalize(
     factors: Sequence[torch.Tensor], spares: Sequence[Callable[[], torch.Tensor]]
-) -> List[torch.Tensor]:
+) -> list[torch.Tensor]:
     """factors.orthogonalize of several factors, by the Cholesky factors of their Gram matrices, in double precision.
 
     The bases are others than the reference's, of the same spaces, which is all that an update depends on. Where a row
@@ -34,8 +34,8 @@ def orthogonalize(
     Returns:
         For each (r, n) with orthonormal rows, contiguous, of the factor's dtype and device.
     """
-    bases: List[torch.Tensor] = [None] * len(factors)
-    by_rank: Dict[int, List[int]] = {}
+    bases = list(factors)  # to be replaced, one by one
+    by_rank: dict[int, list[int]] = {}
     for i, factor in enumerate(factors):
         by_rank.setdefault(len(factor), []).append(i)
     for places in by_rank.values():
@@ -48,7 +48,7 @@ def orthogonalize(
     return bases
 
 
-def _checked(factors: Sequence[torch.Tensor], spares: Sequence[Callable[[], torch.Tensor]]) -> List[torch.Tensor]:
+def _checked(factors: Sequence[torch.Tensor], spares: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
     rows = [factor.double() for factor in factors]
     inverses, parts = _triangles(rows)
     bases = []
@@ -66,18 +66,18 @@ def _checked(factors: Sequence[torch.Tensor], spares: Sequence[Callable[[], torc
     return bases
 
 
-def _unchecked(factors: Sequence[torch.Tensor], spares: Sequence[Callable[[], torch.Tensor]]) -> List[torch.Tensor]:
+def _unchecked(factors: Sequence[torch.Tensor], spares: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
     rows = []
     for factor, spare in zip(factors, spares):
-        row, spare = factor.double(), spare()
+        row, random = factor.double(), spare()
         rounding = torch.finfo(factor.dtype).eps * torch.linalg.vector_norm(row, dim=1).amax()
-        rows.append(row + spare * ((rounding + TINY) / torch.linalg.vector_norm(spare, dim=1, keepdim=True)))
+        rows.append(row + random * ((rounding + TINY) / torch.linalg.vector_norm(random, dim=1, keepdim=True)))
     for _ in range(2):
         rows = [inverse @ row for inverse, row in zip(_triangles(rows)[0], rows)]
     return [row.to(factor.dtype) for row, factor in zip(rows, factors)]
 
 
-def _triangles(factors: Sequence[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
+def _triangles(factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """What makes the rows of each factor orthonormal, (r, r), and the least part of a row that is its own."""
     grams = torch.stack([factor @ factor.t() for factor in factors])
     triangles = torch.linalg.cholesky_ex(grams)[0]

@@ -6,30 +6,35 @@ error-feedback memory, must be nobody else's.
 """
 
 import sys
-from typing import Iterable, List, Optional, Tuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
+# torch.Tensor's, in releases that have it.
+_use_count: Any = getattr(torch.Tensor, "_use_count", None)
 
-def _holders(tensor: torch.Tensor) -> Tuple[int, int]:
+
+def _holders(tensor: torch.Tensor) -> tuple[int, int]:
     """How many hold a tensor in C++ and in Python, those included that ask."""
-    return tensor._use_count(), sys.getrefcount(tensor)
+    return _use_count(tensor), sys.getrefcount(tensor)
 
 
-def _holders_of_a_base() -> Tuple[int, int]:
+def _holders_of_a_base() -> tuple[int, int]:
     """Of one that its view holds, and nobody else: how many ask depends on PyTorch's release."""
     view = torch.empty(2, 2).t()
     base = view._base
+    assert base is not None
     return _holders(base)
 
 
-_CAN_TELL = hasattr(torch.Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
+_CAN_TELL = _use_count is not None and hasattr(torch._C, "_storage_Use_Count")
 _BASE_ALONE = _holders_of_a_base() if _CAN_TELL else None
 # The parameter, and PyTorch's object for Python.
 _GRADIENT_ALONE = 2
 
 
-def owns_storage(gradient: torch.Tensor, incoming: Optional[torch.Tensor] = None) -> bool:
+def owns_storage(gradient: torch.Tensor, incoming: torch.Tensor | None = None) -> bool:
     """Whether a dense gradient is alone in its storage, and nobody but its parameter holds it.
 
     Where PyTorch cannot tell, it says no.
@@ -42,7 +47,7 @@ def owns_storage(gradient: torch.Tensor, incoming: Optional[torch.Tensor] = None
     if not _CAN_TELL or gradient.requires_grad or gradient._base is not None:
         return False
     storage = gradient.untyped_storage()
-    if storage.nbytes() != gradient.nbytes or gradient._use_count() != _GRADIENT_ALONE:
+    if storage.nbytes() != gradient.nbytes or _use_count(gradient) != _GRADIENT_ALONE:
         return False
     holders = 2  # the gradient, and the object that asks
     if incoming is not None and _same_storage(incoming, storage):
@@ -59,7 +64,7 @@ def _same_storage(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
     return tensor.layout == torch.strided and tensor.untyped_storage()._cdata == storage._cdata
 
 
-def overlapping(gradients: Iterable[torch.Tensor]) -> List[bool]:
+def overlapping(gradients: Iterable[torch.Tensor]) -> list[bool]:
     """For each dense tensor, whether it has memory in common with another of them."""
     gradients = list(gradients)
     overlaps = [False] * len(gradients)
@@ -73,7 +78,7 @@ def overlapping(gradients: Iterable[torch.Tensor]) -> List[bool]:
     return overlaps
 
 
-def _span(tensor: torch.Tensor) -> Tuple[int, int]:
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """The addresses of its first byte and of the byte after its last one."""
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else -1
     return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()

@@ -1,10 +1,11 @@
 """Gradients that are exchanged together, as PowerSGD's factors or as they are."""
 
-from typing import Dict, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.torch.bucket import Bucket
 from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.gradient import PlainGradient
@@ -19,19 +20,21 @@ class PowerSGDBucket(Bucket):
     it is travels with their first half-step."""
 
     def __init__(self, name: str, gradients: Sequence[PlainGradient], workers: Workers, config: Compressor):
+        assert isinstance(config.family, PowerSGD)
+        self._family = config.family
         super().__init__(name, sorted(gradients, key=lambda gradient: not gradient.compressed), workers, config)
 
     def _start(self, step: Step) -> int:
         """Begins a step of all matrices; returns how many half-steps it has."""
-        renews = self._config.family.renews(step.number)
+        renews = self._family.renews(step.number)
         for gradient in self.gradients:
-            if gradient.compressed:
+            if isinstance(gradient, PowerSGDGradient):
                 gradient.start(step.number, renews, step.rates.get(gradient.parameter))
-        return self._config.family.half_steps(renews)
+        return self._family.half_steps(renews)
 
-    def _rounds(self, step: Step, sparse: Dict[PlainGradient, SparseMean]):
+    def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
         half_steps = self._start(step)
-        matrices = [gradient for gradient in self.gradients if gradient.compressed]
+        matrices = [gradient for gradient in self.gradients if isinstance(gradient, PowerSGDGradient)]
         finite, bases = True, _bases(matrices)
         for half_step in range(half_steps):
             senders, sent = [], []
@@ -49,6 +52,6 @@ class PowerSGDBucket(Bucket):
         return finite
 
 
-def _bases(matrices: Sequence[PowerSGDGradient]) -> Dict[PowerSGDGradient, torch.Tensor]:
+def _bases(matrices: Sequence[PowerSGDGradient]) -> dict[PowerSGDGradient, torch.Tensor]:
     """Of the factor that each was last averaged to, or starts from."""
     return dict(zip(matrices, orthogonalize([g.mean for g in matrices], [g.spare for g in matrices])))

@@ -1,13 +1,15 @@
 """A gradient that travels as PowerSGD's factors: the fast twin of PowerSGD.exchange."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Dict, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from horovod_powersgd import arrays
 from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.factors import initial_factor, resized
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.randomness import SPARE, random_factor
@@ -33,9 +35,9 @@ class Kept:
 
     factor: torch.Tensor
     is_q: bool
-    memory: Optional[Memory] = None
+    memory: Memory | None = None
     scale: float = 1.0
-    own: Optional[torch.Tensor] = None
+    own: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Kept":
         """The same on another device."""
@@ -52,6 +54,11 @@ class PowerSGDGradient(CompressedGradient):
     discard.
     """
 
+    # Of a step, which lets go of them in the end.
+    _delta: Any
+    _basis: Any
+    _own: Any
+
     def __init__(
         self,
         name: str,
@@ -61,14 +68,15 @@ class PowerSGDGradient(CompressedGradient):
         sparse_as_dense: bool = False,
     ):
         super().__init__(name, parameter, layout, config, sparse_as_dense)
+        assert isinstance(config.family, PowerSGD)
         self._config, self._rank = config.family, layout.amount
-        starting = initial_factor(name, layout.matrix_shape[1], self._rank, config.seed)
+        starting = initial_factor(name, self._matrix_shape[1], self._rank, config.seed)
         self._kept = Kept(self._transposed(starting).to(self.dtype), True)
-        self._spare_storage: Optional[torch.Tensor] = None
-        self._spares: Dict[bool, torch.Tensor] = {}
+        self._spare_storage: torch.Tensor | None = None
+        self._spares: dict[bool, torch.Tensor] = {}
 
     @property
-    def memory(self) -> Optional[torch.Tensor]:
+    def memory(self) -> torch.Tensor | None:
         """(n, m); None before the first step and without error feedback."""
         return None if self._kept.memory is None else self._kept.memory.tensor()
 
@@ -99,7 +107,7 @@ class PowerSGDGradient(CompressedGradient):
             self._spares[self._mean_is_q] = self._random(SPARE, self._mean.shape[1])
         return self._spares[self._mean_is_q]
 
-    def start(self, step: int, renews: bool, rate: Optional[float]) -> None:
+    def start(self, step: int, renews: bool, rate: float | None) -> None:
         """Takes as mean the factor that the first half-step starts from.
 
         Args:
@@ -115,7 +123,7 @@ class PowerSGDGradient(CompressedGradient):
             self._spares.clear()
         self._mean, self._mean_is_q = self._kept.factor, self._kept.is_q
         if renews or not self._config.warm_start:
-            self._mean, self._mean_is_q = self._random(step, self.layout.matrix_shape[1]).to(self.dtype), True
+            self._mean, self._mean_is_q = self._random(step, self._matrix_shape[1]).to(self.dtype), True
         elif len(self._mean) != rank:
             factor = resized(self._mean.t().cpu().numpy(), rank, self.spare().t().cpu().numpy())
             self._mean = torch.from_numpy(factor).t().contiguous().to(self._mean.device)
@@ -125,6 +133,7 @@ class PowerSGDGradient(CompressedGradient):
         super().begin(scale)
         if self.is_sparse:
             return
+        assert self.parameter.grad is not None
         gradient, self._dense = self._dense, None
         self._in_place = (
             not self.parameter.grad.is_sparse
@@ -134,7 +143,7 @@ class PowerSGDGradient(CompressedGradient):
         )
         if not self._in_place:
             gradient = gradient.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
-        self._delta, self._scale = gradient.view(self.layout.matrix_shape), scale
+        self._delta, self._scale = gradient.view(self._matrix_shape), scale
         self._added = self._kept.memory
 
     def half_step(self, basis: torch.Tensor) -> HalfStep:
@@ -203,9 +212,10 @@ class PowerSGDGradient(CompressedGradient):
             self.accordion.end(update.out, 1 / (factor * self._scale))
             if self._undoable and self._config.error_feedback:
                 self._sample = Sample.of_product(update.p, update.q)
+        assert self.parameter.grad is not None
         written = update.out.view(self.parameter.shape)
         if self._in_place:
-            self.parameter.grad.set_(written)
+            self.parameter.grad.set_(written)  # type: ignore[call-overload]  # PyTorch names storages only
         else:
             self._put(written, copies)
         self._delta = self._basis = self._mean = self._own = None
@@ -217,18 +227,19 @@ class PowerSGDGradient(CompressedGradient):
             return memory.storage()
         return torch.empty_like(self._delta) if spare is None else spare
 
-    def _set_aside(self, memory: Optional[Memory]) -> None:
+    def _set_aside(self, memory: Memory | None) -> None:
         """Keeps a memory's storage for the next update, where that is cheaper than to allocate it."""
         if memory is not None and self.parameter.device.type == "cpu":
             self._spare_storage = memory.storage()
 
     def _mixed(self, old: Kept, new: Kept, weight: float) -> Kept:
+        assert new.memory is not None
         memory = new.memory.tensor().mul_(weight)
         if old.memory is not None:
             memory.add_(old.memory.tensor(), alpha=(1 - weight) * new.scale / old.scale)
         return replace(new, memory=Memory(memory))
 
-    def commit(self, clipped: Optional[float] = None) -> None:
+    def commit(self, clipped: float | None = None) -> None:
         old = self._kept.memory if self._next is not None and self._undoable else None
         super().commit(clipped)
         self._set_aside(old)
@@ -242,11 +253,11 @@ class PowerSGDGradient(CompressedGradient):
         if self._next is not None:
             self._next = replace(self._next, scale=scale)
 
-    def _p_and_q(self, last: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _p_and_q(self, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The last half-step's factors, of which the basis is one."""
         return (self._basis, last) if self._mean_is_q else (last, self._basis)
 
-    def residual(self) -> Optional[float]:
+    def residual(self) -> float | None:
         """|e| / |delta| of the last step; None where there was none or no memory is kept."""
         kept = self._next or self._kept
         if kept.memory is None or kept.own is None:
@@ -254,18 +265,16 @@ class PowerSGDGradient(CompressedGradient):
         norms = (torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in (kept.memory.tensor(), kept.own))
         return residual(*norms)
 
-    def shared_state(self) -> Dict[str, object]:
-        """What is the same on every worker, on the CPU."""
+    def shared_state(self) -> dict[str, Any]:
         factor = {"factor": self.factor.cpu().clone(), "factor_is_q": self.factor_is_q}
         return {**factor, **self.accordion.state_dict()}
 
     def load_shared_state(self, state: Mapping) -> None:
-        """Takes what another worker, or an earlier job, kept."""
         factor = state["factor"].to(self.factor, copy=True)
         self._kept = replace(self._kept, factor=factor, is_q=state["factor_is_q"])
         self.accordion.load_state_dict(state, self.factor)
 
-    def state_dict(self) -> Dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
             **self.shared_state(),
@@ -274,7 +283,7 @@ class PowerSGDGradient(CompressedGradient):
             "usual_clipping": self._usual_clipping,
         }
 
-    def load_state_dict(self, state: Mapping, memories: Sequence[Tuple[torch.Tensor, float]], share: float) -> None:
+    def load_state_dict(self, state: Mapping, memories: Sequence[tuple[torch.Tensor, float]], share: float) -> None:
         self.load_shared_state(state)
         self._usual_clipping = state.get("usual_clipping")
         scale = state["memory_scale"]

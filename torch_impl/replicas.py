@@ -1,8 +1,8 @@
 """What makes and keeps the workers' replicas of a model equal."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Tuple, Union
 
 import torch
 from horovod.torch.functions import allgather_object, broadcast_object
@@ -59,7 +59,7 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             if p.requires_grad and p.grad is None and id(p) not in sparse:
                 p.grad = torch.zeros_like(p)
-    tensors: List[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
 
     def hide(tensor):
         tensors.append(tensor)
@@ -90,7 +90,7 @@ def broadcast_optimizer_state(optimizer: torch.optim.Optimizer, root_rank: int, 
 class _Tensor:
     """A tensor's place in a state that is sent without its tensors."""
 
-    shape: Tuple[int, ...]
+    shape: tuple[int, ...]
     dtype: torch.dtype
 
 
@@ -105,7 +105,7 @@ def _map(kind: type, function: Callable, item):
     return item
 
 
-def assert_replicas_equal(model: Union[torch.nn.Module, Dict[str, torch.Tensor]]) -> None:
+def assert_replicas_equal(model: torch.nn.Module | dict[str, torch.Tensor]) -> None:
     """Checks that all workers hold the same bits. Costs a hash of the model, and a few bytes.
 
     Args:
@@ -115,11 +115,13 @@ def assert_replicas_equal(model: Union[torch.nn.Module, Dict[str, torch.Tensor]]
     Raises:
         AssertionError: on every worker, naming the tensors that differ, and from which worker on.
     """
-    tensors, statistics = model, set()
+    statistics: set[str] = set()
     if isinstance(model, torch.nn.Module):
         tensors = model.state_dict()
         layers = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase)]
         statistics = {f"{name}.{buffer}".lstrip(".") for name, layer in layers for buffer, _ in layer.named_buffers()}
+    else:
+        tensors = model
     mine = {
         name: _hash(tensor) for name, tensor in tensors.items() if torch.is_tensor(tensor) and name not in statistics
     }

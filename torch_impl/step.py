@@ -1,7 +1,7 @@
 """One step of all buckets, and whether it is finite."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Dict, List, Mapping, Optional
 
 import torch
 
@@ -17,8 +17,8 @@ class Verdict:
 
     def __init__(self, buckets: int):
         self._buckets, self.called_for = buckets, False
-        self._finite: List[torch.Tensor] = []
-        self._result: Optional[bool] = None
+        self._finite: list[torch.Tensor] = []
+        self._result: bool | None = None
 
     def add(self, finite: torch.Tensor) -> "Verdict":
         """Takes one bucket's word: a boolean, left on its device until all are there."""
@@ -32,7 +32,7 @@ class Verdict:
     def result(self) -> bool:
         """Whether all of them are finite. The host waits for the device here, and where Accordion compares norms."""
         if self._result is None:
-            by_device: Dict[torch.device, List[torch.Tensor]] = {}
+            by_device: dict[torch.device, list[torch.Tensor]] = {}
             for finite in self._finite:
                 by_device.setdefault(finite.device, []).append(finite)
             self._result = all([torch.stack(some).all().item() for some in by_device.values()])

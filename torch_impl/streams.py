@@ -1,17 +1,16 @@
 """The streams of GPUs that an exchange's work is queued in."""
 
 import contextlib
-from typing import Dict
 
 import torch
 
 
 class Streams:
-    """Keeps a step's exchange in one stream of each device, whichever streams its gradients are computed in: hooks run in
-    the streams of the forward pass, and step() in the caller's."""
+    """Keeps a step's exchange in one stream of each device, whichever streams its gradients are computed in: hooks run
+    in the streams of the forward pass, and step() in the caller's."""
 
     def __init__(self):
-        self._streams: Dict[torch.device, torch.cuda.Stream] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def wait_for_current(self, device: torch.device) -> None:
         """What is queued from now on comes after what the caller has queued; the first caller's stream is taken."""

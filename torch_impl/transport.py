@@ -1,7 +1,5 @@
 """Horovod's own compressions, for what Horovod alone refuses to send, or sends wrongly."""
 
-from typing import Optional
-
 import torch
 
 from horovod_powersgd.torch.ownership import owns_storage
@@ -22,7 +20,7 @@ class Transported:
 
     def __init__(self, compression):
         self._compression = compression
-        self.incoming: Optional[torch.Tensor] = None
+        self.incoming: torch.Tensor | None = None
 
     def __repr__(self):
         return getattr(self._compression, "__name__", repr(self._compression))

@@ -1,6 +1,6 @@
 """Optimizers with Horovod's own compressions, in the workers' agreement."""
 
-from typing import List, Mapping, Optional, Set
+from collections.abc import Mapping
 
 import torch
 
@@ -28,7 +28,7 @@ class Uncompressed:
         workers: Workers,
         agreement_on: Description,
         parameter_names: Mapping[torch.nn.Parameter, str],
-        trainable: Set[torch.nn.Parameter],
+        trainable: set[torch.nn.Parameter],
     ):
         self.workers, self._agreement_on = workers, agreement_on
         self._parameter_names, self._trainable = parameter_names, trainable
@@ -36,7 +36,7 @@ class Uncompressed:
         self.sparse_dims: Mapping[torch.nn.Parameter, int] = {}
         agreement.enter(self)
 
-    def names(self) -> List[str]:
+    def names(self) -> list[str]:
         return list(self._parameter_names.values())
 
     def description(self) -> Description:
@@ -45,8 +45,8 @@ class Uncompressed:
             **describe([(name, p) for p, name in self._parameter_names.items() if p in self._trainable]),
         }
 
-    def agreed(self, root: Optional[int], by_name: bool) -> None:
-        parameters = sorted(self._parameter_names, key=self._parameter_names.get)
+    def agreed(self, root: int | None, by_name: bool) -> None:
+        parameters = sorted(self._parameter_names, key=lambda p: self._parameter_names[p])
         # A worker that computed no gradient cannot know that it is sparse.
         dims = largest(self.workers, [sparse_dim(p) for p in parameters], "sparse")
         self.sparse_dims = dict(zip(parameters, dims))

@@ -1,8 +1,8 @@
 """The ways of compressing gradients that are compared."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Callable
 
 import numpy as np
 

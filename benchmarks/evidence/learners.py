@@ -101,7 +101,7 @@ class Images:
         """The same on every worker."""
         images, labels = self._test
         self.model.eval()
-        right = sum((self.model(i).argmax(1) == l).sum() for i, l in zip(images.split(500), labels.split(500)))
+        right = sum((self.model(x).argmax(1) == y).sum() for x, y in zip(images.split(500), labels.split(500)))
         self.model.train()
         right, seen = hvd.allreduce(torch.tensor([float(right), float(len(labels))]), name="quality", op=hvd.Sum)
         return 100 * (right / seen).item()

@@ -8,13 +8,12 @@ import json
 import statistics
 
 import longer
+import region
 import time_to_quality
 from compressions import METHODS
+from report import DOCS, RATES, markdown, panels_for, prose, save
 from runs import LEARNERS, QUALITY, RESULTS, calm, spread, summaries
 from tuning import RATES as TUNED
-
-import region
-from report import DOCS, RATES, markdown, panels_for, prose, save
 
 # The PowerSGD paper's Tables 3 and 4: accuracy of ResNet-18 on CIFAR-10, and perplexity of an LSTM on WikiText-2.
 PAPER = {

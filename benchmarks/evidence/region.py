@@ -8,11 +8,10 @@ The times are those of the slowest worker, medians over 30 steps, or over 3 wher
 
 import argparse
 
-from runs import CROWDED, HERE, Hosts
-
 import cluster
 from job import JobFailed, results
 from methods import METHODS as TITLED
+from runs import CROWDED, HERE, Hosts
 
 MATRICES = 8
 WIDTHS = [32, 64, 128, 256, 512, 1024]

@@ -1,8 +1,9 @@
 """Compression that adapts itself to the phases of training."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Optional, Tuple
+from typing import Any
 
 from horovod_powersgd.compressors.compressor import Compressor
 
@@ -38,9 +39,9 @@ class Accordion(Compressor):
     low: Compressor
     high: Compressor
     threshold: float = 0.5
-    interval: Optional[int] = None
+    interval: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("low", "high"):
             value = getattr(self, field)
             if not isinstance(value, Compressor) or isinstance(value, Accordion):
@@ -87,21 +88,21 @@ class Accordion(Compressor):
     def seed(self):
         return self.low.seed
 
-    def obstacle(self, rows, columns):
+    def obstacle(self, rows: int, columns: int) -> str | None:
         return self.low.obstacle(rows, columns)
 
-    def amount(self, rows, columns):
+    def amount(self, rows: int, columns: int) -> int:
         return self.low.amount(rows, columns)
 
     def amount_now(self, rows: int, columns: int, is_low: bool) -> int:
         """Compressor.amount with low or high compression."""
         return (self.low if is_low else self.high).amount(rows, columns)
 
-    def message_bytes(self, rows, columns, itemsize, step=0):
+    def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
         """With low compression. With high compression it is what `high` says, of the matrices that `low` compresses."""
         return self.low.message_bytes(rows, columns, itemsize, step)
 
-    def description(self):
+    def description(self) -> dict[str, Any]:
         return {**super().description(), "low": self.low.description(), "high": self.high.description()}
 
 
@@ -118,12 +119,12 @@ class Regime:
     """
 
     total: Any = None
-    last_norm: Optional[float] = None
-    rate: Optional[float] = None
+    last_norm: float | None = None
+    rate: float | None = None
     is_low: bool = True
-    decisions: Tuple[Tuple[int, str], ...] = ()
+    decisions: tuple[tuple[int, str], ...] = ()
 
-    def decided(self, config: Accordion, step: int, rate: Optional[float], norm) -> "Regime":
+    def decided(self, config: Accordion, step: int, rate: float | None, norm) -> "Regime":
         """The regime in which a step is.
 
         Args:
@@ -133,6 +134,7 @@ class Regime:
         """
         regime = replace(self, rate=rate)
         decays = rate is not None and self.rate is not None and rate < self.rate
+        assert config.interval is not None  # which __post_init__ has seen to
         if step % config.interval == 0:
             now = None if self.total is None else float(norm(self.total))
             regime.is_low = decays or is_critical(self.last_norm, now, config.threshold)
@@ -155,13 +157,13 @@ class Regime:
         }
 
     @classmethod
-    def from_state_dict(cls, state: dict, from_saved) -> "Regime":
+    def from_state_dict(cls, state: Mapping, from_saved) -> "Regime":
         """What state_dict gave."""
         total = None if state["total"] is None else from_saved(state["total"])
         return cls(**{**state, "total": total, "decisions": tuple(map(tuple, state["decisions"]))})
 
 
-def is_critical(last: Optional[float], now: Optional[float], threshold: float) -> bool:
+def is_critical(last: float | None, now: float | None, threshold: float) -> bool:
     """Whether the norm has changed so much that what follows is to be compressed less; also where the last one is zero
     or not known, or this one is not finite."""
     if last is None or now is None or not last > 0 or not math.isfinite(now):

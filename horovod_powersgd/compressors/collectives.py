@@ -1,7 +1,7 @@
 """What compressors ask of the other workers."""
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Allgather:
     tensors: Any
 
 
-def refusal_of_join(compressor: Optional[object]) -> str:
+def refusal_of_join(compressor: object | None) -> str:
     """What to tell users where a worker has joined and the others gather.
 
     Args:

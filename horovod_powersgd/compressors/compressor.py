@@ -2,8 +2,9 @@
 
 import math
 import numbers
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
-from typing import Any, Callable, ClassVar, Dict, Generator, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, ClassVar, NamedTuple
 
 from horovod_powersgd.layout import layout_of, leading_rows
 
@@ -30,12 +31,14 @@ class Compressor:
         refresh_every: every that many steps a step is another one than the rest (PowerSGD.refresh_every). None: none.
     """
 
-    linear: ClassVar[bool]
+    linear: bool
     error_feedback: bool = True
     warmup_steps: int = 0
-    low_rank: ClassVar[bool] = False
-    refresh_every: Optional[int] = None
+    low_rank: bool = False
+    refresh_every: int | None = None
     seed: int = 0
+    # A subclass's.
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def family(self) -> "Compressor":
@@ -47,7 +50,7 @@ class Compressor:
         """Whether each worker keeps delta - sent for its next step."""
         return self.error_feedback
 
-    def obstacle(self, rows: int, columns: int) -> Optional[str]:
+    def obstacle(self, rows: int, columns: int) -> str | None:
         """Why a matrix is averaged as it is; None where it is compressed."""
         return None
 
@@ -55,7 +58,7 @@ class Compressor:
         """How much of a matrix is sent: the rank, or the number of entries; 0 where there is no choice."""
         return 0
 
-    def exchange(self, delta, state) -> Generator:
+    def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         """One worker's side of the exchange of one matrix.
 
         Args:
@@ -83,7 +86,7 @@ class Compressor:
 
     def traffic(
         self,
-        shapes: Sequence[Tuple[int, ...]],
+        shapes: Sequence[tuple[int, ...]],
         workers: int,
         itemsize: int = 4,
         step: int = 0,
@@ -104,13 +107,13 @@ class Compressor:
             layout = layout_of(shape, self, matrix_shape)
             if layout.compressed and step >= self.warmup_steps:
                 # What is computed from half precision is in single precision.
-                size = self.message_bytes(*layout.matrix_shape, max(itemsize, 4), step)
+                size = self.message_bytes(*layout.matrix, max(itemsize, 4), step)
                 sent, received = sent + size, received + size * (1 if self.linear else workers)
             else:
                 sent, received = (total + math.prod(shape) * itemsize for total in (sent, received))
         return Traffic(sent, received)
 
-    def description(self) -> Dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         """Its name and fields, for checkpoints: plain numbers and strings."""
         return {"compressor": type(self).__name__, **asdict(self)}
 
@@ -142,7 +145,7 @@ class Compressor:
         value, name = getattr(self, field), type(self).__name__
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise TypeError(f"{name}: {field} must be a number, {allowed}, not {value!r}")
-        if not (math.isfinite(value) and holds(value)):
+        if not (math.isfinite(value) and holds(float(value))):
             raise ValueError(f"{name}: {field} must be a finite number, {allowed}, not {value!r}")
         object.__setattr__(self, field, float(value))
 

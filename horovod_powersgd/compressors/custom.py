@@ -2,8 +2,9 @@
 
 import functools
 import inspect
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
-from typing import Callable
+from typing import Any
 
 from horovod_powersgd.compressors.compressor import Compressor
 
@@ -24,20 +25,20 @@ class Custom(Compressor):
     linear: bool = True
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not inspect.isgeneratorfunction(self.function):  # which a partial of one is, too
             raise TypeError(f"Custom: function must be a generator function, not {self.function!r}")
         self._check_bool("error_feedback")
         self._check_bool("linear")
         self._check_integer("seed", at_least=0)
 
-    def exchange(self, delta, state):
+    def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         return self.function(delta, state)
 
-    def message_bytes(self, rows, columns, itemsize, step=0):
+    def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
         raise TypeError("Custom: what it sends is known to its function only; see compression_stats()")
 
-    def description(self):
+    def description(self) -> dict[str, Any]:
         # Not the function: a checkpoint is to be read without it, and workers are to agree on a text.
         return {"compressor": "Custom", **asdict(self), "function": _name(self.function)}
 

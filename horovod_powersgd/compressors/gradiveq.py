@@ -1,7 +1,8 @@
 """Vector quantization in a basis that is learnt from the gradients."""
 
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -40,9 +41,9 @@ class GradiVeq(Compressor):
     learning_steps: int = 10
     compressed_steps: int = 90
     error_feedback: bool = True
-    linear: ClassVar[bool] = True
+    linear = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_integer("slice_size", at_least=2)
         for field in ("dimensions", "learning_steps", "compressed_steps"):
             self._check_integer(field, at_least=1)
@@ -52,10 +53,10 @@ class GradiVeq(Compressor):
                 f"GradiVeq: dimensions must be below slice_size, {self.slice_size}, not {self.dimensions!r}"
             )
 
-    def obstacle(self, rows, columns):
+    def obstacle(self, rows: int, columns: int) -> str | None:
         return None if rows * columns >= 2 * self.slice_size else f"has fewer than two slices of {self.slice_size}"
 
-    def exchange(self, delta, state):
+    def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         xp, width = state.arrays, self.slice_size
         size = state.shape[0] * state.shape[1]
         place = state.step % (self.learning_steps + self.compressed_steps)
@@ -86,7 +87,7 @@ class GradiVeq(Compressor):
         state.put("products", products)
         return update, sent
 
-    def message_bytes(self, rows, columns, itemsize, step=0):
+    def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
         if step % (self.learning_steps + self.compressed_steps) < self.learning_steps:
             return rows * columns * itemsize
         return -(-rows * columns // self.slice_size) * self.dimensions * itemsize

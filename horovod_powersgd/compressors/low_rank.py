@@ -1,7 +1,8 @@
 """Compressors that send a matrix's factors, beside PowerSGD (PowerSGD paper, sections 3 and 4, and appendix)."""
 
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean
 from horovod_powersgd.compressors.compressor import Compressor
@@ -9,9 +10,10 @@ from horovod_powersgd.randomness import normal, uniform
 
 
 class _LowRank(Compressor):
-    low_rank: ClassVar[bool] = True
+    low_rank = True
+    rank: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_integer("rank", at_least=1)
         for field in vars(self):
             if field == "error_feedback":
@@ -19,14 +21,14 @@ class _LowRank(Compressor):
             elif field == "seed":
                 self._check_integer(field, at_least=0)
 
-    def obstacle(self, rows, columns):
+    def obstacle(self, rows: int, columns: int) -> str | None:
         rate = rows * columns / (self.amount(rows, columns) * (rows + columns))
         return None if rate > 1 else f"would shrink {rate:.2f} times"
 
-    def amount(self, rows, columns):
+    def amount(self, rows: int, columns: int) -> int:
         return min(self.rank, rows, columns)
 
-    def message_bytes(self, rows, columns, itemsize, step=0):
+    def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
         return self.amount(rows, columns) * (rows + columns) * itemsize
 
 
@@ -49,15 +51,15 @@ class BestRank(_LowRank):
 
     rank: int
     error_feedback: bool = True
-    linear: ClassVar[bool] = False
+    linear = False
 
-    def exchange(self, delta, state):
+    def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         xp = state.arrays
         u, values, vt = xp.svd(delta)
         p = xp.transpose(u[:, : state.amount] * values[: state.amount])
         q = vt[: state.amount]
-        everyones = yield Allgather((p, q))
-        return _mean_product(xp, *everyones, state, delta), xp.transpose(p) @ q
+        ps, qs = yield Allgather((p, q))
+        return _mean_product(xp, ps, qs, state, delta), xp.transpose(p) @ q
 
 
 @dataclass(frozen=True)
@@ -79,20 +81,20 @@ class UnbiasedRank(_LowRank):
 
     rank: int
     seed: int = 0
-    error_feedback: ClassVar[bool] = False
-    linear: ClassVar[bool] = True
+    error_feedback = False
+    linear = True
 
-    def obstacle(self, rows, columns):
+    def obstacle(self, rows: int, columns: int) -> str | None:
         return None if columns > self.amount(rows, columns) else "has no more columns than the rank"
 
-    def exchange(self, delta, state):
+    def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         xp, columns = state.arrays, state.shape[1]
         numbers = normal(xp, state.key, state.step, xp.arange(columns * state.amount))
         u = xp.like(xp.reshape(numbers, (columns, -1)), delta)
         mean = yield AllreduceMean(delta @ u)
         return mean @ xp.transpose(u) / xp.like(state.amount, delta), None
 
-    def message_bytes(self, rows, columns, itemsize, step=0):
+    def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
         return self.amount(rows, columns) * rows * itemsize
 
 
@@ -124,9 +126,9 @@ class Atomo(_LowRank):
     rank: int
     error_feedback: bool = False
     seed: int = 0
-    linear: ClassVar[bool] = False
+    linear = False
 
-    def exchange(self, delta, state):
+    def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         xp = state.arrays
         u, values, vt = xp.svd(delta)
         chances = self._chances(xp, values, state.amount)
@@ -139,8 +141,8 @@ class Atomo(_LowRank):
         scale = xp.take(xp.cast(values, "float64") / chances, places)
         p = xp.like(scale, delta)[:, None] * xp.take(xp.transpose(u), places)
         q = xp.take(vt, places)
-        everyones = yield Allgather((p, q))
-        return _mean_product(xp, *everyones, state, delta), xp.transpose(p) @ q
+        ps, qs = yield Allgather((p, q))
+        return _mean_product(xp, ps, qs, state, delta), xp.transpose(p) @ q
 
     def _chances(self, xp, values, amount):
         """In proportion to the singular values, but none above 1; they add up to the amount. float64."""

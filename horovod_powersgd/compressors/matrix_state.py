@@ -1,6 +1,7 @@
 """What a compressor's generator knows of the matrix that it exchanges."""
 
-from typing import Any, Callable, Dict, Tuple
+from collections.abc import Callable
+from typing import Any
 
 
 class MatrixState:
@@ -25,9 +26,9 @@ class MatrixState:
         self,
         arrays,
         name: str,
-        shape: Tuple[int, int],
+        shape: tuple[int, int],
         key: int,
-        kept: Dict[str, Any],
+        kept: dict[str, Any],
         to_array: Callable = lambda x: x,
     ):
         self.arrays, self.name, self.shape, self.key = arrays, name, shape, key

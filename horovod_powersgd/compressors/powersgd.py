@@ -1,8 +1,9 @@
 """PowerSGD: its configuration, one for every framework, and its algorithm."""
 
 import functools
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import Any
 
 import numpy as np
 
@@ -57,13 +58,13 @@ class PowerSGD(Compressor):
     warmup_steps: int = 0
     warm_start: bool = True
     error_feedback: bool = True
-    wire_dtype: Optional[str] = None
+    wire_dtype: str | None = None
     seed: int = 0
-    refresh_every: Optional[int] = None
-    linear: ClassVar[bool] = True
-    low_rank: ClassVar[bool] = True
+    refresh_every: int | None = None
+    linear = True
+    low_rank = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_integer("rank", at_least=1)
         self._check_integer("num_iters_per_step", at_least=1)
         self._check_integer("warmup_steps", at_least=0)
@@ -78,13 +79,13 @@ class PowerSGD(Compressor):
         if self.refresh_every is not None:
             self._check_integer("refresh_every", at_least=1)
 
-    def obstacle(self, rows, columns):
+    def obstacle(self, rows: int, columns: int) -> str | None:
         rate = rows * columns / (self.amount(rows, columns) * (rows + columns))
         if rate >= self.min_compression_rate:
             return None
         return f"would shrink {rate:.2f} times, below min_compression_rate={self.min_compression_rate}"
 
-    def amount(self, rows, columns):
+    def amount(self, rows: int, columns: int) -> int:
         return min(self.rank, rows, columns)
 
     @property
@@ -104,7 +105,7 @@ class PowerSGD(Compressor):
         more = max(0, RENEWAL - self.num_iters_per_step)
         return self.num_iters_per_step + (more + more % 2 if renews else 0)
 
-    def exchange(self, delta, state):
+    def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         """One worker's side of the exchange of one matrix: paper, Algorithm 1, within Algorithm 2, lines 8 to 11.
 
         PyTorch and TensorFlow have a faster way of their own. Called in a graph of TensorFlow, as part of a compressor
@@ -151,7 +152,7 @@ class PowerSGD(Compressor):
             return basis @ xp.transpose(factor), basis @ xp.transpose(own)      # P^ Q^T, P^ Q_w^T
         return factor @ xp.transpose(basis), own @ xp.transpose(basis)          # P Q^^T, P_w Q^^T
 
-    def message_bytes(self, rows, columns, itemsize, step=0):
+    def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
         # The first factor after the warm-up and after a renewal is P; from then on they take turns.
         start = self.warmup_steps
         if self.refresh_every is not None and self.num_iters_per_step % 2:

@@ -1,7 +1,8 @@
 """Gradients that travel whole."""
 
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 from horovod_powersgd.compressors.collectives import AllreduceMean
 from horovod_powersgd.compressors.compressor import Compressor
@@ -14,10 +15,10 @@ class NoCompression(Compressor):
     Linear: one allreduce of n m numbers.
     """
 
-    error_feedback: ClassVar[bool] = False
-    linear: ClassVar[bool] = True
+    error_feedback = False
+    linear = True
 
-    def obstacle(self, rows, columns):
+    def obstacle(self, rows: int, columns: int) -> str | None:
         return "NoCompression"
 
 
@@ -36,16 +37,16 @@ class Float16(Compressor):
     """
 
     error_feedback: bool = True
-    linear: ClassVar[bool] = True
+    linear = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_bool("error_feedback")
 
-    def exchange(self, delta, state):
+    def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         xp = state.arrays
         own = xp.cast(delta, "float16")
         mean = yield AllreduceMean(own)
         return xp.like(mean, delta), xp.like(own, delta)
 
-    def message_bytes(self, rows, columns, itemsize, step=0):
+    def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
         return rows * columns * 2

@@ -1,8 +1,9 @@
 """Compressors that send one bit of each entry (PowerSGD paper, appendix, "Compressors")."""
 
 import math
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 from horovod_powersgd.compressors.collectives import Allgather
 from horovod_powersgd.compressors.compressor import Compressor
@@ -23,12 +24,12 @@ class SignNorm(Compressor):
     """
 
     error_feedback: bool = True
-    linear: ClassVar[bool] = False
+    linear = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_bool("error_feedback")
 
-    def exchange(self, delta, state):
+    def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         xp, size = state.arrays, state.shape[0] * state.shape[1]
         flat = xp.reshape(delta, (-1,))
         norm = xp.reshape(xp.mean(abs(flat)), (1,))
@@ -36,7 +37,7 @@ class SignNorm(Compressor):
         update = xp.mean(norms * _signs(xp, xp.unpack_bits(bits, size), delta), axis=0)
         return update, norm * _signs(xp, flat >= 0, delta)
 
-    def message_bytes(self, rows, columns, itemsize, step=0):
+    def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
         return math.ceil(rows * columns / 8) + itemsize
 
 
@@ -64,14 +65,14 @@ class Signum(Compressor):
     """
 
     momentum: float = 0.9
-    error_feedback: ClassVar[bool] = False
-    linear: ClassVar[bool] = False
-    keeps_memory: ClassVar[bool] = True
+    error_feedback = False
+    linear = False
+    keeps_memory = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_number("momentum", "at least 0 and below 1", lambda momentum: 0 <= momentum < 1)
 
-    def exchange(self, delta, state):
+    def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         xp, size = state.arrays, state.shape[0] * state.shape[1]
         positive = xp.reshape(delta, (-1,)) >= 0
         finite = xp.reshape(xp.cast(state.finite, "bool"), (1,))
@@ -82,7 +83,7 @@ class Signum(Compressor):
         mark = xp.sqrt(2 * xp.like(xp.all(bits[:, 0]), delta) - 1)
         return votes * mark, (1 - self.momentum) * delta
 
-    def message_bytes(self, rows, columns, itemsize, step=0):
+    def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
         return math.ceil((rows * columns + 1) / 8)
 
 

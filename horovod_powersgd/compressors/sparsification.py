@@ -1,7 +1,8 @@
 """Compressors that send some of a matrix's entries (PowerSGD paper, appendix, "Compressors")."""
 
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean
 from horovod_powersgd.compressors.compressor import Compressor
@@ -9,31 +10,37 @@ from horovod_powersgd.randomness import draw, subset
 
 
 class _Sparsifier(Compressor):
-    def __post_init__(self):
+    ratio: float
+
+    def __post_init__(self) -> None:
         self._check_number("ratio", "above 0 and at most 1", lambda ratio: 0 < ratio <= 1)
         self._check_bool("error_feedback")
         if "seed" in vars(self):
             self._check_integer("seed", at_least=0)
 
-    def amount(self, rows, columns):
+    def amount(self, rows: int, columns: int) -> int:
         # What is a whole number but for rounding is meant.
         return max(1, int(self.ratio * rows * columns + 1e-9))
 
-    def message_bytes(self, rows, columns, itemsize, step=0):
+    def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
         return self.amount(rows, columns) * itemsize
 
 
 class _SharedPlaces(_Sparsifier):
     """All workers send the same entries, so that their values can be added up."""
 
-    linear: ClassVar[bool] = True
+    linear = True
 
-    def exchange(self, delta, state):
+    def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         xp, size = state.arrays, state.shape[0] * state.shape[1]
         places = self._places(state, size)
         own = xp.take(xp.reshape(delta, (-1,)), places)
         mean = yield AllreduceMean(own)
         return xp.scatter(size, places, mean), xp.scatter(size, places, own)
+
+    def _places(self, state, size: int):
+        """Where those entries are, in this step."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -108,9 +115,9 @@ class TopK(_Sparsifier):
 
     ratio: float
     error_feedback: bool = True
-    linear: ClassVar[bool] = False
+    linear = False
 
-    def exchange(self, delta, state):
+    def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         xp, size = state.arrays, state.shape[0] * state.shape[1]
         flat = xp.reshape(delta, (-1,))
         own_places = xp.top_k(abs(flat), state.amount)
@@ -119,5 +126,5 @@ class TopK(_Sparsifier):
         total = xp.scatter(size, xp.integers(places), values)
         return total / xp.like(state.workers, delta), xp.scatter(size, own_places, own)
 
-    def message_bytes(self, rows, columns, itemsize, step=0):
+    def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
         return self.amount(rows, columns) * (itemsize + 4)

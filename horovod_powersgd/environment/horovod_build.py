@@ -154,8 +154,8 @@ def build_wheel(build: HorovodBuild, report: Callable[[str], None], afresh: bool
     with _locked(build.folder / "lock", report) as lock:
         if afresh:
             shutil.rmtree(work, ignore_errors=True)
-        elif build.cached_wheel() is not None:  # another process built it while this one waited
-            return build.cached_wheel()
+        elif (built := build.cached_wheel()) is not None:  # another process built it while this one waited
+            return built
         run = LoggedRun(build.folder / "build.log", lock)
         tools = _get_tools(work, run, report)
         source = _get_source(work, tools, run, report)

@@ -134,7 +134,7 @@ def horovod_problem(framework: Framework) -> Problem | None:
         return Problem("Horovod is not installed")
     if horovod_extension(framework) is None:
         return Problem(f"Horovod was built without {framework.title}")
-    wanted, found = built_for(framework), framework.version()
+    wanted, found = built_for(framework), framework.version() or "unknown"
     if wanted is not None and _normalised(wanted) != _normalised(found):
         return Problem(f"Horovod was built for {framework.title} {wanted}, but {found} is installed")
     return None
@@ -189,9 +189,11 @@ def horovod_features(framework: Framework) -> dict[str, bool]:
     extension = horovod_extension(framework)
     if extension is None:
         raise OSError(f"Horovod was built without {framework.title}")
-    libraries = [framework.directory() / library for library in framework.libraries]
+    directory = framework.directory()
+    libraries = [directory / library for library in framework.libraries] if directory else []
     program = _LOAD_EXTENSION.replace("FRAMEWORK_FAILS", str(_FRAMEWORK_FAILS))
-    command = [sys.executable, "-c", program, framework.name, extension, " ".join(FEATURES), *libraries]
+    arguments: list[str | Path] = [framework.name, extension, " ".join(FEATURES), *libraries]
+    command = [sys.executable, "-c", program, *arguments]
     try:
         # A module that was built for something else can crash or hang whoever loads it.
         outcome = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -266,7 +268,8 @@ def _keras_problem(framework: Framework) -> Problem | None:
     legacy = os.environ.get("TF_USE_LEGACY_KERAS")
     keras = "tf_keras" if legacy in ("true", "True", "1") else "keras"  # as TensorFlow reads it
     if keras == "tf_keras" and importlib.util.find_spec(keras) is None:
-        release = ".".join(framework.version().split(".")[:2])  # another tf-keras would bring another TensorFlow
+        # Another tf-keras would bring another TensorFlow.
+        release = ".".join((framework.version() or "").split(".")[:2])
         what = f"TF_USE_LEGACY_KERAS={legacy} asks for Keras 2, which is not installed (without it, it is Keras 3)"
         return Problem(what, f"pip install 'tf-keras=={release}.*'")
     error = _import_error(keras)

@@ -5,7 +5,11 @@ Attributes:
         possible when this package was installed.
 """
 
+from importlib import import_module
+from typing import Any
+
+compiled: Any
 try:
-    from horovod_powersgd import _kernels as compiled
+    compiled = import_module("horovod_powersgd._kernels")
 except ImportError:
     compiled = None

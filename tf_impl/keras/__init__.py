@@ -3,6 +3,8 @@
     import horovod_powersgd.tensorflow.keras as hvd     # was: import horovod.tensorflow.keras as hvd
 """
 
+from typing import TYPE_CHECKING, Any
+
 from tensorflow import keras
 
 if keras.backend.backend() != "tensorflow":
@@ -11,19 +13,29 @@ if keras.backend.backend() != "tensorflow":
         "KERAS_BACKEND=tensorflow in the environment of all workers, or in ~/.keras/keras.json"
     )
 
-from horovod.tensorflow.keras import *  # noqa: E402, F401, F403
+from horovod.tensorflow.keras import *
 
 # Not "from ... import callbacks": that would find Horovod's, which the line above has brought.
-import horovod_powersgd.tensorflow.keras.callbacks  # noqa: E402
-import horovod_powersgd.tensorflow.keras.elastic  # noqa: E402, F401
-from horovod_powersgd import *  # noqa: E402, F401, F403
-from horovod_powersgd.tensorflow import CompressionState, assert_replicas_equal, init  # noqa: E402, F401
-from horovod_powersgd.tensorflow.keras.error_feedback_sgd import ErrorFeedbackSGD  # noqa: E402, F401
-from horovod_powersgd.tensorflow.keras.optimizer import (  # noqa: E402, F401
-    DistributedOptimizer,
-    PartialDistributedOptimizer,
-    load_model,
+import horovod_powersgd.tensorflow.keras.callbacks
+import horovod_powersgd.tensorflow.keras.elastic
+from horovod_powersgd import *
+from horovod_powersgd.tensorflow import (
+    CompressionState as CompressionState,
+    assert_replicas_equal as assert_replicas_equal,
+    init as init,
 )
-from horovod_powersgd.tensorflow.keras.patches import patch_keras  # noqa: E402
+from horovod_powersgd.tensorflow.keras.error_feedback_sgd import ErrorFeedbackSGD as ErrorFeedbackSGD
+from horovod_powersgd.tensorflow.keras.optimizer import (
+    DistributedOptimizer as DistributedOptimizer,
+    PartialDistributedOptimizer as PartialDistributedOptimizer,
+    load_model as load_model,
+)
+from horovod_powersgd.tensorflow.keras.patches import patch_keras
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """What Horovod exports, which comes without types."""
+
 
 patch_keras()

@@ -1,7 +1,7 @@
 """What a distributed Keras optimizer does with gradients before it applies them."""
 
 import copy
-from typing import Callable, List, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -45,10 +45,11 @@ class Aggregation:
         self.process_set, self._scale_local = process_set, scale_local
         self.counter = make_variable(np.int32(0))
         self.exchanged = self.applying = self.inside_loss_scaling = False
-        self.variables = self.applied = ()
+        self.variables: Sequence = ()
+        self.applied: Sequence = ()
         self.saved_states: object = None
         self.local = LocalVariables()
-        self._sums: Mapping = {}
+        self._sums: dict = {}
 
     def __deepcopy__(self, memo) -> "Aggregation":
         """One for another optimizer, which has summed and exchanged nothing yet."""
@@ -59,7 +60,7 @@ class Aggregation:
         return twin
 
     @tf.autograph.experimental.do_not_convert
-    def __call__(self, gradients: Sequence, variables: Sequence, learning_rate=None) -> List:
+    def __call__(self, gradients: Sequence, variables: Sequence, learning_rate=None) -> list:
         """The averages, in the step's last pass; the gradients, in the others, which are not to be applied.
 
         Args:
@@ -67,7 +68,7 @@ class Aggregation:
             variables: theirs.
             learning_rate: gives it, for Accordion; None where there is none.
         """
-        self.variables = list(variables)
+        self.variables = variables = list(variables)
         if self.saved_states is not None:
             states, self.saved_states = self.saved_states, None
             with tf.init_scope():
@@ -77,7 +78,7 @@ class Aggregation:
             return self._reduce(gradients, self.variables, rate)
         places = [i for i, gradient in enumerate(gradients) if gradient is not None]
         dense = [tf.convert_to_tensor(gradients[i]) for i in places]
-        present = [self.variables[i] for i in places]
+        present = [variables[i] for i in places]
         sums = [self._sum(gradient, variable) for gradient, variable in zip(dense, present)]
         added = [total.assign_add(gradient) for total, gradient in zip(sums, dense)]
         with tf.control_dependencies([*added, self.counter.assign_add(1)]):
@@ -122,7 +123,7 @@ class Aggregation:
         """hvd.load_compression_state_dict, of the variables of the last call."""
         self.reduction.load_state_dict(states, self.variables)
 
-    def _reduce(self, gradients: Sequence, variables: Sequence, learning_rate) -> List:
+    def _reduce(self, gradients: Sequence, variables: Sequence, learning_rate) -> list:
         return self.reduction.of_shared(
             gradients, variables, self.local.references(), self._scale_local, learning_rate=learning_rate
         )

@@ -25,18 +25,18 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         ValueError: something in local_variables is no variable.
     """
 
-    def __init__(self, root_rank, device="", local_variables=None):
+    def __init__(self, root_rank, device="", local_variables=None) -> None:
         super().__init__()
         self.root_rank = root_rank
         self.device = device
         self.broadcast_done = False
-        self._local = []
+        self._local: list = []
         if hasattr(local_variables, "assign"):
             local_variables = [local_variables]
         for variable in local_variables or ():
             self.register_local_var(variable)
 
-    def register_local_var(self, var):
+    def register_local_var(self, var) -> None:
         """Lets each worker keep its own value of a variable."""
         if not hasattr(var, "assign"):
             raise ValueError(f"local variables must be variables; {var!r} is none")
@@ -66,7 +66,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
         ValueError: at the end of an epoch, on every worker, if the workers do not have the same metrics.
     """
 
-    def __init__(self, device=""):
+    def __init__(self, device="") -> None:
         super().__init__()
         self.device = device
 
@@ -115,7 +115,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         staircase=True,
         momentum_correction=True,
         steps_per_epoch=None,
-    ):
+    ) -> None:
         super().__init__()
         if initial_lr is None:
             raise ValueError("initial_lr is required")
@@ -200,7 +200,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         ValueError: as there.
     """
 
-    def __init__(self, initial_lr, warmup_epochs=5, momentum_correction=True, steps_per_epoch=None, verbose=0):
+    def __init__(self, initial_lr, warmup_epochs=5, momentum_correction=True, steps_per_epoch=None, verbose=0) -> None:
         def multiplier(epoch):
             done = (epoch + 1 / self.steps_per_epoch) / warmup_epochs
             return (1 + (size() - 1) * done) / size()
@@ -228,7 +228,7 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
         monitor, verbose, save_weights_only, mode, save_freq: as ModelCheckpoint's.
     """
 
-    def __init__(self, monitor="val_loss", verbose=0, save_weights_only=False, mode="auto", save_freq="epoch"):
+    def __init__(self, monitor="val_loss", verbose=0, save_weights_only=False, mode="auto", save_freq="epoch") -> None:
         super().__init__(
             # Keras 3 looks at how it ends.
             filepath=".weights.h5" if save_weights_only else ".keras",
@@ -285,7 +285,7 @@ class _Momentum(float):
 
     dtype = "float32"  # which Keras 3 asks its operands for
 
-    def __init__(self, value):
+    def __init__(self, value) -> None:
         self.variable = tf.Variable(value, trainable=False, dtype=self.dtype)
         self.assign = self.variable.assign
 

@@ -20,7 +20,7 @@ class KerasState(TensorFlowKerasState):
         ValueError: the model is not built.
     """
 
-    def __init__(self, model, optimizer=None, **kwargs):
+    def __init__(self, model, optimizer=None, **kwargs) -> None:
         super().__init__(model, optimizer, **kwargs)
 
 
@@ -34,7 +34,7 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
         state: has a batch.
     """
 
-    def __init__(self, state):
+    def __init__(self, state) -> None:
         super().__init__()
         self.state = state
         self._first = 0

@@ -30,7 +30,7 @@ class ErrorFeedbackSGD(tf.keras.optimizers.Optimizer):
         >>> model.compile(optimizer=optimizer, loss=...)
     """
 
-    def __init__(self, learning_rate=0.001, momentum=0.9, name="ErrorFeedbackSGD", **kwargs):
+    def __init__(self, learning_rate=0.001, momentum=0.9, name="ErrorFeedbackSGD", **kwargs) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"ErrorFeedbackSGD: momentum must be at least 0 and below 1, not {momentum!r}")
         if KERAS_3:

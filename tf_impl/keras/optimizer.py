@@ -1,7 +1,8 @@
 """hvd.DistributedOptimizer for Keras 3 and Keras 2 (tf_keras), that takes a compressor."""
 
 import copy
-from typing import Dict, Iterable, Mapping, Union
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import horovod.tensorflow as horovod
 import tensorflow as tf
@@ -24,8 +25,11 @@ class _DistributedOptimizer:
 
     Attributes:
         _wrapped: that class.
-        _aggregation: an Aggregation, the optimizer's own.
+        _aggregation: the optimizer's own.
     """
+
+    _wrapped: Any
+    _aggregation: Aggregation
 
     @property
     def _agg_helper(self):
@@ -75,6 +79,8 @@ class _DistributedOptimizer:
 class _CompressingOptimizer:
     """The mixin that comes first in an optimizer that compresses."""
 
+    _aggregation: Aggregation
+
     def compression_stats(self) -> CompressionStats:
         """What compression did in the last step and in all steps so far, for this worker.
 
@@ -86,7 +92,7 @@ class _CompressingOptimizer:
             raise RuntimeError("this optimizer has compressed nothing yet")
         return exchange.stats()
 
-    def compression_state_dict(self) -> Dict[str, object]:
+    def compression_state_dict(self) -> dict[str, object]:
         """What the compressor keeps, and this worker's memory: what a resumed run needs beside model and optimizer.
 
         Returns:
@@ -97,7 +103,7 @@ class _CompressingOptimizer:
         """
         return self._aggregation.reduction.state_dict(self._aggregation.variables)
 
-    def load_compression_state_dict(self, states: Union[Mapping, Iterable[Mapping]]) -> None:
+    def load_compression_state_dict(self, states: Mapping | Iterable[Mapping]) -> None:
         """Goes on where compression_state_dict was called; in the first step, where that is still to come.
 
         Args:
@@ -244,7 +250,7 @@ def DistributedOptimizer(
     groups=None,
     process_set=horovod.global_process_set,
     scale_local_gradients=True,
-):
+) -> Any:
     """horovod.tensorflow.keras.DistributedOptimizer, for Keras 3 as well, whose compression can also be a compressor.
 
     Args:
@@ -309,7 +315,7 @@ def PartialDistributedOptimizer(
     process_set=horovod.global_process_set,
     local_layers=None,
     scale_local_gradients=True,
-):
+) -> Any:
     """horovod.keras.PartialDistributedOptimizer: DistributedOptimizer that leaves some layers to each worker.
 
     Args:
@@ -339,7 +345,7 @@ def PartialDistributedOptimizer(
 
 def load_model(
     filepath, custom_optimizers=None, custom_objects=None, compression=horovod.Compression.none, legacy_opts=False
-):
+) -> Any:
     """A saved Keras model, with its optimizer, as it was saved, made a distributed one.
 
     Args:

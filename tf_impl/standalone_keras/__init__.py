@@ -3,9 +3,18 @@
     import horovod_powersgd.keras as hvd                # was: import horovod.keras as hvd
 """
 
-from horovod_powersgd.tensorflow.keras import *  # noqa: F401, F403
+from typing import TYPE_CHECKING, Any
 
+from horovod.tensorflow import Adasum as Adasum
+
+from horovod_powersgd.tensorflow.keras import *
+
+# isort: split
 # Not "from ... import callbacks": that would find the other module's, which the line above has brought.
 import horovod_powersgd.keras.callbacks
-import horovod_powersgd.keras.elastic  # noqa: F401
-from horovod.tensorflow import Adasum  # noqa: F401
+import horovod_powersgd.keras.elastic
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """What Horovod exports, which comes without types."""

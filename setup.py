@@ -6,7 +6,7 @@ import re
 from setuptools import Extension, setup
 
 HERE = pathlib.Path(__file__).parent
-[VERSION] = re.findall(r'^__version__ = "(.+)"', (HERE / "horovod_powersgd/__init__.py").read_text(), re.MULTILINE)
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "horovod_powersgd/__init__.py").read_text()).group(1)
 # Where the repository is published, as in https://host/owner/horovod-powersgd: not known yet. With it, what a package
 # index shows has links to it.
 REPOSITORY = ""

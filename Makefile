@@ -51,4 +51,4 @@ evidence: setup
 	.venv/bin/python benchmarks/evidence/$$part.py || status=1; done; exit $$status
 
 clean:
-	rm -rf .venv .venv-core build dist results *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv .venv-core build dist results *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

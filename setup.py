@@ -7,6 +7,16 @@ from setuptools import Extension, setup
 
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "horovod_powersgd/__init__.py").read_text()).group(1)
+# Where the repository is published, as in https://host/owner/horovod-powersgd: not known yet. With it, what a package
+# index shows has links to it.
+REPOSITORY = ""
+PROJECT_URLS = {
+    "Horovod": "https://github.com/horovod/horovod",
+    "Paper": "https://arxiv.org/abs/1905.13727",
+}
+if REPOSITORY:
+    PROJECT_URLS["Source"] = REPOSITORY
+    PROJECT_URLS["Changelog"] = f"{REPOSITORY}/blob/v{VERSION}/CHANGELOG.md"
 
 EXTRAS = {
     "torch": ["torch>=2.1"],
@@ -33,12 +43,20 @@ EXTRAS = {
     ],
 }
 
+
+def long_description():
+    """README.md; its links into the repository lead there from elsewhere, too."""
+    text = (HERE / "README.md").read_text()
+    return re.sub(r"\]\((?!https?:|#)", f"]({REPOSITORY}/blob/v{VERSION}/", text) if REPOSITORY else text
+
+
 setup(
     name="horovod-powersgd",
     version=VERSION,
     description="PowerSGD gradient compression for Horovod: PyTorch, TensorFlow and Keras",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
+    project_urls=PROJECT_URLS,
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=[

@@ -29,14 +29,17 @@ def clip_memory(state: VariableState, factor: tf.Tensor, before: tf.Variable | N
         before: the memory before the step; None where nobody kept it.
     """
 
+    assert state.memory is not None and state.usual_clipping is not None
+    of_last_step, usual_clipping = state.memory, state.usual_clipping
+
     def clip():
-        of_memory, usual = after_clipping(factor, tf.convert_to_tensor(state.usual_clipping))
-        state.usual_clipping.assign(usual)
+        of_memory, usual = after_clipping(factor, tf.convert_to_tensor(usual_clipping))
+        usual_clipping.assign(usual)
 
         def cut():
             part = tf.cast(of_memory, state.dtype)
-            memory = part * state.memory
-            state.memory.assign(memory if before is None else memory + (1 - part) * before)
+            memory = part * of_last_step
+            of_last_step.assign(memory if before is None else memory + (1 - part) * before)
             return True
 
         return tf.cond(of_memory < 1, cut, lambda: False)

@@ -34,4 +34,5 @@ class SyncBatchNormalization(tf.keras.layers.BatchNormalization):
 
 
 if not KERAS_3:
+    # Type checkers refuse to assign to the name of a class.
     globals()["SyncBatchNormalization"] = horovod.SyncBatchNormalization

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from horovod.torch.mpi_ops import Sum
@@ -34,7 +35,7 @@ class CompressingMethods(DistributedMethods):
             learning_rates=(lambda: _learning_rates(ref())) if isinstance(self._compression, Accordion) else dict,
         )
         # The engine knows the groups; the hooks are those of single parameters.
-        self._groups = None
+        self._groups: Any = None
         for group in self.param_groups:
             for p in group["params"]:
                 self._engine.add(self._parameter_names[p], p)
@@ -172,6 +173,6 @@ class CompressingMethods(DistributedMethods):
             self._engine.follow_loss_scale(scaler)
 
 
-def _learning_rates(optimizer: torch.optim.Optimizer) -> dict[torch.nn.Parameter, float]:
+def _learning_rates(optimizer: Any) -> dict[torch.nn.Parameter, float]:
     groups = [group for group in optimizer.param_groups if group.get("lr") is not None]
     return {p: float(group["lr"]) for group in groups for p in group["params"]}

@@ -39,7 +39,7 @@ class DistributedMethods(Horovods):
 
     def _register_hooks(self):
         self._start_hooking()
-        self._party = Uncompressed(self._workers, self._agreement(), self._parameter_names, self._requires_update)
+        self._party: Any = Uncompressed(self._workers, self._agreement(), self._parameter_names, self._requires_update)
         Horovods._register_hooks(self)
 
     def release(self):

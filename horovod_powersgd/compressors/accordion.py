@@ -63,30 +63,13 @@ class Accordion(Compressor):
         if self.interval is None:
             raise ValueError("Accordion: interval is required: how many steps there are in an epoch")
         self._check_integer("interval", at_least=1)
+        # What low and high have in common is Accordion's, too.
+        for name in ("linear", "low_rank", "error_feedback", "warmup_steps", "seed"):
+            object.__setattr__(self, name, getattr(self.low, name))
 
     @property
-    def family(self):
+    def family(self) -> Compressor:
         return self.low
-
-    @property
-    def linear(self):
-        return self.low.linear
-
-    @property
-    def low_rank(self):
-        return self.low.low_rank
-
-    @property
-    def error_feedback(self):
-        return self.low.error_feedback
-
-    @property
-    def warmup_steps(self):
-        return self.low.warmup_steps
-
-    @property
-    def seed(self):
-        return self.low.seed
 
     def obstacle(self, rows: int, columns: int) -> str | None:
         return self.low.obstacle(rows, columns)

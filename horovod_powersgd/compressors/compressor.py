@@ -58,6 +58,10 @@ class Compressor:
         """How much of a matrix is sent: the rank, or the number of entries; 0 where there is no choice."""
         return 0
 
+    def renews(self, step: int) -> bool:
+        """Whether the step that comes after so many steps is such a one as refresh_every speaks of."""
+        return False
+
     def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         """One worker's side of the exchange of one matrix.
 

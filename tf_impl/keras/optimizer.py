@@ -20,7 +20,11 @@ from horovod_powersgd.tensorflow.reduction import Reduction
 _CLASS = vars(object)["__class__"]
 
 
-class _DistributedOptimizer:
+# What comes after the mixins in the method resolution order is known when an optimizer is wrapped.
+_Wrapped: Any = object
+
+
+class _DistributedOptimizer(_Wrapped):
     """A mixin: in the method resolution order it comes before the class of the optimizer that is made distributed.
 
     Attributes:
@@ -76,7 +80,7 @@ class _DistributedOptimizer:
         return self.compute_gradients(loss, var_list, tape)
 
 
-class _CompressingOptimizer:
+class _CompressingOptimizer(_Wrapped):
     """The mixin that comes first in an optimizer that compresses."""
 
     _aggregation: Aggregation
@@ -122,6 +126,8 @@ class _CompressingOptimizer:
 
 
 class _Keras3Optimizer(_DistributedOptimizer):
+    built: bool
+
     @tf.autograph.experimental.do_not_convert
     def apply(self, grads, trainable_variables=None):
         """As the wrapped optimizer's, of the averaged gradients."""
@@ -190,7 +196,7 @@ class _Keras2Optimizer(_DistributedOptimizer):
 
     @tf.autograph.experimental.do_not_convert
     def _compute_gradients(self, loss, var_list, grad_loss=None, tape=None):
-        base = super(_DistributedOptimizer, self)
+        base: Any = super(_DistributedOptimizer, self)
         if hasattr(base, "compute_gradients"):
             pairs = base.compute_gradients(loss, var_list, tape)
         else:
@@ -383,7 +389,7 @@ def _distribute(optimizer, aggregation):
         TypeError: the optimizer itself, not its class, has a method that has to exchange.
     """
     wrapped = optimizer.__class__
-    bases = (_Keras3Optimizer if KERAS_3 else _Keras2Optimizer, wrapped)
+    bases: tuple = (_Keras3Optimizer if KERAS_3 else _Keras2Optimizer, wrapped)
     if aggregation.reduction.compressor is not None:
         bases = (_CompressingOptimizer, *bases)
     hiding = sorted(vars(optimizer).keys() & (vars(_DistributedOptimizer).keys() | vars(bases[-2]).keys()))

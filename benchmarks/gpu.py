@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from device_clock import milliseconds
 from horovod_powersgd.launcher import launch_command, launch_environment
 from horovod_powersgd.torch.grouped_kernels import half_steps, orthogonalize, products
 from horovod_powersgd.torch.kernels import HalfStep, Memory, Product
@@ -63,18 +64,12 @@ def checked(module, workers):
     return found, "" if all(found.values()) else job.stdout + job.stderr
 
 
-def milliseconds(runs):
-    """The median of the device's time of each of several functions, which run by turns."""
+def medians(runs):
+    """Of the device's time of each of several functions, which run by turns."""
     times = []
     for _ in range(ROUNDS + 3):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)]
         torch.cuda._sleep(CYCLES)
-        events[0].record()
-        for run, event in zip(runs, events[1:]):
-            run()
-            event.record()
-        torch.cuda.synchronize()
-        times.append([begin.elapsed_time(end) for begin, end in zip(events, events[1:])])
+        times.append(milliseconds(runs))
     return [statistics.median(some) for some in zip(*times[3:])]
 
 
@@ -88,7 +83,7 @@ def measure_passes(shape, rank):
     p, q = 1e-6 * torch.randn(rank, n), torch.randn(rank, m)
     spares = torch.randn(rank, n, dtype=torch.float64), torch.randn(rank, m, dtype=torch.float64)
     memories = [HalfStep(g, q, False, Memory(delta, p, q)) for g, delta in zip(gradients, deltas)]
-    copy, *passes = milliseconds(
+    copy, *passes = medians(
         [
             lambda: torch._foreach_copy_(others, gradients),
             lambda: half_steps(memories, torch.float32),

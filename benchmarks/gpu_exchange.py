@@ -10,6 +10,7 @@ import torch.distributed
 from torch.profiler import ProfilerActivity, profile
 
 import horovod_powersgd.torch as hvd
+from device_clock import milliseconds
 from exchange_torch import exchanges
 from methods import METHODS
 from models import MODELS, parameters
@@ -20,17 +21,6 @@ MOST_STEPS = 50
 # What makes the host wait for the device, by the names of CUDA's functions.
 WAITS = "cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy"
 LAUNCHES = "cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC"
-
-
-def milliseconds(exchange, steps):
-    """Of each of so many steps, by the device's clock."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    events[0].record()
-    for event in events[1:]:
-        exchange.step()
-        event.record()
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) for begin, end in zip(events, events[1:])]
 
 
 def counted(exchange):
@@ -60,9 +50,9 @@ def main():
         for _ in range(4):  # DDP's hook begins to compress in the third step
             exchange.step()
         torch.cuda.reset_peak_memory_stats()
-        slowest = max(hvd.allgather_object(sum(milliseconds(exchange, 1))))
+        slowest = max(hvd.allgather_object(sum(milliseconds([exchange.step]))))
         steps = min(MOST_STEPS, max(3, round(1000 * SECONDS / slowest)))
-        everyone = hvd.allgather_object([ms / 1000 for ms in milliseconds(exchange, steps)])
+        everyone = hvd.allgather_object([ms / 1000 for ms in milliseconds([exchange.step] * steps)])
         rows.append(
             {
                 "method": key,

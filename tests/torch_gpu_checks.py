@@ -17,17 +17,7 @@ def check_every_dtype_gives_what_a_processor_gives():
     shapes = {name: cases.SHAPES[name] for name in ("conv", "tall", "vector")}
     for config in (PowerSGD(rank=2), PowerSGD(rank=32, min_compression_rate=0), TopK(0.05), SignNorm(), Float16()):
         for dtype, largest in (("float16", 2e-3), ("bfloat16", 2e-2), ("float32", 1e-4), ("float64", 1e-9)):
-            pair = []
-            for device in ("cuda", "cpu"):
-                trainee = Trainee.__new__(Trainee)
-                trainee.parameters = {
-                    name: torch.nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype), device=device))
-                    for name, shape in shapes.items()
-                }
-                trainee.optimizer = hvd.DistributedOptimizer(
-                    torch.optim.SGD(trainee.parameters.values(), lr=1.0), trainee.parameters.items(), compression=config
-                )
-                pair.append(trainee)
+            pair = [Trainee(config, dtype, shapes, device) for device in ("cuda", "cpu")]
             for step in range(3):
                 given = cases.gradients(step, hvd.rank(), "float32", shapes)
                 updates = []
@@ -108,11 +98,7 @@ def check_mixed_precision_trains_and_skips_what_overflows():
 
 def check_a_model_may_be_moved_after_its_optimizer_has_been_made():
     shapes = {"linear": cases.SHAPES["linear"]}
-    stays, moves = Trainee(PowerSGD(rank=2), shapes=shapes), Trainee.__new__(Trainee)
-    moves.parameters = {"linear": torch.nn.Parameter(torch.zeros(shapes["linear"]))}
-    moves.optimizer = hvd.DistributedOptimizer(
-        torch.optim.SGD(moves.parameters.values(), lr=1.0), moves.parameters.items(), compression=PowerSGD(rank=2)
-    )
+    stays, moves = (Trainee(PowerSGD(rank=2), shapes=shapes, device=device) for device in ("cuda", "cpu"))
     moves.parameters["linear"].data = moves.parameters["linear"].data.cuda()
     for step in range(3):
         gradients = cases.gradients(step, hvd.rank(), "float32", shapes)

@@ -16,9 +16,9 @@ DEVICE = os.environ.get("HOROVOD_POWERSGD_TEST_DEVICE", "cpu")
 class Trainee:
     """Parameters whose gradients are given, and their optimizer."""
 
-    def __init__(self, config, dtype="float32", shapes=cases.SHAPES, **options):
+    def __init__(self, config, dtype="float32", shapes=cases.SHAPES, device=DEVICE, **options):
         self.parameters = {
-            name: torch.nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype), device=DEVICE))
+            name: torch.nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype), device=device))
             for name, shape in shapes.items()
         }
         options.setdefault("named_parameters", self.parameters.items())
@@ -27,8 +27,10 @@ class Trainee:
         )
 
     def backward(self, gradients):
-        given = {name: torch.from_numpy(np.asarray(gradients[name])).to(DEVICE) for name in self.parameters}
-        sum((p * given[name]).sum() for name, p in self.parameters.items()).backward()
+        losses = []
+        for name, p in self.parameters.items():
+            losses.append((p * torch.from_numpy(np.asarray(gradients[name])).to(p.device)).sum())
+        sum(losses).backward()
 
     def set_rate(self, rate):
         """As a learning-rate schedule does."""

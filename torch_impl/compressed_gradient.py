@@ -60,6 +60,25 @@ class CompressedGradient(PlainGradient):
     def discard(self) -> None:
         self._next = None
 
+    @property
+    def memory(self) -> torch.Tensor | None:
+        """(n, m); None before the first step and without error feedback."""
+        raise NotImplementedError
+
+    @property
+    def memory_scale(self) -> float:
+        """The loss scale that the memory is in."""
+        return 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            **self.shared_state(),
+            "memory": None if self.memory is None else self.memory.cpu().clone(),
+            "memory_scale": self.memory_scale,
+            "usual_clipping": self._usual_clipping,
+        }
+
     def shared_state(self) -> dict[str, Any]:
         """What is the same on every worker, on the CPU."""
         raise NotImplementedError

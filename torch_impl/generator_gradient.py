@@ -63,7 +63,6 @@ class GeneratorGradient(CompressedGradient):
 
     @property
     def memory(self) -> torch.Tensor | None:
-        """(n, m); None before the first step and without error feedback."""
         return self._kept.memory
 
     @property
@@ -176,15 +175,6 @@ class GeneratorGradient(CompressedGradient):
         kept = {key: value.to(self.parameter.device, copy=True) for key, value in state["kept"].items()}
         self._kept = replace(self._kept, by_compressor=kept)
         self.accordion.load_state_dict(state, like)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            **super().state_dict(),
-            **self.shared_state(),
-            "memory": None if self.memory is None else self.memory.cpu().clone(),
-            "memory_scale": 1.0,
-            "usual_clipping": self._usual_clipping,
-        }
 
     def load_state_dict(self, state: Mapping, memories: Sequence[tuple[torch.Tensor, float]], share: float) -> None:
         self.load_shared_state(state)

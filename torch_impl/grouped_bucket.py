@@ -47,8 +47,9 @@ class GroupedBucket(PowerSGDBucket):
             vectors = [] if half_step else [gradient.send() for gradient in dense[len(matrices) :]]
             sizes += [vector.numel() for vector in vectors]
             senders, in_place = matrices if half_step else dense, half_step < half_step_count - 1
-            yield from self._average(senders, [own, *vectors], step, half_step, in_place, sizes)
-        return (self._found == 0).view(())
+            # Of all averages so far.
+            finite = yield from self._average(senders, [own, *vectors], step, half_step, in_place, sizes)
+        return finite
 
     def _is_finite(self, flat: torch.Tensor) -> torch.Tensor:
         torch._amp_foreach_non_finite_check_and_unscale_([flat], self._found, self._one)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from horovod_powersgd.torch.kernels import HalfStep, Product
+from horovod_powersgd.torch.orthogonalization import TINY
 
 try:
     import triton
@@ -30,8 +31,6 @@ ROWS, COLUMNS = 8, 128
 COLUMNS_OF_A_PROGRAM, ROWS_OF_A_PROGRAM = 16384, 256
 # Numbers that a program of the adding kernel takes.
 SUMS = 1024
-# Added to a rounding, for a factor of zeros.
-TINY = 1e-100
 
 
 def serve(device: torch.device, dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> bool:
@@ -73,16 +72,16 @@ def half_steps(tasks: Sequence[HalfStep], dtype: torch.dtype) -> torch.Tensor:
     table = _on(device, rows)
     adds = any(task.memory is not None for task in tasks)
     found = torch.empty(plan.found, dtype=torch.float32, device=device)
-    for makes_q, tiles, count in plan.tiles:
-        _half_step[(count,)](
+    for makes_q, tiles in plan.tiles:
+        _half_step[(len(tiles),)](
             table, tiles, found, makes_q, adds, plan.rank, ROWS, COLUMNS,
             ROWS_OF_A_PROGRAM if makes_q else COLUMNS_OF_A_PROGRAM,
         )  # fmt: skip
-    if not plan.sums_count:
+    if plan.sums is None:
         return found.to(dtype)
-    sums = torch.empty(plan.numbers, dtype=dtype, device=device)
-    _add_up[(plan.sums_count,)](plan.sums, found, sums, SUMS)
-    return sums
+    factors = torch.empty(plan.numbers, dtype=dtype, device=device)
+    _add_up[(len(plan.sums),)](plan.sums, found, factors, SUMS)
+    return factors
 
 
 def products(tasks: Sequence[Product]) -> None:
@@ -90,8 +89,8 @@ def products(tasks: Sequence[Product]) -> None:
     device = tasks[0].out.device
     plan = _plan(tuple((*task.out.shape, len(task.p), False) for task in tasks), device)
     table = [(out.data_ptr(), p.data_ptr(), q.data_ptr(), *out.shape, len(p)) for p, q, out in tasks]
-    [(_, tiles, count)] = plan.tiles
-    _product[(count,)](_on(device, table), tiles, ROWS, COLUMNS, COLUMNS_OF_A_PROGRAM)
+    [(_, tiles)] = plan.tiles
+    _product[(len(tiles),)](_on(device, table), tiles, ROWS, COLUMNS, COLUMNS_OF_A_PROGRAM)
 
 
 def orthogonalize(factors: Sequence[torch.Tensor], spares: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -119,18 +118,16 @@ class _Plan:
 
     Attributes:
         rank: of the largest, as the kernels see it.
-        tiles: for those that make P, and for those that make Q: (whether it is Q, a table of what the programs take,
-            how many they are).
+        tiles: for those that make P, and for those that make Q: (whether it is Q, a table with a row for each program).
         found: how many numbers the programs write.
-        sums, sums_count: a table of what the programs of the adding kernel take, and how many they are.
+        sums: a table with a row for each program of the adding kernel; None where there is nothing to add.
         numbers: that the factors have.
     """
 
     rank: int
-    tiles: list[tuple[bool, torch.Tensor, int]]
+    tiles: list[tuple[bool, torch.Tensor]]
     found: int
     sums: torch.Tensor | None
-    sums_count: int
     numbers: int
 
 
@@ -148,13 +145,11 @@ def _plan(layout: tuple[tuple[int, int, int, bool], ...], device: torch.device) 
             tiles[makes_q] += [(i, *((start, at) if makes_q else (at, start)), place) for at in across]
         sums += [(found, len(starts), size, numbers, at) for at in range(0, size, SUMS)]
         found, numbers = found + len(starts) * size, numbers + size
-    alone = found == numbers
     return _Plan(
         _padded(max(rank for _, _, rank, _ in layout)),
-        [(makes_q, _on(device, some), len(some)) for makes_q, some in tiles.items() if some],
+        [(makes_q, _on(device, some)) for makes_q, some in tiles.items() if some],
         found,
-        None if alone else _on(device, sums),
-        0 if alone else len(sums),
+        None if found == numbers else _on(device, sums),
         numbers,
     )
 

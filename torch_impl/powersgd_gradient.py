@@ -77,8 +77,11 @@ class PowerSGDGradient(CompressedGradient):
 
     @property
     def memory(self) -> torch.Tensor | None:
-        """(n, m); None before the first step and without error feedback."""
         return None if self._kept.memory is None else self._kept.memory.tensor()
+
+    @property
+    def memory_scale(self) -> float:
+        return self._kept.scale
 
     @property
     def factor(self) -> torch.Tensor:
@@ -273,15 +276,6 @@ class PowerSGDGradient(CompressedGradient):
         factor = state["factor"].to(self.factor, copy=True)
         self._kept = replace(self._kept, factor=factor, is_q=state["factor_is_q"])
         self.accordion.load_state_dict(state, self.factor)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            **super().state_dict(),
-            **self.shared_state(),
-            "memory": None if self.memory is None else self.memory.cpu().clone(),
-            "memory_scale": self._kept.scale,
-            "usual_clipping": self._usual_clipping,
-        }
 
     def load_state_dict(self, state: Mapping, memories: Sequence[tuple[torch.Tensor, float]], share: float) -> None:
         self.load_shared_state(state)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from horovod_powersgd.environment.installation import TORCH
+from horovod_powersgd.environment.logged_run import BuildError
 
 # What Horovod's build looks at, to know whether it is for GPUs.
 _CHOICES = re.compile(r"HOROVOD_GPU(_(OPERATIONS|ALLREDUCE|ALLGATHER|BROADCAST|ALLTOALL|REDUCESCATTER))?")
@@ -14,10 +15,6 @@ _CHOICES = re.compile(r"HOROVOD_GPU(_(OPERATIONS|ALLREDUCE|ALLGATHER|BROADCAST|A
 SYSTEM_COMPILER = Path("/usr/local/cuda/bin/nvcc")
 # From this version of CUDA on, pip has its compiler.
 _FIRST_OF_PIP = 13
-
-
-class NoCompiler(Exception):
-    """There is no compiler for GPUs. The message says what to do."""
 
 
 def wants_gpu(environment: Mapping[str, str]) -> bool:
@@ -51,7 +48,7 @@ def compiler_environment(
         get: (requirement, folder) installs what pip has.
 
     Raises:
-        NoCompiler: there is none, and pip has none for this version.
+        BuildError: there is none, and pip has none for this version.
     """
     homes = (environment.get(name) for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH"))
     if any(homes) or shutil.which("nvcc") or SYSTEM_COMPILER.exists():
@@ -59,7 +56,7 @@ def compiler_environment(
     version = cuda_version()
     major = 0 if version is None else int(version.split(".")[0])
     if major < _FIRST_OF_PIP:
-        raise NoCompiler(
+        raise BuildError(
             f"Horovod is to be built for GPUs, and there is no CUDA compiler (nvcc): install the CUDA toolkit"
             f"{'' if version is None else f' {version}'}, and say where with HOROVOD_CUDA_HOME."
         )

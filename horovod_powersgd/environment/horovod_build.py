@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from horovod_powersgd.environment.cuda_toolkit import NoCompiler, compiler_environment, nccl_environment, wants_gpu
+from horovod_powersgd.environment.cuda_toolkit import compiler_environment, nccl_environment, wants_gpu
 from horovod_powersgd.environment.horovod_patches import PATCH_VERSION, patch_source
 from horovod_powersgd.environment.installation import (
     TENSORFLOW,
@@ -163,10 +163,7 @@ def build_wheel(build: HorovodBuild, report: Callable[[str], None], afresh: bool
         environment = _build_environment(build, tools, jobs)
         environment |= nccl_environment(environment, work / "nccl")
         if wants_gpu(environment):
-            try:
-                environment |= compiler_environment(environment, work / "cuda", partial(_get_compiler, run, report))
-            except NoCompiler as problem:
-                raise BuildError(str(problem)) from None
+            environment |= compiler_environment(environment, work / "cuda", partial(_get_compiler, run, report))
         minutes = max(1, round(_CORE_MINUTES * (1.0 if build.torch and build.tensorflow else 0.6) / jobs))
         report(f"Building Horovod {HOROVOD_VERSION} for {build}")
         report(f"This takes about {minutes} minute{'s' * (minutes > 1)} with {jobs} core{'s' * (jobs > 1)}, once.")

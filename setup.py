@@ -79,7 +79,14 @@ setup(
             # Vectors are written out; what a compiler makes of the columns that are left over would round otherwise.
             extra_compile_args=["-std=c++17", "-O3", "-fno-tree-vectorize"],
             optional=True,
-        )
+        ),
+        Extension(
+            "horovod_powersgd._quantization",
+            ["horovod_powersgd/kernels/quantization.cpp"],
+            # All workers are to come to the same bits, whatever their processors can round together.
+            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off"],
+            optional=True,
+        ),
     ],
     install_requires=["numpy>=1.24"],
     extras_require=EXTRAS,

@@ -62,6 +62,18 @@ def sign(x):
     return np.sign(x)
 
 
+def max(x):
+    """Of all."""
+    return np.max(x)
+
+
+def power_of_two(x):
+    """Of a scalar that is not negative: the largest power of two that is not above it; 0 below the normal numbers."""
+    x = np.asarray(x)
+    integer, exponent = (np.int64, 0x7FF << 52) if x.dtype == np.float64 else (np.int32, 0xFF << 23)
+    return (x.view(integer) & integer(exponent)).view(x.dtype)
+
+
 def sqrt(x):
     """The square root."""
     return np.sqrt(x)

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from horovod_powersgd import arrays
+from horovod_powersgd import arrays, quantization
 from horovod_powersgd.arguments import required_compressor
 from horovod_powersgd.compressors.accordion import Accordion, Regime
-from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean
+from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean, QuantizedMean
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.matrix_state import MatrixState
 from horovod_powersgd.factors import initial_factor, orthogonalize, resized  # noqa: F401  (offered here as well)
@@ -62,7 +62,7 @@ def exchange(
     worker: int = 0,
     workers: int = 1,
     learning_rate: float | None = None,
-) -> Generator[AllreduceMean | Allgather, Mapping, dict[str, np.ndarray]]:
+) -> Generator[AllreduceMean | QuantizedMean | Allgather, Mapping, dict[str, np.ndarray]]:
     """One worker's side of one step.
 
     Args:
@@ -92,11 +92,17 @@ def exchange(
         asking = {name: matrix for name, matrix in matrices.items() if matrix.request is not None}
         means = {name: m.parts()[0] for name, m in asking.items() if isinstance(m.request, AllreduceMean)}
         gathers = {name: m.parts() for name, m in asking.items() if isinstance(m.request, Allgather)}
+        quantized: dict[int, dict[str, np.ndarray]] = {}
+        for name, m in asking.items():
+            if isinstance(m.request, QuantizedMean):
+                quantized.setdefault(m.request.bits, {})[name] = m.parts()[0]
         answers: dict[str, Any] = {}
         if means or waiting:
             answers.update((yield AllreduceMean({**means, **{name: plain[name] for name in waiting}})))
         if gathers:
             answers.update((yield Allgather(gathers)))
+        for bits, matrices_of_bits in quantized.items():
+            answers.update((yield QuantizedMean(matrices_of_bits, bits)))
         plain.update((name, answers[name]) for name in waiting)
         waiting = []
         for name, matrix in asking.items():
@@ -140,7 +146,7 @@ class _Matrix:
     def parts(self) -> list[np.ndarray]:
         """What it asks for, to be sent: floats become NaN where this worker's delta was not finite."""
         request = self.request
-        tensors = [request.tensors] if isinstance(request, AllreduceMean) else list(request.tensors)
+        tensors = list(request.tensors) if isinstance(request, Allgather) else [request.tensors]
         if not self._finite:
             tensors = [np.full_like(t, np.nan) if t.dtype.kind == "f" else t for t in tensors]
         return tensors
@@ -223,9 +229,9 @@ def lockstep(workers: Sequence[Generator[Any, Any, Any]]) -> list:
     """Runs the generators of all workers, answering each round's requests; returns their results."""
     requests = [next(worker) for worker in workers]
     while True:
-        answer = _answer(requests)
+        answers = _answers(requests)
         results, requests = [], []
-        for worker in workers:
+        for worker, answer in zip(workers, answers):
             try:
                 requests.append(worker.send(answer))
             except StopIteration as finished:
@@ -239,22 +245,41 @@ def over(comm, worker: Generator[Any, Any, Any]):
     request = next(worker)
     while True:
         try:
-            request = worker.send(_answer(comm.allgather(request)))
+            request = worker.send(_answers(comm.allgather(request))[comm.rank])
         except StopIteration as finished:
             return finished.value
 
 
-def _answer(requests: Sequence[AllreduceMean | Allgather]) -> dict[str, Any]:
+def _answers(requests: Sequence[AllreduceMean | QuantizedMean | Allgather]) -> list[dict[str, Any]]:
     """What each of the workers gets that ask for this."""
-    everyone = [request.tensors for request in requests]
+    everyone, workers = [request.tensors for request in requests], len(requests)
     if isinstance(requests[0], Allgather):
-        return {name: [np.stack(parts) for parts in zip(*(t[name] for t in everyone))] for name in everyone[0]}
-    # Divided before it is summed, so that half precision does not overflow.
+        gathered = {name: [np.stack(parts) for parts in zip(*(t[name] for t in everyone))] for name in everyone[0]}
+        return [gathered] * workers
     with np.errstate(invalid="ignore", over="ignore"):
-        return {
-            name: sum(tensors[name] / tensors[name].dtype.type(len(everyone)) for tensors in everyone)
+        if isinstance(requests[0], QuantizedMean):
+            return _quantized_means(everyone, requests[0].bits)
+        # Divided before it is summed, so that half precision does not overflow.
+        means = {
+            name: sum(tensors[name] / tensors[name].dtype.type(workers) for tensors in everyone)
             for name in everyone[0]
         }
+    return [means] * workers
+
+
+def _quantized_means(everyone: Sequence[Tensors], bits: int) -> list[dict[str, Any]]:
+    """The matrices of one dtype travel together, as in a bucket: the last gradient first."""
+    answers: list[dict[str, Any]] = [{} for _ in everyone]
+    for dtype in {matrix.dtype for matrix in everyone[0].values()}:
+        matrices = {name: matrix for name, matrix in reversed(everyone[0].items()) if matrix.dtype == dtype}
+        lengths = [matrix.shape[1] for matrix in matrices.values() for _ in matrix]
+        flat = [np.concatenate([theirs[name].reshape(-1) for name in matrices]) for theirs in everyone]
+        mean, parts = quantization.mean(flat, lengths, bits)
+        ends = np.cumsum([matrix.size for matrix in matrices.values()])[:-1]
+        for answer, part in zip(answers, parts):
+            for (name, matrix), *both in zip(matrices.items(), np.split(mean, ends), np.split(part, ends)):
+                answer[name] = [array.reshape(matrix.shape) for array in both]
+    return answers
 
 
 @dataclass
@@ -272,7 +297,7 @@ def algorithm_2(
     config: Compressor,
     learning_rate: float,
     momentum: float,
-) -> Generator[AllreduceMean | Allgather, Mapping, None]:
+) -> Generator[AllreduceMean | QuantizedMean | Allgather, Mapping, None]:
     """One worker's whole step of the paper's Algorithm 2, to be run by `lockstep` or `over`.
 
     Error feedback comes before the exchange, momentum after it. The parameters and the state are changed, unless

@@ -50,6 +50,15 @@ def sign(x):
     return tf.sign(x)
 
 
+def max(x):
+    return tf.reduce_max(x)
+
+
+def power_of_two(x):
+    integer, exponent = (tf.int64, 0x7FF << 52) if x.dtype == tf.float64 else (tf.int32, 0xFF << 23)
+    return tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(x, integer), tf.constant(exponent, integer)), x.dtype)
+
+
 def sqrt(x):
     return tf.sqrt(x)
 

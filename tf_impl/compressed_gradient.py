@@ -1,13 +1,15 @@
 """What compressed gradients have in common: delta, the generator that exchanges it, and the memory."""
 
+import dataclasses
 from collections.abc import Generator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from horovod_powersgd.compressors.collectives import Allgather
+from horovod_powersgd.compressors.collectives import Allgather, QuantizedMean
 from horovod_powersgd.tensorflow.gradient import PlainGradient, Step, all_finite
 from horovod_powersgd.tensorflow.graph_function import zeros_unless
+from horovod_powersgd.tensorflow.quantization import Number
 from horovod_powersgd.tensorflow.variable_state import VariableState
 
 
@@ -33,13 +35,14 @@ class CompressedGradient(PlainGradient):
         self._resume(None)
 
     def receive(self, answers: Sequence[tf.Tensor]) -> None:
-        gathered = isinstance(self.request, Allgather)
+        gathered, quantized = isinstance(self.request, Allgather), isinstance(self.request, QuantizedMean)
         finite = all_finite(answers)
         self.finite &= finite
         # On all workers: zeros let the generator finish, and the step is discarded.
         answers = [zeros_unless(finite, answer) if answer.dtype.is_floating else answer for answer in answers]
-        answers = [_in_shape_of(part, answer, gathered) for part, answer in zip(self._parts, answers)]
-        self._resume(answers if gathered else answers[0])
+        parts = self._parts * 2 if quantized else self._parts
+        answers = [_in_shape_of(part, answer, gathered) for part, answer in zip(parts, answers)]
+        self._resume(answers if gathered or quantized else answers[0])
 
     def commit(self) -> list[tf.Operation]:
         state, ops = self.state, []
@@ -77,7 +80,15 @@ class CompressedGradient(PlainGradient):
             return
         tensors = request.tensors
         self._parts = [tf.convert_to_tensor(t) for t in (tensors if isinstance(request, Allgather) else [tensors])]
-        self.request = type(request)([tf.reshape(self._marked_part(part), [-1]) for part in self._parts])
+        flat = [tf.reshape(self._marked_part(part), [-1]) for part in self._parts]
+        self.request = dataclasses.replace(request, tensors=flat)
+
+    @property
+    def rows(self) -> tuple[Number, Number]:
+        """How many rows the matrix has that is asked to be averaged in few bits, and how long they are."""
+        (part,) = self._parts
+        known, found = part.shape.as_list(), tf.shape(part, tf.int64)
+        return tuple(found[axis] if side is None else side for axis, side in enumerate(known))
 
 
 def _in_shape_of(part: tf.Tensor, answer: tf.Tensor, gathered: bool) -> tf.Tensor:

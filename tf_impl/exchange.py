@@ -11,7 +11,7 @@ import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
 from horovod_powersgd.buckets import bucket_name, sort_into_buckets
-from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean, QuantizedMean
 from horovod_powersgd.compressors.compressor import Traffic
 from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.tensorflow.agreement import Agreement, describe
@@ -117,8 +117,9 @@ class Exchange:
             sparse = {i: self._exchange_sparse(i, gradients[i]) for i, s in enumerate(self._sparse) if s}
             finite = [tf.reduce_all(tf.math.is_finite(update.values)) for update, _ in sparse.values()]
 
-            def exchange(branch, renews=False):
-                step = Step(number, self._workers.number(), self._workers.count(tf.int64), learning_rate, renews)
+            def exchange(branch, renews=False, sends_halves=False):
+                who = self._workers.number(), self._workers.count(tf.int64)
+                step = Step(number, *who, learning_rate, renews, sends_halves)
                 return self._exchange_dense(branch, dense, [gradients[i] for i in dense], step, finite)
 
             updates, finite, traffic = self._by_branch(number, exchange)
@@ -135,13 +136,21 @@ class Exchange:
             return tf.nest.map_structure(tf.identity, updates, expand_composites=True)
 
     def _by_branch(self, number: tf.Tensor, exchange: Callable):
-        """The exchange of the branch that the step takes: "warmup", "renewal", or else "bucket"."""
+        """The exchange of the branch that the step takes: "warmup", "first" (where the factors of the other steps
+        travel in half precision), "renewal", or else "bucket"."""
+        family = self._config.family
+
+        def ordinary(halves=False):
+            if family.refresh_every is None:
+                return exchange("bucket", sends_halves=halves)
+            renewal = functools.partial(exchange, "renewal", True, halves)
+            return tf.cond(family.renews(number), renewal, lambda: exchange("bucket", sends_halves=halves))
 
         def after_warmup():
-            family = self._config.family
-            if family.refresh_every is None:
-                return exchange("bucket")
-            return tf.cond(family.renews(number), lambda: exchange("renewal", True), lambda: exchange("bucket"))
+            halves = family.sends_halves(number)
+            if halves is False:
+                return ordinary()
+            return tf.cond(halves, lambda: ordinary(True), lambda: exchange("first"))
 
         if not self._config.warmup_steps:
             return after_warmup()
@@ -218,11 +227,15 @@ class Exchange:
                 break
             kinds = defaultdict(list)
             for gradient, request in asking:
-                is_mean = isinstance(request, AllreduceMean)
-                kinds[request.tensors[0].dtype.name if is_mean else "gathered"].append((gradient, request))
+                kinds[_kind_of_message(request)].append((gradient, request))
             for kind, senders in kinds.items():
                 message = Message([request.tensors for _, request in senders])
-                if kind == "gathered":
+                if kind in ("quantized.8", "quantized.4"):
+                    rows = [sender.rows for sender, _ in senders]
+                    bits = senders[0][1].bits
+                    with tf.control_dependencies([there()]):
+                        answers = message.averaged_in_bits(bits, rows, self._workers, f"{name}.{i}.{kind}")
+                elif kind == "gathered":
                     with tf.control_dependencies([there()]):
                         answers = message.gathered(self._workers, f"{name}.{i}.{kind}")
                 else:
@@ -238,6 +251,13 @@ class Exchange:
         if self._settings.sum_gradients:
             update *= self._workers.count(update.dtype)
         return tf.cast(tf.reshape(update, gradient.state.layout.shape), gradient.state.variable_dtype)
+
+
+def _kind_of_message(request: AllreduceMean | QuantizedMean | Allgather) -> str:
+    """What the requests have in common that travel together."""
+    if isinstance(request, AllreduceMean):
+        return request.tensors[0].dtype.name
+    return f"quantized.{request.bits}" if isinstance(request, QuantizedMean) else "gathered"
 
 
 def _bytes_uncompressed(gradients: Sequence[Tensor]) -> tf.Tensor:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean
+from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean, QuantizedMean
 from horovod_powersgd.tensorflow.variable import plain_name
 from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import transportable
@@ -20,6 +20,7 @@ class Step(NamedTuple):
         workers: int64: how many there are.
         learning_rate: float64; None where it is not known.
         renews: whether it renews PowerSGD's subspaces.
+        sends_halves: whether PowerSGD's factors travel in half precision, where they are to.
     """
 
     number: tf.Tensor
@@ -27,6 +28,7 @@ class Step(NamedTuple):
     workers: tf.Tensor
     learning_rate: tf.Tensor | None
     renews: bool
+    sends_halves: bool
 
 
 class PlainGradient:
@@ -43,7 +45,7 @@ class PlainGradient:
     """
 
     compressed = False
-    request: AllreduceMean | Allgather | None
+    request: AllreduceMean | QuantizedMean | Allgather | None
 
     def __init__(self, state: VariableState, tensor: tf.Tensor):
         self.state = state

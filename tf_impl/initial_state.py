@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.collectives import AllreduceMean, QuantizedMean
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.matrix_state import MatrixState
 from horovod_powersgd.tensorflow import arrays
@@ -42,7 +42,9 @@ def initial_values(
             while True:
                 request = generator.send(answer)
                 answer = request.tensors
-                if not isinstance(request, AllreduceMean):
+                if isinstance(request, QuantizedMean):
+                    answer = [answer, answer]
+                elif not isinstance(request, AllreduceMean):
                     answer = [part[None] for part in answer]
         except StopIteration:
             pass

@@ -8,8 +8,8 @@ import numpy as np
 import tensorflow as tf
 
 from horovod_powersgd.compressors.accordion import Accordion
-from horovod_powersgd.compressors.collectives import AllreduceMean
-from horovod_powersgd.compressors.powersgd import PowerSGD
+from horovod_powersgd.compressors.collectives import AllreduceMean, QuantizedMean
+from horovod_powersgd.compressors.powersgd import PowerSGD, scale_of_halves
 from horovod_powersgd.factors import initial_factor
 from horovod_powersgd.randomness import SPARE, random_factor
 from horovod_powersgd.tensorflow import arrays, orthogonalization
@@ -43,6 +43,7 @@ class PowerSGDGradient(CompressedGradient):
         state, config, key = self.state, _powersgd(self.state), tf.convert_to_tensor(self.state.key)
         # delta is finite where the small factor is that comes of it.
         factor, is_q = tf.convert_to_tensor(state.factor), state.factor_is_q
+        last = factor
         if isinstance(is_q, tf.Variable):
             is_q = tf.convert_to_tensor(is_q)
         if step.renews or not config.warm_start:
@@ -59,13 +60,22 @@ class PowerSGDGradient(CompressedGradient):
                 lambda: tf.matmul(basis, self._delta, transpose_b=True),
                 lambda: tf.matmul(basis, self._delta),
             )
-            if self.sent_dtype == tf.float16:
-                # By way of float32, as processors do it.
-                own = tf.cast(tf.cast(own, tf.float32), tf.float16)
             is_q = _not(is_q)
-            mean = yield AllreduceMean(tf.reshape(own, [-1]))
-            factor = tf.cast(tf.reshape(mean, [amount, self._columns(is_q)]), state.dtype)
-        own = tf.cast(own, state.dtype)
+            shape = [amount, self._columns(is_q)]
+            if config.bits is not None:
+                factor, own = yield QuantizedMean(tf.ensure_shape(own, _known(shape)), config.bits)
+            elif step.sends_halves:
+                longer = tf.cast(tf.shape(last)[1] / tf.shape(own)[1], state.dtype)
+                scale = scale_of_halves(arrays, last, longer)
+                # By way of float32, as processors do it.
+                sent = tf.cast(tf.cast(own * scale, tf.float32), tf.float16)
+                mean = yield AllreduceMean(tf.reshape(sent, [-1]))
+                factor = tf.cast(tf.reshape(mean, shape), state.dtype) / scale
+                own = tf.cast(sent, state.dtype) / scale
+            else:
+                mean = yield AllreduceMean(tf.reshape(own, [-1]))
+                factor = tf.reshape(mean, shape)
+            last = factor
         self._factor, self._factor_is_q, self._own = factor, is_q, own
         # Error feedback from this worker's own last factor: delta_w - P^ Q_w^T.
         return _product(basis, marked(factor, self.finite), is_q), _product(basis, own, is_q)
@@ -91,6 +101,11 @@ class PowerSGDGradient(CompressedGradient):
     def _columns(self, is_q: Flag) -> int:
         """Of a factor, transposed; -1 where that is not known."""
         return self.state.layout.matrix[1 if is_q else 0] if isinstance(is_q, bool) else -1
+
+
+def _known(shape: list) -> list[int | None]:
+    """A shape, as far as it is known before the graph runs."""
+    return [side if isinstance(side, int) and side >= 0 else None for side in shape]
 
 
 def _powersgd(state: VariableState) -> PowerSGD:

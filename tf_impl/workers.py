@@ -72,6 +72,12 @@ class Workers:
             gathered = self.allgather(packed, name)
         return tf.reshape(gathered, tf.stack([self.count(tf.int32), tf.size(packed)]))
 
+    def alltoall(self, messages: tf.Tensor, name: str) -> tf.Tensor:
+        """What all workers have sent to this one, of their messages (W, bytes), one to each."""
+        with tf.device(self.device):
+            sent = mpi_ops.alltoall(_not_constant(messages), None, self._full_name(name), True, self.process_set)
+        return tf.ensure_shape(sent, messages.shape)
+
     def all_there(self, name: str, compressor: Compressor | None) -> tf.Operation:
         """An op that fails with an InvalidArgumentError where a worker has joined (hvd.join). Horovod's allgather would
         then break down, and the job with it. Costs one small allreduce.

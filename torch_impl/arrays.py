@@ -51,6 +51,15 @@ def sign(x):
     return torch.sign(x)
 
 
+def max(x):
+    return torch.max(x)
+
+
+def power_of_two(x):
+    integer, exponent = (torch.int64, 0x7FF << 52) if x.dtype == torch.float64 else (torch.int32, 0xFF << 23)
+    return (x.view(integer) & exponent).view(x.dtype)
+
+
 def sqrt(x):
     return torch.sqrt(x)
 

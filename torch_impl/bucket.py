@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from horovod_powersgd.compressors.compressor import Compressor
-from horovod_powersgd.torch.futures import Future, SparseMean
+from horovod_powersgd.torch.futures import Future, Mean, SparseMean
 from horovod_powersgd.torch.gradient import Copies, PlainGradient
 from horovod_powersgd.torch.step import Step, Verdict
 from horovod_powersgd.torch.workers import Workers
@@ -78,11 +78,17 @@ class Bucket:
         """
         if not sent:
             return True
-        sizes = sizes or [part.numel() for part in sent]
-        flat = torch.cat(list(sent)) if len(sent) > 1 else sent[0]
-        mean = self._workers.mean(flat, f"{self._name}.{number}", in_place)
+        mean = self._start_mean(sent, step, number, in_place)
+        return self._received(senders, (yield mean), sizes or [part.numel() for part in sent])
+
+    def _start_mean(self, sent: Sequence[torch.Tensor], step: Step, number: int, in_place: bool) -> Mean:
+        """Starts averaging these in one message."""
+        flat = joined(sent)
         step.count(flat.nbytes, flat.nbytes)
-        flat = yield mean
+        return self._workers.mean(flat, f"{self._name}.{number}", in_place)
+
+    def _received(self, senders: Sequence[PlainGradient], flat: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Hands out an average; returns whether it is finite, on the device."""
         for gradient, part in zip(senders, flat.split(list(sizes))):
             gradient.receive(part)
         return self._is_finite(flat)
@@ -90,3 +96,8 @@ class Bucket:
     def _is_finite(self, flat: torch.Tensor) -> torch.Tensor:
         """Whether an average is finite, on the device."""
         return torch.isfinite(flat).all()
+
+
+def joined(flat: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One after the other; a single one is not copied."""
+    return torch.cat(list(flat)) if len(flat) > 1 else flat[0]

@@ -98,7 +98,8 @@ class SparseMean:
 
 def _gathered(handle: int, compressor: Compressor | None = None) -> torch.Tensor:
     try:
-        return mpi_ops.synchronize(handle)
+        found = mpi_ops.synchronize(handle)
+        return found[0] if isinstance(found, tuple) else found  # an alltoall also says how much has come
     except HorovodInternalError as error:
         # Horovod says so, in words that are not for users of a compressor.
         if "Join" in str(error):

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from horovod_powersgd.compressors.collectives import AllreduceMean
-from horovod_powersgd.torch.bucket import Bucket
+from horovod_powersgd.compressors.collectives import AllreduceMean, QuantizedMean
+from horovod_powersgd.torch.bucket import Bucket, joined
 from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.generator_gradient import GeneratorGradient
 from horovod_powersgd.torch.gradient import PlainGradient
+from horovod_powersgd.torch.quantization import quantized_mean
 from horovod_powersgd.torch.step import Step
 
 
@@ -29,15 +30,30 @@ class GeneratorBucket(Bucket):
             asking = [gradient for gradient in dense if gradient.request is not None]
             if not asking:
                 break
-            started = self._start(asking, f"{self._name}.{number}", step)
+            quantized = [gradient for gradient in asking if isinstance(gradient.request, QuantizedMean)]
+            others = [gradient for gradient in asking if gradient not in quantized]
+            started = self._start(others, f"{self._name}.{number}", step)
             for gradients, parts, message, place in started:
                 answers = place((yield message), parts)
                 for gradient, some in zip(gradients, answers):
                     gradient.go_on(some)
+            by_bits = itertools.groupby(sorted(quantized, key=_bits), key=_bits)
+            for bits, gradients in by_bits:
+                yield from self._average_quantized(list(gradients), bits, f"{self._name}.{number}.{bits}", step)
         finite: bool | torch.Tensor = True
         for gradient in dense:
             finite = gradient.finite() & finite
         return finite
+
+    def _average_quantized(self, gradients: Sequence[GeneratorGradient], bits: int, name: str, step: Step):
+        """Averages what these ask for, in so many bits."""
+        parts = [gradient.parts()[0] for gradient in gradients]
+        lengths = tuple(itertools.chain(*([part.shape[1]] * len(part) for part in parts)))
+        flat = joined([part.reshape(-1) for part in parts])
+        mean, own = yield from quantized_mean(flat, lengths, bits, name, step, self._config)
+        sizes = [part.numel() for part in parts]
+        for gradient, part, *both in zip(gradients, parts, mean.split(sizes), own.split(sizes)):
+            gradient.go_on([some.view(part.shape) for some in both])
 
     def _start(self, asking: Sequence[GeneratorGradient], name: str, step: Step) -> list[tuple]:
         """Starts a round's messages: for each its gradients, their parts, what to wait for, and what takes it apart."""
@@ -61,6 +77,11 @@ class GeneratorBucket(Bucket):
             gathered = self._workers.gather(packed, f"{name}.gather", step.parity, self._config)
             started.append((gathers, parts, gathered, _split_gathered))
         return started
+
+
+def _bits(gradient: GeneratorGradient) -> int:
+    assert isinstance(gradient.request, QuantizedMean)
+    return gradient.request.bits
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

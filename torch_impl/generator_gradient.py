@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean
+from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean, QuantizedMean
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.matrix_state import MatrixState
 from horovod_powersgd.layout import Layout
@@ -59,7 +59,7 @@ class GeneratorGradient(CompressedGradient):
     ):
         super().__init__(name, parameter, layout, config, sparse_as_dense)
         self._config, self._kept = config, Kept()
-        self.request: AllreduceMean | Allgather | None = None
+        self.request: AllreduceMean | QuantizedMean | Allgather | None = None
 
     @property
     def memory(self) -> torch.Tensor | None:
@@ -96,7 +96,7 @@ class GeneratorGradient(CompressedGradient):
         """What is asked for, to be sent: floats become NaN where this worker's delta was not finite."""
         request = self.request
         assert request is not None
-        tensors = [request.tensors] if isinstance(request, AllreduceMean) else list(request.tensors)
+        tensors = list(request.tensors) if isinstance(request, Allgather) else [request.tensors]
         return [torch.where(self._finite, t, torch.nan) if t.is_floating_point() else t for t in tensors]
 
     def go_on(self, answers: list[torch.Tensor]) -> None:

@@ -1,16 +1,18 @@
 """Gradients that are exchanged together, as PowerSGD's factors or as they are."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
-from horovod_powersgd.torch.bucket import Bucket
+from horovod_powersgd.torch.bucket import Bucket, joined
 from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.orthogonalization import orthogonalize
 from horovod_powersgd.torch.powersgd_gradient import PowerSGDGradient
+from horovod_powersgd.torch.quantization import quantized_mean
 from horovod_powersgd.torch.step import Step
 from horovod_powersgd.torch.workers import Workers
 
@@ -33,7 +35,7 @@ class PowerSGDBucket(Bucket):
         return self._family.half_steps(renews)
 
     def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
-        half_steps = self._start(step)
+        half_steps, bits = self._start(step), self._family.bits
         matrices = [gradient for gradient in self.gradients if isinstance(gradient, PowerSGDGradient)]
         finite, bases = True, _bases(matrices)
         for half_step in range(half_steps):
@@ -45,10 +47,37 @@ class PowerSGDBucket(Bucket):
                     senders.append(gradient)
                     sent.append(gradient.multiply(bases[gradient]) if gradient in bases else gradient.send())
             # This worker's last factors are still needed when the mean is there.
-            in_place = half_step < half_steps - 1
-            finite = (yield from self._average(senders, sent, step, half_step, in_place)) & finite
+            in_place, average = half_step < half_steps - 1, self._average if bits is None else self._average_quantized
+            finite = (yield from average(senders, sent, step, half_step, in_place)) & finite
             if half_step < half_steps - 1:
                 bases = _bases([gradient for gradient in senders if gradient in bases])
+        return finite
+
+    def _average_quantized(
+        self,
+        senders: Sequence[PlainGradient],
+        sent: Sequence[torch.Tensor],
+        step: Step,
+        number: int,
+        in_place: bool,
+        sizes: Sequence[int] = (),
+    ):
+        """_average, with the factors in few bits. The senders of factors come first, each with its own tensor; or one
+        has them all."""
+        matrices = [gradient for gradient in senders if isinstance(gradient, PowerSGDGradient)]
+        plain = sent[len(sent) - len(senders) + len(matrices) :]
+        mean = self._start_mean(plain, step, number, in_place=True) if plain else None
+        finite: bool | torch.Tensor = True
+        if matrices:
+            lengths = tuple(itertools.chain(*(gradient.lengths for gradient in matrices)))
+            name, bits = f"{self._name}.{number}", self._family.bits
+            flat, own = yield from quantized_mean(joined(sent[: len(sent) - len(plain)]), lengths, bits, name, step, self._config)
+            sizes = [sum(gradient.lengths) for gradient in matrices]
+            for gradient, part in zip(matrices, own.split(sizes)):
+                gradient.made(part)
+            finite = self._received(matrices, flat, sizes)
+        if mean is not None:
+            finite = self._received(senders[len(matrices) :], (yield mean), [part.numel() for part in plain]) & finite
         return finite
 
 

@@ -9,11 +9,12 @@ import torch
 
 from horovod_powersgd import arrays
 from horovod_powersgd.compressors.compressor import Compressor
-from horovod_powersgd.compressors.powersgd import PowerSGD
+from horovod_powersgd.compressors.powersgd import PowerSGD, scale_of_halves
 from horovod_powersgd.factors import initial_factor, resized
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.randomness import SPARE, random_factor
 from horovod_powersgd.statistics import residual
+from horovod_powersgd.torch import arrays as tensors
 from horovod_powersgd.torch.clipping import Sample
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient, sum_of_memories
 from horovod_powersgd.torch.gradient import Copies
@@ -58,6 +59,7 @@ class PowerSGDGradient(CompressedGradient):
     _delta: Any
     _basis: Any
     _own: Any
+    _scale_of_halves: torch.Tensor | None = None  # where the next factor travels in half precision
 
     def __init__(
         self,
@@ -95,7 +97,13 @@ class PowerSGDGradient(CompressedGradient):
 
     @property
     def sent_dtype(self) -> torch.dtype:
+        # Of the first step, too, for the order of the buckets.
         return torch.float16 if self._config.wire_dtype == "float16" else self.dtype
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """Of what multiply gives, in this step."""
+        return self.dtype if self._scale_of_halves is None else torch.float16
 
     def _random(self, step: int, length: int) -> torch.Tensor:
         """(r, length) float64."""
@@ -125,6 +133,8 @@ class PowerSGDGradient(CompressedGradient):
             self._rank = rank
             self._spares.clear()
         self._mean, self._mean_is_q = self._kept.factor, self._kept.is_q
+        self._sends_halves = self._config.sends_halves(step)
+        self._take_scale_of_halves(to_q=not self._mean_is_q and not renews and self._config.warm_start)
         if renews or not self._config.warm_start:
             self._mean, self._mean_is_q = self._random(step, self._matrix_shape[1]).to(self.dtype), True
         elif len(self._mean) != rank:
@@ -152,21 +162,38 @@ class PowerSGDGradient(CompressedGradient):
     def half_step(self, basis: torch.Tensor) -> HalfStep:
         """What is to be multiplied next, by a basis of `mean`; the result is for `made`."""
         self._basis, memory, self._added = basis, self._added, None
+        if self._scale_of_halves is not None:
+            basis = basis * self._scale_of_halves
         return HalfStep(self._delta, basis, not self._mean_is_q, memory, self._scale / self._kept.scale)
 
     def made(self, own: torch.Tensor) -> None:
-        """Takes this worker's factor, as it is sent."""
-        self._own = own.view(self._rank, -1)
+        """Takes this worker's factor, as it is sent, or as a part of the mean."""
+        self._own, self._scale_of_own = own.view(self._rank, -1), self._scale_of_halves
 
     def multiply(self, basis: torch.Tensor) -> torch.Tensor:
         """A half-step: delta Q^ or delta^T P^, flat; in the first one the memory is added to delta on the way."""
         with profiled("p" if self._mean_is_q else "q"):
-            self.made(half_step(self.half_step(basis)).to(self.sent_dtype))
+            self.made(half_step(self.half_step(basis)).to(self.factor_dtype))
         return self._own.view(-1)
 
     def receive(self, mean: torch.Tensor) -> None:
-        self._mean = mean.view(self._rank, -1).to(self.dtype)
+        self._mean = self._unscaled(mean.view(self._rank, -1), self._scale_of_halves)
         self._mean_is_q = not self._mean_is_q
+        self._take_scale_of_halves(to_q=not self._mean_is_q)
+
+    def _take_scale_of_halves(self, to_q: bool) -> None:
+        """Of the next half-step, which makes Q or P."""
+        longer = self._mean.shape[1] / self._matrix_shape[1 if to_q else 0]
+        self._scale_of_halves = scale_of_halves(tensors, self._mean, longer) if self._sends_halves else None
+
+    def _unscaled(self, sent: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """A factor that has travelled."""
+        return sent.to(self.dtype) if scale is None else sent.to(self.dtype) / scale
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the rows of `own`."""
+        return (self._own.shape[1],) * self._rank
 
     @property
     def mean_is_q(self) -> bool:
@@ -203,7 +230,8 @@ class PowerSGDGradient(CompressedGradient):
             memory = None
             if self._config.error_feedback:
                 # Error feedback from this worker's own last factor.
-                memory = Memory(self._delta, *self._p_and_q(self._own.to(self.dtype)))
+                self._own = self._unscaled(self._own, self._scale_of_own)
+                memory = Memory(self._delta, *self._p_and_q(self._own))
                 out = self._room()
             self._next = Kept(self._mean, self._mean_is_q, memory, self._scale, self._own)
         return Product(*self._p_and_q(self._mean if factor == 1 else self._mean * factor), out)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from horovod.torch.mpi_ops import ProcessSet, Sum, allgather_async, allreduce_async, allreduce_async_
+from horovod.torch.mpi_ops import ProcessSet, Sum, allgather_async, allreduce_async, allreduce_async_, alltoall_async
 
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.torch.futures import Gathered, Mean, SparseMean
@@ -64,6 +64,13 @@ class Workers:
         if self.count == 1:
             return Gathered(packed, 1, compressor)
         return Gathered(packed, self.count, compressor, self._start_gather(packed, name, parity))
+
+    def exchange(self, messages: torch.Tensor, name: str, parity: bool, compressor: Compressor) -> Gathered:
+        """Starts sending each worker one of these messages (W, bytes), for a compressor; gives what all have sent to
+        this one."""
+        messages = messages.unsqueeze(-1) if parity else messages  # as in _start_gather
+        handle = alltoall_async(messages, name=f"{self.prefix}.{name}", process_set=self.process_set)
+        return Gathered(messages, self.count, compressor, handle)
 
     def _start_gather(self, tensor: torch.Tensor, name: str, parity: bool) -> int:
         """Horovod remembers the shape of an allgather by its name. Where a worker has joined, an allgather of the shape

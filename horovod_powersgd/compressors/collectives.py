@@ -12,6 +12,16 @@ class AllreduceMean:
 
 
 @dataclass(frozen=True)
+class QuantizedMean:
+    """The request to average over all workers in 8 or 4 bits a number: a matrix of floats, each row of which gets a
+    unit of its own; or several, by name. It is answered with the mean and this worker's part of it: what is left of the
+    matrix when the part is taken away is what rounding lost. The mean of all workers' parts is the mean."""
+
+    tensors: Any
+    bits: int = 8
+
+
+@dataclass(frozen=True)
 class Allgather:
     """The request for the tensors of all workers: a tuple of tensors; or several tuples, by name. It is answered in the
     same form, each tensor with the workers as first axis."""

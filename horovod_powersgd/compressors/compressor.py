@@ -1,11 +1,13 @@
 """What all compressors have in common."""
 
+import itertools
 import math
 import numbers
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, NamedTuple
 
+from horovod_powersgd import quantization
 from horovod_powersgd.layout import layout_of, leading_rows
 
 
@@ -28,6 +30,7 @@ class Compressor:
         error_feedback: whether what one step left out is added to the next step's gradient.
         warmup_steps: this many first steps are exchanged uncompressed.
         low_rank: whether matrices travel as factors.
+        bits: of a number, where QuantizedMean averages what is sent of matrices. None: it does not.
         refresh_every: every that many steps a step is another one than the rest (PowerSGD.refresh_every). None: none.
     """
 
@@ -37,6 +40,7 @@ class Compressor:
     low_rank: bool = False
     refresh_every: int | None = None
     seed: int = 0
+    bits: int | None = None
     # A subclass's.
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -60,6 +64,11 @@ class Compressor:
 
     def renews(self, step: int) -> bool:
         """Whether the step that comes after so many steps is such a one as refresh_every speaks of."""
+        return False
+
+    def sends_halves(self, step: int) -> bool:
+        """Whether the factors of the step that comes after so many steps travel in half precision; in TensorFlow both
+        are tensors."""
         return False
 
     def exchange(self, delta, state) -> Generator[Any, Any, Any]:
@@ -88,6 +97,16 @@ class Compressor:
         """
         raise NotImplementedError
 
+    def quantized_rows(self, rows: int, columns: int, step: int = 0) -> list[list[int]]:
+        """For each QuantizedMean of one matrix in one step, the lengths of the rows that it averages; then nothing else
+        is sent of it.
+
+        Args:
+            rows, columns: of the matrix.
+            step: how many were exchanged before.
+        """
+        return []
+
     def traffic(
         self,
         shapes: Sequence[tuple[int, ...]],
@@ -96,7 +115,8 @@ class Compressor:
         step: int = 0,
         matrix_shape: Callable = leading_rows,
     ) -> Traffic:
-        """What one worker sends and receives in one step, as compression_stats() counts it.
+        """What one worker sends and receives in one step, as compression_stats() counts it where all gradients are in
+        one bucket; what QuantizedMean averages takes some bytes more in several.
 
         Args:
             shapes: of all tensors.
@@ -107,14 +127,23 @@ class Compressor:
                 trailing_columns in TensorFlow.
         """
         sent = received = 0
+        means: list[list[int]] = []
         for shape in shapes if workers > 1 else ():
             layout = layout_of(shape, self, matrix_shape)
             if layout.compressed and step >= self.warmup_steps:
                 # What is computed from half precision is in single precision.
+                if self.bits is not None:
+                    of_matrix = self.quantized_rows(*layout.matrix, step)
+                    # The last gradient first, as in a bucket.
+                    means = [[*new, *old] for old, new in itertools.zip_longest(means, of_matrix, fillvalue=[])]
+                    continue
                 size = self.message_bytes(*layout.matrix, max(itemsize, 4), step)
                 sent, received = sent + size, received + size * (1 if self.linear else workers)
             else:
                 sent, received = (total + math.prod(shape) * itemsize for total in (sent, received))
+        for lengths in means:
+            more = quantization.traffic(lengths, workers, self.bits, max(itemsize, 4))
+            sent, received = sent + more[0], received + more[1]
         return Traffic(sent, received)
 
     def description(self) -> dict[str, Any]:

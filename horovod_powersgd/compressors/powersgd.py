@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from horovod_powersgd.compressors.collectives import AllreduceMean
+from horovod_powersgd.compressors.collectives import AllreduceMean, QuantizedMean
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.factors import initial_factor, orthogonalize, resized
 from horovod_powersgd.randomness import SPARE, random_factor
 
+WIRE_DTYPES = (None, "float16", "int8", "int4")
 # Half-steps of a step that renews the subspace: from a random Q, with two more than usual, the approximation is as good
 # as one from a warm start, and better. benchmarks/renewal.py measures it.
 RENEWAL = 4
@@ -36,8 +37,11 @@ class PowerSGD(Compressor):
             from a fresh random Q.
         error_feedback: add what one step's compression left out to the next step's gradient (paper, section 3).
             It costs memory of the gradients' size; without it the results are biased.
-        wire_dtype: None: factors travel in the precision that they are computed in. "float16": they travel in half
-            precision; what their rounding loses stays in the error-feedback memory.
+        wire_dtype: None: factors travel in the precision that they are computed in. "float16", "int8", "int4": they
+            travel in half precision, or in 8 or 4 bits a number, each column divided by its largest entry
+            (horovod_powersgd.quantization); what rounding loses stays in the error-feedback memory. In half precision
+            they are divided by a power of two near the largest entry of the factor before, and the first step travels
+            in full precision.
         seed: of the random starting Q, a non-negative integer.
         refresh_every: every that many steps the subspace is sought anew, from a fresh random Q and with at least four
             half-steps. A warm start can miss, for as long as training lasts, what is orthogonal to it (PowerSGD+, Xie,
@@ -61,7 +65,6 @@ class PowerSGD(Compressor):
     wire_dtype: str | None = None
     seed: int = 0
     refresh_every: int | None = None
-    linear = True
     low_rank = True
 
     def __post_init__(self) -> None:
@@ -72,10 +75,10 @@ class PowerSGD(Compressor):
         self._check_bool("warm_start")
         self._check_bool("error_feedback")
         self._check_number("min_compression_rate", "0 or more", lambda rate: rate >= 0)
-        if self.wire_dtype is not None and not isinstance(self.wire_dtype, str):
-            raise TypeError(f"PowerSGD: wire_dtype must be None or 'float16', not {self.wire_dtype!r}")
-        if self.wire_dtype not in (None, "float16"):
-            raise ValueError(f"PowerSGD: wire_dtype must be None or 'float16', not {self.wire_dtype!r}")
+        if self.wire_dtype not in WIRE_DTYPES:
+            error = ValueError if isinstance(self.wire_dtype, str) else TypeError
+            raise error(f"PowerSGD: wire_dtype must be None, 'float16', 'int8' or 'int4', not {self.wire_dtype!r}")
+        object.__setattr__(self, "linear", self.bits is None)
         if self.refresh_every is not None:
             self._check_integer("refresh_every", at_least=1)
 
@@ -100,6 +103,15 @@ class PowerSGD(Compressor):
         # Not ==, which compares identities in the graphs of TensorFlow 1.
         return (step > 0) & (step % self.refresh_every < 1)
 
+    @property
+    def bits(self) -> int | None:
+        """Of a number of a factor, where QuantizedMean averages them."""
+        return {"int8": 8, "int4": 4}.get(self.wire_dtype or "")
+
+    def sends_halves(self, step: int) -> bool:
+        # Those of the first step do not: nobody knows yet how large they are.
+        return self.wire_dtype == "float16" and step > self.warmup_steps
+
     def half_steps(self, renews: bool) -> int:
         """Of a step that renews the subspace, or does not."""
         more = max(0, RENEWAL - self.num_iters_per_step)
@@ -109,15 +121,15 @@ class PowerSGD(Compressor):
         """One worker's side of the exchange of one matrix: paper, Algorithm 1, within Algorithm 2, lines 8 to 11.
 
         PyTorch and TensorFlow have a faster way of their own. Called in a graph of TensorFlow, as part of a compressor
-        of one's own, this one needs an even number of half-steps, and no refresh_every.
+        of one's own, this one needs an even number of half-steps, no refresh_every, and no half precision.
 
         Args:
             delta: (n, m), gradient plus memory; finite.
             state: keeps the last factor, and whether it is Q.
 
         Yields:
-            AllreduceMean, once for each half-step, which multiplies delta by an orthonormal basis of one factor to get
-            the other factor.
+            AllreduceMean or QuantizedMean, once for each half-step, which multiplies delta by an orthonormal basis of
+            one factor to get the other factor.
 
         Returns:
             (P^ Q^T, P^ Q_w^T): the update, and this worker's part of it, each (n, m).
@@ -125,12 +137,13 @@ class PowerSGD(Compressor):
         xp, (rows, columns) = state.arrays, state.shape
         rank = state.amount or self.amount(rows, columns)  # a generator function around this one knows of no amount
         renews, is_q = self.renews(state.step), True
+        # What is kept has one dtype in all steps, delta's.
+        dtype = np.float64 if "float64" in str(delta.dtype) else np.float32
+        last = state.get("factor", initial_factor(state.name, columns, rank, self.seed).astype(dtype))
         if renews or not self.warm_start:
             factor = random_factor(xp, state.key, state.step, columns, rank)
         else:
-            # What is kept has one dtype in all steps, delta's.
-            dtype = np.float64 if "float64" in str(delta.dtype) else np.float32
-            factor = state.get("factor", initial_factor(state.name, columns, rank, self.seed).astype(dtype))
+            factor = last
             if self.alternates:
                 is_q = bool(state.get("factor_is_q", np.array(True)))
         factor = xp.like(factor, delta)
@@ -141,24 +154,52 @@ class PowerSGD(Compressor):
                 factor = resized(factor, rank, spare())
             basis = orthogonal(factor, spare)                                   # Q^ (or P^)
             own = (delta if is_q else xp.transpose(delta)) @ basis              # delta_w Q^ (or delta_w^T P^)
-            own = own if self.wire_dtype is None else xp.cast(own, self.wire_dtype)
-            mean = yield AllreduceMean(own)                                     # P (or Q)
-            factor, is_q = xp.like(mean, delta), not is_q
+            if self.bits is not None:
+                parts = yield QuantizedMean(xp.transpose(own), self.bits)       # a unit for each column
+                factor, own = (xp.transpose(part) for part in parts)            # P (or Q)
+            elif self.sends_halves(state.step):
+                scale = scale_of_halves(xp, last, last.shape[0] / own.shape[0])
+                sent = xp.cast(own * scale, "float16")
+                mean = yield AllreduceMean(sent)
+                factor, own = xp.like(mean, delta) / scale, xp.like(sent, delta) / scale
+            else:
+                factor = yield AllreduceMean(own)
+            last, is_q = factor, not is_q
         state.put("factor", factor)
         if self.alternates:
             state.put("factor_is_q", np.array(is_q))
-        own = xp.like(own, delta)
         if is_q:
             return basis @ xp.transpose(factor), basis @ xp.transpose(own)      # P^ Q^T, P^ Q_w^T
         return factor @ xp.transpose(basis), own @ xp.transpose(basis)          # P Q^^T, P_w Q^^T
 
-    def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
+    def _lengths(self, rows: int, columns: int, step: int) -> list[int]:
+        """Of the factors that are sent in a step."""
         # The first factor after the warm-up and after a renewal is P; from then on they take turns.
         start = self.warmup_steps
         if self.refresh_every is not None and self.num_iters_per_step % 2:
             start = max(start, step // self.refresh_every * self.refresh_every)
         half_steps = self.half_steps(self.renews(step))
         makes_p = not self.warm_start or (step - start) * self.num_iters_per_step % 2 == 0
-        ps = (half_steps + makes_p) // 2
-        numbers = self.amount(rows, columns) * (ps * rows + (half_steps - ps) * columns)
-        return numbers * (2 if self.wire_dtype == "float16" else itemsize)
+        return [rows if half_step % 2 != makes_p else columns for half_step in range(half_steps)]
+
+    def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
+        numbers = self.amount(rows, columns) * sum(self._lengths(rows, columns, step))
+        return numbers * (2 if self.sends_halves(step) else itemsize)
+
+    def quantized_rows(self, rows: int, columns: int, step: int = 0) -> list[list[int]]:
+        if self.bits is None:
+            return []
+        return [[length] * self.amount(rows, columns) for length in self._lengths(rows, columns, step)]
+
+
+def scale_of_halves(xp, last, longer):
+    """What a factor is multiplied by before it travels in half precision: a power of two that brings its largest entry
+    near 1 where it is as large as the last factor. It can be 10,000 times as large.
+
+    Args:
+        xp: the framework's arrays.
+        last: the factor that was averaged last, which all workers know.
+        longer: how many times as long as the factor's its columns are, a number or a scalar.
+    """
+    largest = xp.power_of_two(xp.max(abs(last)) * longer**0.5)
+    return xp.where(largest > 0, 1 / largest, xp.like(1.0, largest))

@@ -3,13 +3,18 @@
 Attributes:
     compiled: the module that setup.py makes of kernels.cpp, with half_step and product; None where that was not
         possible when this package was installed.
+    codes: the same of quantization.cpp, with encode and decode.
 """
 
 from importlib import import_module
 from typing import Any
 
-compiled: Any
-try:
-    compiled = import_module("horovod_powersgd._kernels")
-except ImportError:
-    compiled = None
+
+def _module(name: str) -> Any:
+    try:
+        return import_module(f"horovod_powersgd.{name}")
+    except ImportError:
+        return None
+
+
+compiled, codes = _module("_kernels"), _module("_quantization")

@@ -1,0 +1,188 @@
+// Numbers to codes of 8 or 4 bits, and back. horovod_powersgd/quantization.py says what they are; torch_impl's
+// quantization.py calls this.
+//
+// Compiled so that products and sums are not rounded together (-ffp-contract=off): all workers are to come to the same
+// bits, whatever their processors have.
+
+#include <Python.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+// Where the C library can choose between functions when they are loaded.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("avx2", "default")))
+#else
+#define FOR_EACH_PROCESSOR
+#endif
+
+namespace {
+
+// The bits of a number without its sign are in the order of its size; those of what is not finite come last.
+FOR_EACH_PROCESSOR int32_t largest_bits(const float* numbers, int64_t count) {
+    int32_t largest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t bits;
+        std::memcpy(&bits, numbers + i, sizeof bits);
+        bits &= 0x7FFFFFFF;
+        largest = bits > largest ? bits : largest;
+    }
+    return largest;
+}
+
+FOR_EACH_PROCESSOR int64_t largest_bits(const double* numbers, int64_t count) {
+    int64_t largest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t bits;
+        std::memcpy(&bits, numbers + i, sizeof bits);
+        bits &= 0x7FFFFFFFFFFFFFFF;
+        largest = bits > largest ? bits : largest;
+    }
+    return largest;
+}
+
+// To the nearest integer, the even one of two: at this size, neighbouring numbers differ by 1.
+constexpr float ROUNDS_FLOAT = 3 << 22;
+constexpr double ROUNDS_DOUBLE = 3ll << 51;
+
+FOR_EACH_PROCESSOR void divide(const float* numbers, int64_t count, float unit, int8_t* codes) {
+    for (int64_t i = 0; i < count; i++)
+        codes[i] = static_cast<int8_t>(static_cast<int32_t>((numbers[i] / unit + ROUNDS_FLOAT) - ROUNDS_FLOAT));
+}
+
+FOR_EACH_PROCESSOR void divide(const double* numbers, int64_t count, double unit, int8_t* codes) {
+    for (int64_t i = 0; i < count; i++)
+        codes[i] = static_cast<int8_t>(static_cast<int32_t>((numbers[i] / unit + ROUNDS_DOUBLE) - ROUNDS_DOUBLE));
+}
+
+FOR_EACH_PROCESSOR void multiply(const int8_t* codes, int64_t count, float unit, float* out) {
+    for (int64_t i = 0; i < count; i++) out[i] = codes[i] * unit;
+}
+
+FOR_EACH_PROCESSOR void multiply(const int8_t* codes, int64_t count, double unit, double* out) {
+    for (int64_t i = 0; i < count; i++) out[i] = codes[i] * unit;
+}
+
+FOR_EACH_PROCESSOR void multiply_add(const int8_t* codes, int64_t count, float unit, float* out) {
+    for (int64_t i = 0; i < count; i++) out[i] += codes[i] * unit;
+}
+
+FOR_EACH_PROCESSOR void multiply_add(const int8_t* codes, int64_t count, double unit, double* out) {
+    for (int64_t i = 0; i < count; i++) out[i] += codes[i] * unit;
+}
+
+// Two codes make a byte; the first is in its lower half.
+FOR_EACH_PROCESSOR void pack(const int8_t* codes, int64_t bytes, uint8_t* packed) {
+    for (int64_t i = 0; i < bytes; i++) packed[i] = (codes[2 * i] & 15) | (codes[2 * i + 1] << 4);
+}
+
+FOR_EACH_PROCESSOR void unpack(const uint8_t* packed, int64_t bytes, int8_t* codes) {
+    for (int64_t i = 0; i < bytes; i++) {
+        codes[2 * i] = static_cast<int8_t>(packed[i] << 4) >> 4;
+        codes[2 * i + 1] = static_cast<int8_t>(packed[i]) >> 4;
+    }
+}
+
+// Slices in a row, and their messages: for each slice the segments' units, then the codes.
+struct Slices {
+    const int64_t* segments;  // (count, width): their lengths
+    int64_t width, count, size;
+    int bits;
+
+    int64_t code_bytes() const { return size * bits / 8; }
+};
+
+template <typename T>
+void encode(const T* numbers, int64_t total, const Slices& slices, uint8_t* message, int64_t distance) {
+    const T levels = slices.bits == 8 ? 127 : 7;
+    std::vector<int8_t> unpacked(slices.bits == 8 ? 0 : slices.size);
+    for (int64_t slice = 0; slice < slices.count; slice++, message += distance) {
+        uint8_t* packed = message + slices.width * sizeof(T);
+        int8_t* codes = slices.bits == 8 ? reinterpret_cast<int8_t*>(packed) : unpacked.data();
+        std::memset(codes, 0, slices.size);
+        int64_t place = 0;
+        for (int64_t k = 0; k < slices.width; k++) {
+            const int64_t length = slices.segments[slice * slices.width + k], first = slice * slices.size + place;
+            const int64_t there = first + length < total ? length : first < total ? total - first : 0;
+            const auto bits = largest_bits(numbers + first, there);
+            T largest;
+            std::memcpy(&largest, &bits, sizeof largest);
+            const bool finite = largest <= std::numeric_limits<T>::max();
+            const T unit = finite ? largest / levels : std::numeric_limits<T>::quiet_NaN();
+            if (unit >= std::numeric_limits<T>::min()) divide(numbers + first, there, unit, codes + place);
+            std::memcpy(message + k * sizeof(T), &unit, sizeof unit);
+            place += length;
+        }
+        if (slices.bits == 4) pack(codes, slices.code_bytes(), packed);
+    }
+}
+
+template <typename T>
+void decode(const uint8_t* message, int64_t distance, const Slices& slices, T divisor, T* out, bool adds) {
+    std::vector<int8_t> unpacked(slices.bits == 8 ? 0 : slices.size);
+    for (int64_t slice = 0; slice < slices.count; slice++, message += distance) {
+        const uint8_t* packed = message + slices.width * sizeof(T);
+        const int8_t* codes = reinterpret_cast<const int8_t*>(packed);
+        if (slices.bits == 4) {
+            unpack(packed, slices.code_bytes(), unpacked.data());
+            codes = unpacked.data();
+        }
+        for (int64_t k = 0; k < slices.width; k++) {
+            const int64_t length = slices.segments[slice * slices.width + k];
+            T unit;
+            std::memcpy(&unit, message + k * sizeof(T), sizeof unit);
+            (adds ? static_cast<void (*)(const int8_t*, int64_t, T, T*)>(multiply_add)
+                  : static_cast<void (*)(const int8_t*, int64_t, T, T*)>(multiply))(codes, length, unit / divisor, out);
+            codes += length;
+            out += length;
+        }
+    }
+}
+
+template <typename T>
+T* at(unsigned long long address) {
+    return reinterpret_cast<T*>(address);
+}
+
+PyObject* encode(PyObject*, PyObject* arguments) {
+    int is_double, bits;
+    unsigned long long numbers, segments, message;
+    long long total, width, count, size, distance;
+    if (!PyArg_ParseTuple(arguments, "pKLKLLLiKL", &is_double, &numbers, &total, &segments, &width, &count, &size,
+                          &bits, &message, &distance))
+        return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    const Slices slices{at<int64_t>(segments), width, count, size, bits};
+    if (is_double) encode(at<double>(numbers), total, slices, at<uint8_t>(message), distance);
+    else encode(at<float>(numbers), total, slices, at<uint8_t>(message), distance);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject* decode(PyObject*, PyObject* arguments) {
+    int is_double, bits, adds;
+    unsigned long long message, segments, out;
+    long long distance, width, count, size, divisor;
+    if (!PyArg_ParseTuple(arguments, "pKLKLLLiLKp", &is_double, &message, &distance, &segments, &width, &count, &size,
+                          &bits, &divisor, &out, &adds))
+        return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    const Slices slices{at<int64_t>(segments), width, count, size, bits};
+    if (is_double) decode<double>(at<uint8_t>(message), distance, slices, divisor, at<double>(out), adds);
+    else decode<float>(at<uint8_t>(message), distance, slices, divisor, at<float>(out), adds);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {{"encode", encode, METH_VARARGS, nullptr},
+                         {"decode", decode, METH_VARARGS, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_quantization", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__quantization() { return PyModule_Create(&module); }

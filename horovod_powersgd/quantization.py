@@ -1,0 +1,107 @@
+"""Averages in 8 or 4 bits a number, in plain numpy: what every framework does alike.
+
+Horovod reduces no such numbers. So either all workers gather what each sends, and add it up: one round. Or each worker
+is sent its slice of it by all, adds that up, and rounds the mean again, and all gather the slices: two rounds, and fewer
+bytes where workers are many. What the second rounding changes, the owner of the slice adds to its own part, times W: the
+mean of all workers' parts is the mean that they get, whichever way it went.
+
+Numbers come in rows, those of a bucket one after the other. What of a row lies in one slice is a segment. It has a unit,
+its largest number / LEVELS; a number travels as a code: how often the unit goes into it, rounded to the nearest. A
+segment with a number that is not finite has the unit NaN.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+# The largest code, by the bits of a number.
+LEVELS = {8: 127, 4: 7}
+# Where there are so many workers, or more, an average takes two rounds. docs/speed.md has the measurements.
+TWO_ROUNDS = 4
+
+
+class Slices:
+    """Rows of numbers, one after the other, in as many slices of equal size as there are owners.
+
+    Args:
+        lengths: of the rows.
+        workers: that average them: each owns a slice, or all own the only one.
+
+    Attributes:
+        count: of slices.
+        size: of each, in numbers; zeros after the last row fill it up.
+        segments: (count, K) int64: the lengths of each slice's segments, and zeros where it has fewer than K.
+    """
+
+    def __init__(self, lengths: Sequence[int] | np.ndarray, workers: int):
+        numbers, self.count = int(np.sum(lengths)), workers if workers >= TWO_ROUNDS else 1
+        self.size = -(-numbers // (2 * self.count)) * 2  # even, since two codes of 4 bits make a byte
+        ends = np.union1d(np.cumsum(lengths), self.size * np.arange(1, self.count + 1))
+        slice_of = (ends - 1) // self.size
+        counts = np.bincount(slice_of, minlength=self.count)
+        self.segments = np.zeros((self.count, counts.max()), np.int64)
+        self.segments[slice_of, np.arange(len(ends)) - (np.cumsum(counts) - counts)[slice_of]] = np.diff(ends, prepend=0)
+
+    def nbytes(self, bits: int, itemsize: int) -> int:
+        """Of what travels of one slice: a unit for each segment, of as many bytes as a number has, and the codes."""
+        return self.segments.shape[1] * itemsize + self.size * bits // 8
+
+
+def traffic(lengths: Sequence[int], workers: int, bits: int, itemsize: int) -> tuple[int, int]:
+    """What a worker hands to Horovod for an average, and what it is handed back, in bytes."""
+    slices = Slices(lengths, workers)
+    nbytes = slices.nbytes(bits, itemsize)
+    if slices.count == 1:
+        return nbytes, workers * nbytes
+    return (workers + 1) * nbytes, 2 * workers * nbytes
+
+
+def mean(everyones: Sequence[np.ndarray], lengths: Sequence[int], bits: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """All workers' average.
+
+    Args:
+        everyones: each worker's rows, one after the other, (numbers,) float32 or float64.
+        lengths: of the rows.
+        bits: of a number, 8 or 4.
+
+    Returns:
+        (numbers,) the mean, and for each worker its part: the parts' mean is the mean, to rounding.
+    """
+    workers, numbers = len(everyones), int(np.sum(lengths))
+    slices = Slices(lengths, workers)
+    total: np.ndarray | float = 0.0
+    parts = []
+    for theirs in everyones:
+        padded = np.zeros((slices.count, slices.size), theirs.dtype)
+        padded.reshape(-1)[:numbers] = theirs
+        units, codes = encode(padded, slices.segments, bits)
+        parts.append(decode(units, codes, slices.segments))
+        total = total + decode(units / workers, codes, slices.segments)
+    if slices.count > 1:
+        rounded = decode(*encode(total, slices.segments, bits), slices.segments)
+        for worker, part in enumerate(parts):
+            part[worker] += workers * (rounded[worker] - total[worker])
+        total = rounded
+    return total.reshape(-1)[:numbers], [part.reshape(-1)[:numbers] for part in parts]
+
+
+def encode(numbers: np.ndarray, segments: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Units (slices, K) and codes (slices, size), both in the numbers' dtype.
+
+    Args:
+        numbers: (slices, size).
+        segments: Slices.segments.
+        bits: of a code.
+    """
+    starts, largest = np.cumsum(segments).reshape(segments.shape) - segments, np.zeros(segments.shape, numbers.dtype)
+    largest[segments > 0] = np.maximum.reduceat(abs(numbers.reshape(-1)), starts[segments > 0])
+    units = np.where(np.isfinite(largest), largest / LEVELS[bits], np.nan).astype(numbers.dtype)
+    each = np.repeat(units.reshape(-1), segments.reshape(-1)).reshape(numbers.shape)
+    # Too small a unit could not be told from zero: such numbers travel as zeros.
+    counted = each >= np.finfo(numbers.dtype).tiny
+    return units, np.rint(np.divide(numbers, each, out=np.zeros_like(numbers), where=counted))
+
+
+def decode(units: np.ndarray, codes: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """(slices, size): the numbers that these units and codes stand for."""
+    return codes * np.repeat(units.reshape(-1), segments.reshape(-1)).reshape(codes.shape)

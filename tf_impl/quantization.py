@@ -1,0 +1,138 @@
+"""Averages in 8 or 4 bits a number, as ops in a graph: horovod_powersgd.quantization, of tensors."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import tensorflow as tf
+
+from horovod_powersgd import quantization
+from horovod_powersgd.compressors.compressor import Traffic
+from horovod_powersgd.quantization import LEVELS, TWO_ROUNDS
+from horovod_powersgd.tensorflow.workers import Workers, elastic
+
+# Where it is not known before the graph runs, a scalar int64 tensor.
+Number: TypeAlias = int | tf.Tensor
+
+
+class Slices:
+    """quantization.Slices, and the messages that they travel in: for each slice its units and then its codes.
+
+    Args:
+        lengths: of the rows: for each matrix, how many there are, and how long they are.
+        workers: how many average them.
+        bits: of a code.
+        dtype: of the numbers.
+    """
+
+    def __init__(self, lengths: Sequence[tuple[Number, Number]], workers: Number, bits: int, dtype: tf.DType):
+        self._bits, self._dtype = bits, dtype
+        if all(isinstance(number, int) for number in (workers, *sum(lengths, ()))):
+            self._segments, self.size = _cut(*zip(*lengths), workers)
+        else:
+            rows, columns = (tf.stack([tf.cast(n, tf.int64) for n in numbers]) for numbers in zip(*lengths))
+            found = tf.numpy_function(_cut, [rows, columns, tf.cast(workers, tf.int64)], [tf.int64, tf.int64])
+            self._segments, self.size = tf.ensure_shape(found[0], [None, None]), tf.ensure_shape(found[1], [])
+        self.count, self._width = tf.unstack(tf.shape(self._segments, tf.int64))
+
+    def encoded(self, numbers: tf.Tensor, index: tf.Tensor | None = None) -> tf.Tensor:
+        """The messages (slices, bytes) of all slices, or of the one with this index, of these numbers, flat; what is
+        missing at the end is zeros."""
+        segments, count = self._of(index)
+        numbers = tf.pad(numbers, [[0, count * self.size - tf.size(numbers, tf.int64)]])
+        segment_of = tf.repeat(tf.range(count * self._width), tf.reshape(segments, [-1]))
+        largest = tf.math.unsorted_segment_max(abs(numbers), segment_of, count * self._width)
+        infinite = tf.cast(~tf.math.is_finite(numbers), self._dtype)
+        infinite = tf.math.unsorted_segment_max(infinite, segment_of, count * self._width) > 0
+        # Of an empty segment, the largest is the least number there is.
+        units = tf.maximum(largest, 0) / LEVELS[self._bits]
+        units = tf.where(infinite, tf.constant(np.nan, self._dtype), units)
+        each = tf.gather(units, segment_of)
+        counted = each >= np.finfo(self._dtype.as_numpy_dtype).tiny
+        codes = tf.where(counted, tf.round(numbers / tf.where(counted, each, 1)), 0)
+        codes = tf.bitcast(tf.cast(codes, tf.int8), tf.uint8)
+        if self._bits == 4:
+            codes = tf.bitwise.bitwise_and(codes[::2], 15) | tf.bitwise.left_shift(codes[1::2], tf.constant(4, tf.uint8))
+        units = tf.bitcast(tf.reshape(units, [count, self._width]), tf.uint8)
+        parts = [tf.reshape(part, [count, -1]) for part in (units, codes)]
+        return tf.concat(parts, 1)
+
+    def decoded(self, messages: tf.Tensor, index: tf.Tensor | None = None, divisor: tf.Tensor | int = 1) -> tf.Tensor:
+        """The numbers, flat, over a divisor, that the messages (slices, bytes) hold: of all slices, or of the one with
+        this index."""
+        segments, count = self._of(index)
+        itemsize = self._dtype.size
+        units = tf.reshape(messages[:, : self._width * itemsize], [-1, itemsize])
+        units = tf.bitcast(units, self._dtype) / tf.cast(divisor, self._dtype)
+        codes = tf.reshape(tf.bitcast(messages[:, self._width * itemsize :], tf.int8), [-1])
+        if self._bits == 4:
+            four = tf.constant(4, tf.int8)
+            # The shift brings a sign to where it counts.
+            lower = tf.bitwise.right_shift(tf.bitwise.left_shift(codes, four), four)
+            codes = tf.reshape(tf.stack([lower, tf.bitwise.right_shift(codes, four)], 1), [-1])
+        return tf.cast(codes, self._dtype) * tf.repeat(units, tf.reshape(segments, [-1]))
+
+    def summed(self, messages: tf.Tensor, index: tf.Tensor, workers: tf.Tensor) -> tf.Tensor:
+        """The mean of what all workers' messages (W, bytes) say of one slice, in the workers' order."""
+
+        def add(worker, total):
+            return worker + 1, total + self.decoded(messages[worker : worker + 1], index, workers)
+
+        zeros = tf.zeros([self.size], self._dtype)
+        return tf.while_loop(lambda worker, _: worker < workers, add, [tf.constant(0, tf.int64), zeros])[1]
+
+    def _of(self, index: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
+        if index is None:
+            return tf.convert_to_tensor(self._segments), self.count
+        return tf.convert_to_tensor(self._segments)[index : index + 1], tf.constant(1, tf.int64)
+
+
+def _cut(rows, columns, workers):
+    """The segments of quantization.Slices, and its size, int64."""
+    slices = quantization.Slices(np.repeat(columns, rows), int(workers))
+    return slices.segments, np.int64(slices.size)
+
+
+def quantized_mean(
+    flat: tf.Tensor, lengths: Sequence[tuple[Number, Number]], bits: int, workers: Workers, name: str
+) -> tuple[tf.Tensor, tf.Tensor, Traffic]:
+    """quantization.mean of this worker's rows and the others'.
+
+    Args:
+        flat: the rows, one after the other.
+        lengths: of the rows, as Slices'.
+        bits: of a number.
+        workers: that average.
+        name: of the messages.
+
+    Returns:
+        The mean and this worker's part of it, both flat, and what was sent.
+    """
+    count = workers.count(tf.int64) if elastic() else workers.process_set.size()
+    slices, total = Slices(lengths, count, bits, flat.dtype), tf.size(flat, tf.int64)
+    message = slices.encoded(flat)
+    nbytes, own = tf.size(message, tf.int64), slices.decoded(message)
+    if workers.alone:
+        return own[:total], own[:total], Traffic(nbytes, nbytes)
+    many = tf.cast(count, tf.int64)
+
+    def one_round():
+        messages = workers.gather(message[0], f"{name}.gather")
+        return slices.summed(messages, tf.constant(0, tf.int64), many), own, nbytes, nbytes * many
+
+    def two_rounds():
+        index = workers.number()
+        mine = slices.summed(workers.alltoall(message, f"{name}.alltoall"), index, many)
+        rounded = slices.encoded(mine, index)
+        mean = slices.decoded(workers.gather(rounded[0], f"{name}.rounded"))
+        start = index * slices.size
+        changed = (mean[start : start + slices.size] - mine) * tf.cast(many, flat.dtype)
+        corrected = own + tf.pad(changed, [[start, tf.size(own, tf.int64) - start - slices.size]])
+        again = tf.size(rounded, tf.int64)
+        return mean, corrected, nbytes + again, nbytes + again * many
+
+    if isinstance(count, int):
+        mean, own, sent, received = (two_rounds if count >= TWO_ROUNDS else one_round)()
+    else:
+        mean, own, sent, received = tf.cond(count >= TWO_ROUNDS, two_rounds, one_round)
+    return mean[:total], own[:total], Traffic(sent, received)

@@ -10,6 +10,7 @@ from horovod_powersgd import (
     BestRank,
     Float16,
     GradiVeq,
+    Int8,
     NoCompression,
     PowerSGD,
     RandomBlock,
@@ -47,6 +48,8 @@ CONFIGS = [
     PowerSGD(error_feedback=False),
     PowerSGD(wire_dtype="float16"),
     PowerSGD(seed=7),
+    PowerSGD(wire_dtype="int8"),
+    PowerSGD(rank=3, wire_dtype="int4", num_iters_per_step=1),
 ]
 
 DTYPES = ["float32", "float64"]
@@ -65,12 +68,13 @@ COMPRESSORS = [
     GradiVeq(slice_size=32, dimensions=4, learning_steps=2, compressed_steps=3),
     NoCompression(),
     Float16(),
+    Int8(block=100),
     PowerSGD(rank=2, refresh_every=3),
     PowerSGD(rank=2, num_iters_per_step=1, refresh_every=3),
 ]
 # With the learning rates below, each layer is in both regimes, and goes from each to the other.
 ACCORDIONS = [
-    Accordion(PowerSGD(rank=4), PowerSGD(rank=1), interval=2),
+    Accordion(PowerSGD(rank=4, wire_dtype="int8"), PowerSGD(rank=1, wire_dtype="int8"), interval=2),
     Accordion(PowerSGD(rank=3, num_iters_per_step=1), PowerSGD(rank=1, num_iters_per_step=1), interval=2),
     Accordion(TopK(0.1), TopK(0.01), interval=2),
     Accordion(RandomK(0.2), RandomK(0.05), interval=2, threshold=0.3),
@@ -112,6 +116,10 @@ def tolerance(config, dtype, workers, steps):
         # digit, some round the other way. A rounding is 2^-11; it turns a basis by as much times the condition
         # number of its factor, which is about 10 here, and a later step starts from that.
         return 16 * 2**-11 if steps == 1 else 64 * 2**-11
+    bits = getattr(config.family, "wire_dtype", None)
+    if bits in ("int8", "int4") and dtype == "float32":
+        # Where a number lies between two codes, up to a rounding, it travels as the one or the other.
+        return {"int8": 4 / 127, "int4": 4 / 7}[bits]
     # Atomo sends singular vectors one by one: those of the noise turn by a rounding over the gap between their values.
     if steps == 1 and not isinstance(config, Atomo):
         return {"float32": 1e-5, "float64": 1e-12}[dtype]

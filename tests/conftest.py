@@ -18,7 +18,7 @@ hypothesis.settings.load_profile("suite")
 TIERS = {
     "core": """
         accordion agreement clipping command_line compressors cuda_toolkit factors horovod_build installation launcher
-        memory powersgd powersgd_exchange reference renewal setup
+        memory powersgd powersgd_exchange quantization reference renewal setup
     """,
     "framework": """
         arrays kernels orthogonalization packaging tensorflow tensorflow_arrays torch torch_device torch_streams

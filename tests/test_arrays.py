@@ -34,6 +34,8 @@ PLACES = np.array([[3, 1, 7], [7, 0, 1]])
         ("shift_right", (np.arange(100), 3)),
         ("where", (X > 0, X, -X)),
         ("sign", (X,)),
+        ("max", (X,)),
+        *(("power_of_two", (np.array(x, dtype),)) for x in (0, 1e-41, 0.7, 8, 3e38) for dtype in ("float32", "float64")),
         ("sqrt", (abs(X),)),
         ("log", (abs(X),)),
         ("cos", (X,)),
@@ -96,3 +98,8 @@ def test_normal_numbers_are_normal_independent_and_the_same_everywhere():
     for other in (np.roll(numbers, 1), randomness.normal(arrays, 123, 5, np.arange(100_000))):
         assert abs(np.corrcoef(numbers, other)[0, 1]) < 0.015
     equal(randomness.normal(torch_arrays, 123, 4, torch.arange(100_000)), numbers)
+
+
+def test_the_power_of_two_below_a_number():
+    for number, below in ((1.0, 1.0), (5.0, 4.0), (0.3, 0.25), (3e38, 2.0**127), (0.0, 0.0)):
+        assert arrays.power_of_two(np.float32(number)) == below

@@ -17,14 +17,17 @@ from horovod_powersgd import (
     Custom,
     Float16,
     GradiVeq,
+    Int8,
     NoCompression,
     PowerSGD,
+    QuantizedMean,
     RandomBlock,
     RandomK,
     SignNorm,
     Signum,
     TopK,
     UnbiasedRank,
+    quantization,
 )
 from horovod_powersgd.arguments import compressor_of
 from horovod_powersgd.reference import State, exchange, lockstep, simulate
@@ -240,14 +243,19 @@ def test_atomo_with_error_feedback_lets_the_memory_grow():
     assert np.linalg.norm(states[0].memory["w"]) > 1000 * np.linalg.norm(matrices(0, 1, 30, 30))
 
 
-def counted(worker, counts):
-    """The worker's generator, whose requests' bytes are counted; [sent, received]."""
+def counted(worker, counts, workers):
+    """The worker's generator, one of so many, whose requests' bytes are counted; [sent, received]."""
     answer = None
     while True:
         try:
             request = worker.send(answer)
         except StopIteration as finished:
             return finished.value
+        if isinstance(request, QuantizedMean):
+            lengths = [matrix.shape[1] for matrix in reversed(request.tensors.values()) for _ in matrix]
+            counts += np.array(quantization.traffic(lengths, workers, request.bits, 4))
+            answer = yield request
+            continue
         for tensors in request.tensors.values():
             parts = [tensors] if isinstance(request, AllreduceMean) else tensors
             counts[0] += sum(part.nbytes for part in parts)
@@ -264,10 +272,10 @@ def test_traffic_is_what_the_workers_ask_for(config, workers):
     shapes = cases.SHAPES.values()
     states = fresh(workers)
     for number in range(8):
-        counts = [[0, 0] for _ in states]
+        counts = np.zeros((workers, 2), int)
         lockstep(
             [
-                counted(exchange(cases.gradients(number, w, "float32"), state, config, worker=w, workers=workers), c)
+                counted(exchange(cases.gradients(number, w, "float32"), state, config, worker=w, workers=workers), c, workers)
                 for w, (state, c) in enumerate(zip(states, counts))
             ]
         )
@@ -280,7 +288,7 @@ def test_traffic_is_what_the_workers_ask_for(config, workers):
 def test_half_precision_matrices_travel_in_single_precision_and_vectors_as_they_are():
     shapes, sides = [(64, 48), (64,)], 64 + 48
     assert PowerSGD(rank=2).traffic(shapes, 2, itemsize=2) == (2 * sides * 4 + 64 * 2,) * 2
-    assert PowerSGD(rank=2, wire_dtype="float16").traffic(shapes, 2, itemsize=2) == (2 * sides * 2 + 64 * 2,) * 2
+    assert PowerSGD(rank=2, wire_dtype="float16").traffic(shapes, 2, itemsize=2, step=1) == (2 * sides * 2 + 64 * 2,) * 2
 
 
 def test_a_function_can_have_arguments():

@@ -28,6 +28,10 @@ CALLS = {
     "shift_right": lambda xp, x, count: xp.shift_right(x(np.array([2**40 + 9, 64])), 3),
     "where": lambda xp, x, count: xp.where(x(PLACES) < 5, x(PLACES), 5) + xp.where(x(PLACES) < 1, 0, x(PLACES)),
     "sign": lambda xp, x, count: xp.sign(x(np.float32([-2, 0, 3]))),
+    "max": lambda xp, x, count: xp.max(x(MATRIX)),
+    "power_of_two": lambda xp, x, count: xp.power_of_two(x(np.float32(5))) + xp.cast(
+        xp.power_of_two(x(np.float64(0.3))), "float32"
+    ),
     "sqrt": lambda xp, x, count: xp.sqrt(abs(x(VECTOR))),
     "log": lambda xp, x, count: xp.log(abs(x(VECTOR))),
     "cos": lambda xp, x, count: xp.cos(x(VECTOR)),

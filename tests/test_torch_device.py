@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from horovod_powersgd import PowerSGD
+from horovod_powersgd import Int8, PowerSGD
+from horovod_powersgd.torch import quantization
 from horovod_powersgd.torch.engine import Engine
 from horovod_powersgd.torch.step import Verdict
 from horovod_powersgd.torch.streams import Streams
@@ -18,6 +19,9 @@ CONFIGS = [
     PowerSGD(rank=4, num_iters_per_step=1),
     PowerSGD(rank=4, wire_dtype="float16", warmup_steps=1),
     PowerSGD(rank=4, error_feedback=False, refresh_every=2),
+    PowerSGD(rank=4, wire_dtype="int8"),
+    PowerSGD(rank=4, wire_dtype="int4", num_iters_per_step=1),
+    Int8(block=64),
 ]
 
 
@@ -31,6 +35,7 @@ ALONE = SimpleNamespace(process_set_id=0, size=lambda: 1, rank=lambda: 0)
 def test_a_step_on_a_device_makes_the_host_wait_for_the_verdict_only(config, undoable, monkeypatch):
     asked = []
     monkeypatch.setattr(Verdict, "result", lambda self: asked.append(self) or True)
+    monkeypatch.setattr(quantization, "_slices", quantization.Slices)  # which keeps tensors that only this test can use
     monkeypatch.setattr(Streams, "wait_for_current", lambda self, device: None)  # there are none
     with FakeTensorMode(allow_non_fake_inputs=True):
         engine = Engine(config, Workers(ALONE))

@@ -51,7 +51,7 @@ class Slices:
             )
             return message
         numbers = torch.nn.functional.pad(numbers, (0, count * self.size - len(numbers))).view(count, self.size)
-        segment_of = self._segment_of[first : first + count]
+        segment_of = self._segment_of.narrow(0, first, count)
         largest = numbers.new_zeros(count, self.segments.shape[1])
         largest.scatter_reduce_(1, segment_of, numbers.abs(), "amax")
         units = torch.where(torch.isfinite(largest), largest / LEVELS[self.bits], torch.nan)
@@ -59,7 +59,8 @@ class Slices:
         counted = each >= torch.finfo(self.dtype).tiny
         codes = torch.where(counted, (numbers / each).round(), 0).to(torch.int8)
         if self.bits == 4:
-            codes = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
+            lower, upper = codes.view(count, -1, 2).unbind(2)
+            codes = (lower & 15) | (upper << 4)
         return torch.cat([units.view(torch.uint8), codes.view(torch.uint8)], 1)
 
     def decoded(
@@ -87,14 +88,14 @@ class Slices:
         if self.bits == 4:
             # The shift brings a sign to where it counts.
             codes = torch.stack([codes << 4 >> 4, codes >> 4], 2).view(count, self.size)
-        found = (codes.to(self.dtype) * (units / divisor).gather(1, self._segment_of[first : first + count])).view(-1)
+        found = (codes.to(self.dtype) * (units / divisor).gather(1, self._segment_of.narrow(0, first, count))).view(-1)
         return found if out is None else out.add_(found)
 
     def summed(self, messages: torch.Tensor, index: int) -> torch.Tensor:
         """The mean of what all workers' messages (W, bytes) say of one slice, in the workers' order."""
         total = torch.zeros(self.size, dtype=self.dtype, device=self._device)
         for worker in range(len(messages)):
-            self.decoded(messages[worker : worker + 1], index, len(messages), total)
+            self.decoded(messages.narrow(0, worker, 1), index, len(messages), total)
         return total
 
 
@@ -128,7 +129,8 @@ def quantized_mean(
     message = slices.encoded(flat)
     own = slices.decoded(message)
     if workers.count == 1:
-        return own[: len(flat)], own[: len(flat)]
+        own = own.narrow(0, 0, len(flat))
+        return own, own
     step.count(message.nbytes, message.nbytes if slices.count > 1 else message.nbytes * workers.count)
     if slices.count == 1:
         messages = yield workers.gather(message[0], f"{name}.gather", step.parity, compressor)
@@ -140,6 +142,6 @@ def quantized_mean(
         step.count(message.nbytes, message.nbytes * workers.count)
         messages = yield workers.gather(message[0], f"{name}.gather", step.parity, compressor)
         mean = slices.decoded(messages)
-        span = slice(index * slices.size, (index + 1) * slices.size)
-        own[span] += (mean[span] - mine) * workers.count
-    return mean[: len(flat)], own[: len(flat)]
+        rounded = mean.narrow(0, index * slices.size, slices.size)
+        own.narrow(0, index * slices.size, slices.size).add_(rounded - mine, alpha=workers.count)
+    return mean.narrow(0, 0, len(flat)), own.narrow(0, 0, len(flat))

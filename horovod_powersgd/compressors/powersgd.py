@@ -183,7 +183,10 @@ class PowerSGD(Compressor):
         return [rows if half_step % 2 != makes_p else columns for half_step in range(half_steps)]
 
     def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
-        numbers = self.amount(rows, columns) * sum(self._lengths(rows, columns, step))
+        lengths = self._lengths(rows, columns, step)
+        numbers = self.amount(rows, columns) * sum(lengths)
+        if self.bits is not None:  # and a unit for each column
+            return numbers * self.bits // 8 + self.amount(rows, columns) * len(lengths) * itemsize
         return numbers * (2 if self.sends_halves(step) else itemsize)
 
     def quantized_rows(self, rows: int, columns: int, step: int = 0) -> list[list[int]]:

@@ -1,13 +1,13 @@
 """Averages in 8 or 4 bits a number, in plain numpy: what every framework does alike.
 
 Horovod reduces no such numbers. So either all workers gather what each sends, and add it up: one round. Or each worker
-is sent its slice of it by all, adds that up, and rounds the mean again, and all gather the slices: two rounds, and fewer
-bytes where workers are many. What the second rounding changes, the owner of the slice adds to its own part, times W: the
-mean of all workers' parts is the mean that they get, whichever way it went.
+is sent its slice of it by all, adds that up, and rounds the mean again, and all gather the slices: two rounds, and
+fewer bytes where workers are many. What the second rounding changes, the owner of the slice adds to its own part, times
+W: the mean of all workers' parts is the mean that they get, whichever way it went.
 
-Numbers come in rows, those of a bucket one after the other. What of a row lies in one slice is a segment. It has a unit,
-its largest number / LEVELS; a number travels as a code: how often the unit goes into it, rounded to the nearest. A
-segment with a number that is not finite has the unit NaN.
+Numbers come in rows, those of a bucket one after the other. What of a row lies in one slice is a segment. Its unit is
+its largest number / LEVELS, or NaN where a number is not finite. A number travels as a code: how often the unit goes
+into it, rounded to the nearest.
 """
 
 from collections.abc import Sequence
@@ -20,27 +20,32 @@ LEVELS = {8: 127, 4: 7}
 TWO_ROUNDS = 4
 
 
+def slice_count(workers: int) -> int:
+    """In how many slices so many workers average: each owns one, or all own the only one."""
+    return workers if workers >= TWO_ROUNDS else 1
+
+
 class Slices:
-    """Rows of numbers, one after the other, in as many slices of equal size as there are owners.
+    """Rows of numbers, one after the other, in slices of equal size.
 
     Args:
         lengths: of the rows.
-        workers: that average them: each owns a slice, or all own the only one.
+        count: of slices, from slice_count.
 
     Attributes:
-        count: of slices.
-        size: of each, in numbers; zeros after the last row fill it up.
+        size: of each slice, in numbers; zeros after the last row fill it up.
         segments: (count, K) int64: the lengths of each slice's segments, and zeros where it has fewer than K.
     """
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray, workers: int):
-        numbers, self.count = int(np.sum(lengths)), workers if workers >= TWO_ROUNDS else 1
+    def __init__(self, lengths: Sequence[int] | np.ndarray, count: int):
+        numbers, self.count = int(np.sum(lengths)), count
         self.size = -(-numbers // (2 * self.count)) * 2  # even, since two codes of 4 bits make a byte
         ends = np.union1d(np.cumsum(lengths), self.size * np.arange(1, self.count + 1))
         slice_of = (ends - 1) // self.size
         counts = np.bincount(slice_of, minlength=self.count)
         self.segments = np.zeros((self.count, counts.max()), np.int64)
-        self.segments[slice_of, np.arange(len(ends)) - (np.cumsum(counts) - counts)[slice_of]] = np.diff(ends, prepend=0)
+        number_in_slice = np.arange(len(ends)) - (np.cumsum(counts) - counts)[slice_of]
+        self.segments[slice_of, number_in_slice] = np.diff(ends, prepend=0)
 
     def nbytes(self, bits: int, itemsize: int) -> int:
         """Of what travels of one slice: a unit for each segment, of as many bytes as a number has, and the codes."""
@@ -49,7 +54,7 @@ class Slices:
 
 def traffic(lengths: Sequence[int], workers: int, bits: int, itemsize: int) -> tuple[int, int]:
     """What a worker hands to Horovod for an average, and what it is handed back, in bytes."""
-    slices = Slices(lengths, workers)
+    slices = Slices(lengths, slice_count(workers))
     nbytes = slices.nbytes(bits, itemsize)
     if slices.count == 1:
         return nbytes, workers * nbytes
@@ -68,15 +73,14 @@ def mean(everyones: Sequence[np.ndarray], lengths: Sequence[int], bits: int) -> 
         (numbers,) the mean, and for each worker its part: the parts' mean is the mean, to rounding.
     """
     workers, numbers = len(everyones), int(np.sum(lengths))
-    slices = Slices(lengths, workers)
-    total: np.ndarray | float = 0.0
-    parts = []
+    slices = Slices(lengths, slice_count(workers))
+    total, parts = np.zeros((slices.count, slices.size), everyones[0].dtype), []
     for theirs in everyones:
         padded = np.zeros((slices.count, slices.size), theirs.dtype)
         padded.reshape(-1)[:numbers] = theirs
         units, codes = encode(padded, slices.segments, bits)
         parts.append(decode(units, codes, slices.segments))
-        total = total + decode(units / workers, codes, slices.segments)
+        total += decode(units / workers, codes, slices.segments)
     if slices.count > 1:
         rounded = decode(*encode(total, slices.segments, bits), slices.segments)
         for worker, part in enumerate(parts):

@@ -271,7 +271,7 @@ def _quantized_means(everyone: Sequence[Tensors], bits: int) -> list[dict[str, A
     """The matrices of one dtype travel together, as in a bucket: the last gradient first."""
     answers: list[dict[str, Any]] = [{} for _ in everyone]
     for dtype in {matrix.dtype for matrix in everyone[0].values()}:
-        matrices = {name: matrix for name, matrix in reversed(everyone[0].items()) if matrix.dtype == dtype}
+        matrices = {name: matrix for name, matrix in reversed(list(everyone[0].items())) if matrix.dtype == dtype}
         lengths = [matrix.shape[1] for matrix in matrices.values() for _ in matrix]
         flat = [np.concatenate([theirs[name].reshape(-1) for name in matrices]) for theirs in everyone]
         mean, parts = quantization.mean(flat, lengths, bits)

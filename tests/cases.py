@@ -1,6 +1,7 @@
 """The gradients and configurations that every framework is compared with the reference on."""
 
 import functools
+from unittest import mock
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from horovod_powersgd import (
     Signum,
     TopK,
     UnbiasedRank,
+    quantization,
     reference,
 )
 from horovod_powersgd.layout import leading_rows
@@ -124,6 +126,20 @@ def tolerance(config, dtype, workers, steps):
     if steps == 1 and not isinstance(config, Atomo):
         return {"float32": 1e-5, "float64": 1e-12}[dtype]
     return {"float32": 1e-3, "float64": 1e-9}[dtype]
+
+
+# What two rounds do that one does not.
+IN_FEW_BITS = [
+    (PowerSGD(rank=3, wire_dtype="int8"), "float64"),
+    (PowerSGD(rank=2, wire_dtype="int4", num_iters_per_step=1), "float64"),
+    (Accordion(PowerSGD(rank=3, wire_dtype="int8"), PowerSGD(rank=1, wire_dtype="int8"), interval=2), "float64"),
+    (Int8(block=100), "float32"),
+]
+
+
+def in_two_rounds():
+    """Averages in few bits take two rounds where it is entered, however few workers there are."""
+    return mock.patch.object(quantization, "TWO_ROUNDS", 2)
 
 
 def sends_halves(config):

@@ -55,6 +55,11 @@ def check_accordion_equals_the_reference():
     equivalence.a_run_of_compressors(of_these_workers(cases.ACCORDIONS))
 
 
+def check_averages_in_two_rounds_equal_the_reference():
+    with cases.in_two_rounds():
+        equivalence.a_run_of_compressors(cases.IN_FEW_BITS, steps=5)
+
+
 def check_any_shapes_equal_the_reference():
     start_with(hvd.size())
     equivalence.any_shapes(examples=4)

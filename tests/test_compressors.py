@@ -17,7 +17,6 @@ from horovod_powersgd import (
     Custom,
     Float16,
     GradiVeq,
-    Int8,
     NoCompression,
     PowerSGD,
     QuantizedMean,
@@ -273,12 +272,9 @@ def test_traffic_is_what_the_workers_ask_for(config, workers):
     states = fresh(workers)
     for number in range(8):
         counts = np.zeros((workers, 2), int)
-        lockstep(
-            [
-                counted(exchange(cases.gradients(number, w, "float32"), state, config, worker=w, workers=workers), c, workers)
-                for w, (state, c) in enumerate(zip(states, counts))
-            ]
-        )
+        gradients = [cases.gradients(number, worker, "float32") for worker in range(workers)]
+        exchanges = [exchange(g, states[w], config, worker=w, workers=workers) for w, g in enumerate(gradients)]
+        lockstep([counted(one, c, workers) for one, c in zip(exchanges, counts)])
         assert {tuple(c) for c in counts} == {config.traffic(shapes, workers, step=number)}
         received = counts[0][1]
         assert (received == counts[0][0]) if config.linear else (received > counts[0][0])
@@ -288,7 +284,9 @@ def test_traffic_is_what_the_workers_ask_for(config, workers):
 def test_half_precision_matrices_travel_in_single_precision_and_vectors_as_they_are():
     shapes, sides = [(64, 48), (64,)], 64 + 48
     assert PowerSGD(rank=2).traffic(shapes, 2, itemsize=2) == (2 * sides * 4 + 64 * 2,) * 2
-    assert PowerSGD(rank=2, wire_dtype="float16").traffic(shapes, 2, itemsize=2, step=1) == (2 * sides * 2 + 64 * 2,) * 2
+    in_halves = PowerSGD(rank=2, wire_dtype="float16")
+    assert in_halves.traffic(shapes, 2, itemsize=2, step=0) == (2 * sides * 4 + 64 * 2,) * 2
+    assert in_halves.traffic(shapes, 2, itemsize=2, step=1) == (2 * sides * 2 + 64 * 2,) * 2
 
 
 def test_a_function_can_have_arguments():

@@ -35,6 +35,11 @@ def check_one_step_from_an_equal_state_equals_the_reference():
     equivalence.one_step_from_an_equal_state()
 
 
+def check_averages_in_two_rounds_equal_the_reference():
+    with cases.in_two_rounds():
+        equivalence.a_run_of_compressors(cases.IN_FEW_BITS, steps=5)
+
+
 def check_any_shapes_equal_the_reference():
     equivalence.any_shapes()
 

@@ -301,14 +301,16 @@ def check_sparse_gradients_travel_as_horovods_or_compressed():
 
 def check_workers_outside_the_process_set_do_nothing():
     members = hvd.add_process_set(range(hvd.size() - 1))
-    trainee = Trainee(CONFIG, process_set=members)
-    states = [reference.State() for _ in range(hvd.size() - 1)]
-    for step in range(3):
-        gradients = [cases.gradients(step, w, "float32") for w in range(hvd.size())]
-        expected = reference.simulate(gradients[:-1], states, CONFIG)[0]
-        if not members.included():
-            expected = gradients[-1]
-        cases.assert_close(trainee.exchange(gradients[hvd.rank()]), expected, 1e-4, step)
+    for config in (PowerSGD(rank=2, wire_dtype="int8"), CONFIG):
+        trainee = Trainee(config, "float64", process_set=members)
+        states = [reference.State() for _ in range(hvd.size() - 1)]
+        with cases.in_two_rounds():
+            for step in range(3):
+                gradients = [cases.gradients(step, w, "float64") for w in range(hvd.size())]
+                expected = reference.simulate(gradients[:-1], states, config)[0]
+                if not members.included():
+                    expected = gradients[-1]
+                cases.assert_close(trainee.exchange(gradients[hvd.rank()]), expected, 1e-9, step)
     if members.included():
         assert trainee.optimizer.compression_stats().steps == 3
     else:
@@ -341,15 +343,20 @@ def check_join_with_uneven_data():
 
 
 def check_gathering_while_a_worker_has_joined_is_refused():
-    for config in (TopK(0.1), SignNorm(), BestRank(2)):
-        model = network()
-        optimizer = distribute(model, config=config)
-        train(model, optimizer, range(2))
-        if hvd.rank() != 0:
-            loss_of(model, 2).backward()
-            with pytest.raises(RuntimeError, match="hvd.join.*PowerSGD or RandomK"):
-                optimizer.synchronize()
-        hvd.join()
+    in_bits = PowerSGD(rank=2, wire_dtype="int8")
+    once = contextlib.nullcontext
+    for config, rounds in (
+        (TopK(0.1), once), (SignNorm(), once), (BestRank(2), once), (in_bits, once), (in_bits, cases.in_two_rounds)
+    ):
+        with rounds():
+            model = network()
+            optimizer = distribute(model, config=config)
+            train(model, optimizer, range(2))
+            if hvd.rank() != 0:
+                loss_of(model, 2).backward()
+                with pytest.raises(RuntimeError, match="hvd.join.*PowerSGD or RandomK"):
+                    optimizer.synchronize()
+            hvd.join()
     embedding = nn.Embedding(30, 8, sparse=True)
     optimizer = distribute(embedding, make=lambda p: torch.optim.SGD(p, lr=0.1))
     for step in range(4):

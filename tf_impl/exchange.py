@@ -15,6 +15,7 @@ from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean, Q
 from horovod_powersgd.compressors.compressor import Traffic
 from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.tensorflow.agreement import Agreement, describe
+from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
 from horovod_powersgd.tensorflow.gradient import PlainGradient, Step
 from horovod_powersgd.tensorflow.message import Message, nbytes
 from horovod_powersgd.tensorflow.order import Order
@@ -230,11 +231,10 @@ class Exchange:
                 kinds[_kind_of_message(request)].append((gradient, request))
             for kind, senders in kinds.items():
                 message = Message([request.tensors for _, request in senders])
-                if kind in ("quantized.8", "quantized.4"):
-                    rows = [sender.rows for sender, _ in senders]
-                    bits = senders[0][1].bits
+                if isinstance(kind, int):
+                    rows = [sender.rows for sender, _ in senders if isinstance(sender, CompressedGradient)]
                     with tf.control_dependencies([there()]):
-                        answers = message.averaged_in_bits(bits, rows, self._workers, f"{name}.{i}.{kind}")
+                        answers = message.averaged_in_bits(kind, rows, self._workers, f"{name}.{i}.{kind}")
                 elif kind == "gathered":
                     with tf.control_dependencies([there()]):
                         answers = message.gathered(self._workers, f"{name}.{i}.{kind}")
@@ -253,11 +253,11 @@ class Exchange:
         return tf.cast(tf.reshape(update, gradient.state.layout.shape), gradient.state.variable_dtype)
 
 
-def _kind_of_message(request: AllreduceMean | QuantizedMean | Allgather) -> str:
-    """What the requests have in common that travel together."""
-    if isinstance(request, AllreduceMean):
-        return request.tensors[0].dtype.name
-    return f"quantized.{request.bits}" if isinstance(request, QuantizedMean) else "gathered"
+def _kind_of_message(request: AllreduceMean | QuantizedMean | Allgather) -> str | int:
+    """What the requests have in common that travel together: the dtype's name, or how many bits a number has."""
+    if isinstance(request, QuantizedMean):
+        return request.bits
+    return request.tensors[0].dtype.name if isinstance(request, AllreduceMean) else "gathered"
 
 
 def _bytes_uncompressed(gradients: Sequence[Tensor]) -> tf.Tensor:

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from horovod_powersgd import quantization
 from horovod_powersgd.compressors.compressor import Traffic
-from horovod_powersgd.quantization import LEVELS, TWO_ROUNDS
+from horovod_powersgd.quantization import LEVELS
 from horovod_powersgd.tensorflow.workers import Workers, elastic
 
 # Where it is not known before the graph runs, a scalar int64 tensor.
@@ -28,7 +28,7 @@ class Slices:
     def __init__(self, lengths: Sequence[tuple[Number, Number]], workers: Number, bits: int, dtype: tf.DType):
         self._bits, self._dtype = bits, dtype
         if all(isinstance(number, int) for number in (workers, *sum(lengths, ()))):
-            self._segments, self.size = _cut(*zip(*lengths), workers)
+            self._segments, self.size = _cut([n for n, _ in lengths], [m for _, m in lengths], workers)
         else:
             rows, columns = (tf.stack([tf.cast(n, tf.int64) for n in numbers]) for numbers in zip(*lengths))
             found = tf.numpy_function(_cut, [rows, columns, tf.cast(workers, tf.int64)], [tf.int64, tf.int64])
@@ -52,7 +52,8 @@ class Slices:
         codes = tf.where(counted, tf.round(numbers / tf.where(counted, each, 1)), 0)
         codes = tf.bitcast(tf.cast(codes, tf.int8), tf.uint8)
         if self._bits == 4:
-            codes = tf.bitwise.bitwise_and(codes[::2], 15) | tf.bitwise.left_shift(codes[1::2], tf.constant(4, tf.uint8))
+            lower, upper = tf.unstack(tf.reshape(codes, [-1, 2]), axis=1)
+            codes = tf.bitwise.bitwise_and(lower, 15) | tf.bitwise.left_shift(upper, tf.constant(4, tf.uint8))
         units = tf.bitcast(tf.reshape(units, [count, self._width]), tf.uint8)
         parts = [tf.reshape(part, [count, -1]) for part in (units, codes)]
         return tf.concat(parts, 1)
@@ -89,7 +90,7 @@ class Slices:
 
 def _cut(rows, columns, workers):
     """The segments of quantization.Slices, and its size, int64."""
-    slices = quantization.Slices(np.repeat(columns, rows), int(workers))
+    slices = quantization.Slices(np.repeat(columns, rows), quantization.slice_count(int(workers)))
     return slices.segments, np.int64(slices.size)
 
 
@@ -132,7 +133,7 @@ def quantized_mean(
         return mean, corrected, nbytes + again, nbytes + again * many
 
     if isinstance(count, int):
-        mean, own, sent, received = (two_rounds if count >= TWO_ROUNDS else one_round)()
+        mean, own, sent, received = (two_rounds if count >= quantization.TWO_ROUNDS else one_round)()
     else:
-        mean, own, sent, received = tf.cond(count >= TWO_ROUNDS, two_rounds, one_round)
+        mean, own, sent, received = tf.cond(count >= quantization.TWO_ROUNDS, two_rounds, one_round)
     return mean[:total], own[:total], Traffic(sent, received)

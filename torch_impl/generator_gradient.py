@@ -105,7 +105,7 @@ class GeneratorGradient(CompressedGradient):
         for i, part in enumerate(answers):
             if part.is_floating_point():
                 finite = torch.isfinite(part).all()
-                self._failed |= ~finite
+                self._failed = torch.logical_or(self._failed, torch.logical_not(finite))
                 answers[i] = torch.where(finite, part, 0)
         self._resume(answers[0] if isinstance(self.request, AllreduceMean) else answers)
 

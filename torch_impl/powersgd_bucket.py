@@ -69,9 +69,10 @@ class PowerSGDBucket(Bucket):
         mean = self._start_mean(plain, step, number, in_place=True) if plain else None
         finite: bool | torch.Tensor = True
         if matrices:
-            lengths = tuple(itertools.chain(*(gradient.lengths for gradient in matrices)))
-            name, bits = f"{self._name}.{number}", self._family.bits
-            flat, own = yield from quantized_mean(joined(sent[: len(sent) - len(plain)]), lengths, bits, name, step, self._config)
+            assert self._family.bits is not None
+            lengths, bits = tuple(itertools.chain(*(gradient.lengths for gradient in matrices))), self._family.bits
+            flat, name = joined(sent[: len(sent) - len(plain)]), f"{self._name}.{number}"
+            flat, own = yield from quantized_mean(flat, lengths, bits, name, step, self._config)
             sizes = [sum(gradient.lengths) for gradient in matrices]
             for gradient, part in zip(matrices, own.split(sizes)):
                 gradient.made(part)

@@ -21,8 +21,8 @@ from horovod_powersgd.torch.step import Step
 class Slices:
     """quantization.Slices, and the messages that they travel in: for each slice its units and then its codes."""
 
-    def __init__(self, lengths: tuple[int, ...], workers: int, bits: int, dtype: torch.dtype, device: torch.device):
-        plan = quantization.Slices(lengths, workers)
+    def __init__(self, lengths: tuple[int, ...], count: int, bits: int, dtype: torch.dtype, device: torch.device):
+        plan = quantization.Slices(lengths, count)
         self.count, self.size, self.bits, self.dtype = plan.count, plan.size, bits, dtype
         self.nbytes = plan.nbytes(bits, dtype.itemsize)
         # On the host, for the compiled passes.
@@ -125,7 +125,7 @@ def quantized_mean(
         The mean and this worker's part of it, both flat.
     """
     workers = step.workers
-    slices = _slices(lengths, workers.count, bits, flat.dtype, flat.device)
+    slices = _slices(lengths, quantization.slice_count(workers.count), bits, flat.dtype, flat.device)
     message = slices.encoded(flat)
     own = slices.decoded(message)
     if workers.count == 1:

@@ -64,7 +64,7 @@ class Accordion(Compressor):
             raise ValueError("Accordion: interval is required: how many steps there are in an epoch")
         self._check_integer("interval", at_least=1)
         # What low and high have in common is Accordion's, too.
-        for name in ("linear", "low_rank", "error_feedback", "warmup_steps", "seed"):
+        for name in ("linear", "bits", "low_rank", "error_feedback", "warmup_steps", "seed"):
             object.__setattr__(self, name, getattr(self.low, name))
 
     @property
@@ -84,6 +84,10 @@ class Accordion(Compressor):
     def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
         """With low compression. With high compression it is what `high` says, of the matrices that `low` compresses."""
         return self.low.message_bytes(rows, columns, itemsize, step)
+
+    def quantized_rows(self, rows: int, columns: int, step: int = 0) -> list[list[int]]:
+        """As message_bytes."""
+        return self.low.quantized_rows(rows, columns, step)
 
     def description(self) -> dict[str, Any]:
         return {**super().description(), "low": self.low.description(), "high": self.high.description()}

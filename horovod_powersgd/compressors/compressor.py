@@ -1,6 +1,5 @@
 """What all compressors have in common."""
 
-import itertools
 import math
 import numbers
 from collections.abc import Callable, Generator, Sequence
@@ -134,16 +133,18 @@ class Compressor:
                 # What is computed from half precision is in single precision.
                 if self.bits is not None:
                     of_matrix = self.quantized_rows(*layout.matrix, step)
-                    # The last gradient first, as in a bucket.
-                    means = [[*new, *old] for old, new in itertools.zip_longest(means, of_matrix, fillvalue=[])]
+                    means = means or [[] for _ in of_matrix]
+                    for lengths, more in zip(means, of_matrix, strict=True):
+                        lengths[:0] = more  # the last gradient first, as in a bucket
                     continue
                 size = self.message_bytes(*layout.matrix, max(itemsize, 4), step)
                 sent, received = sent + size, received + size * (1 if self.linear else workers)
             else:
                 sent, received = (total + math.prod(shape) * itemsize for total in (sent, received))
         for lengths in means:
-            more = quantization.traffic(lengths, workers, self.bits, max(itemsize, 4))
-            sent, received = sent + more[0], received + more[1]
+            assert self.bits is not None
+            both = quantization.traffic(lengths, workers, self.bits, max(itemsize, 4))
+            sent, received = sent + both[0], received + both[1]
         return Traffic(sent, received)
 
     def description(self) -> dict[str, Any]:

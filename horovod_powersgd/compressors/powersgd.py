@@ -78,6 +78,7 @@ class PowerSGD(Compressor):
         if self.wire_dtype not in WIRE_DTYPES:
             error = ValueError if isinstance(self.wire_dtype, str) else TypeError
             raise error(f"PowerSGD: wire_dtype must be None, 'float16', 'int8' or 'int4', not {self.wire_dtype!r}")
+        object.__setattr__(self, "bits", {"int8": 8, "int4": 4}.get(self.wire_dtype or ""))
         object.__setattr__(self, "linear", self.bits is None)
         if self.refresh_every is not None:
             self._check_integer("refresh_every", at_least=1)
@@ -102,11 +103,6 @@ class PowerSGD(Compressor):
             return False
         # Not ==, which compares identities in the graphs of TensorFlow 1.
         return (step > 0) & (step % self.refresh_every < 1)
-
-    @property
-    def bits(self) -> int | None:
-        """Of a number of a factor, where QuantizedMean averages them."""
-        return {"int8": 8, "int4": 4}.get(self.wire_dtype or "")
 
     def sends_halves(self, step: int) -> bool:
         # Those of the first step do not: nobody knows yet how large they are.

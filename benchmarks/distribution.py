@@ -20,8 +20,7 @@ def distribute(key, model, optimizer):
         return _parallel(method, model), optimizer
     named = list(model.named_parameters())
     if method.library == "ours":
-        config = hvd.PowerSGD(rank=method.rank, num_iters_per_step=method.half_steps)
-        return model, hvd.DistributedOptimizer(optimizer, named, compression=config)
+        return model, hvd.DistributedOptimizer(optimizer, named, compression=method.config)
     compression = getattr(horovod.Compression, method.compression)
     return model, horovod.DistributedOptimizer(optimizer, named, compression=compression)
 

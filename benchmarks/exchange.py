@@ -66,9 +66,9 @@ def selection(rounds, launcher):
 
     yield from (job("torch", model, "1gbit", 2, METHODS, rounds) for model in MODELS)
     for rate in ("100mbit", "10gbit", "unshaped"):
-        yield from (job("torch", model, rate, 2, ["hvd", "hvd-fp16", "rank-4"]) for model in MODELS)
+        yield from (job("torch", model, rate, 2, ["hvd", "hvd-fp16", "rank-4", "rank-8-int8"]) for model in MODELS)
     for model, hosts in itertools.product(["resnet18", "lstm"], [4, 8]):
-        yield job("torch", model, "1gbit", hosts, ["hvd", "ddp", "rank-4"])
+        yield job("torch", model, "1gbit", hosts, ["hvd", "ddp", "rank-4", "rank-8-int8"])
     yield from (job("tensorflow", model, "1gbit", 2, TENSORFLOW_METHODS) for model in MODELS)
 
 

@@ -60,8 +60,7 @@ class Exchange:
             compression = getattr(horovod.Compression, self._method.compression)
             tape = horovod.DistributedGradientTape(tape, compression=compression)
         elif self._method.library == "ours":
-            config = hvd.PowerSGD(rank=self._method.rank, num_iters_per_step=self._method.half_steps)
-            tape = hvd.DistributedGradientTape(tape, compression=config)
+            tape = hvd.DistributedGradientTape(tape, compression=self._method.config)
         return tape.gradient(loss, self._parameters)
 
 

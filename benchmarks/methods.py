@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from horovod_powersgd import Compressor, Int8, PowerSGD
+
 
 @dataclass(frozen=True)
 class Method:
@@ -10,15 +12,16 @@ class Method:
     Attributes:
         title: in tables and figures.
         library: "horovod", "ours" (this package), "ddp" (PyTorch's DistributedDataParallel) or None: no exchange.
-        compression: "none", "fp16" or "powersgd".
-        rank, half_steps: PowerSGD's rank and num_iters_per_step.
+        compression: Horovod's or DDP's: "none", "fp16" or "powersgd".
+        rank: of DDP's PowerSGD.
+        config: this package's compressor.
     """
 
     title: str
     library: str | None
     compression: str = "none"
     rank: int = 0
-    half_steps: int = 2
+    config: Compressor | None = None
 
     @property
     def uses_horovod(self):
@@ -50,9 +53,15 @@ METHODS = {
     "ddp": Method("DDP", "ddp"),
     "ddp-fp16": Method("DDP, fp16", "ddp", "fp16"),
     "ddp-rank-4": Method("DDP, PowerSGD rank 4", "ddp", "powersgd", rank=4),
-    "rank-4": Method("PowerSGD rank 4", "ours", "powersgd", rank=4),
-    "rank-4-alternating": Method("PowerSGD rank 4, one half-step", "ours", "powersgd", rank=4, half_steps=1),
-    "rank-1": Method("PowerSGD rank 1", "ours", "powersgd", rank=1),
-    "rank-2": Method("PowerSGD rank 2", "ours", "powersgd", rank=2),
-    "rank-32": Method("PowerSGD rank 32", "ours", "powersgd", rank=32),
+    "rank-4": Method("PowerSGD rank 4", "ours", config=PowerSGD(4)),
+    "rank-4-alternating": Method("PowerSGD rank 4, one half-step", "ours", config=PowerSGD(4, num_iters_per_step=1)),
+    "rank-4-int8": Method("PowerSGD rank 4, int8", "ours", config=PowerSGD(4, wire_dtype="int8")),
+    "rank-8": Method("PowerSGD rank 8", "ours", config=PowerSGD(8)),
+    "rank-8-fp16": Method("PowerSGD rank 8, float16", "ours", config=PowerSGD(8, wire_dtype="float16")),
+    "rank-8-int8": Method("PowerSGD rank 8, int8", "ours", config=PowerSGD(8, wire_dtype="int8")),
+    "rank-16-int4": Method("PowerSGD rank 16, int4", "ours", config=PowerSGD(16, wire_dtype="int4")),
+    "rank-1": Method("PowerSGD rank 1", "ours", config=PowerSGD(1)),
+    "rank-2": Method("PowerSGD rank 2", "ours", config=PowerSGD(2)),
+    "rank-32": Method("PowerSGD rank 32", "ours", config=PowerSGD(32)),
+    "int8": Method("Int8", "ours", config=Int8()),
 }

@@ -95,6 +95,15 @@ METHODS = {
     "rank-1": Method("PowerSGD, rank 1", rank(1)),
     "rank-2": Method("PowerSGD, rank 2", rank(2)),
     "rank-4": Method("PowerSGD, rank 4", rank(4)),
+    "rank-8": Method("PowerSGD, rank 8", rank(8)),
+    "rank-16": Method("PowerSGD, rank 16", rank(16)),
+    # Of a rank, in fewer bits.
+    **{
+        f"rank-{r}-{dtype}": Method(f"PowerSGD, rank {r}, {dtype}", rank(r, wire_dtype=dtype))
+        for r in (2, 4, 8, 16)
+        for dtype in ("float16", "int8", "int4")
+    },
+    "int8": Method("Int8", lambda model: powersgd.Int8()),
     # Medium compression: what rank 7 sends. High: what rank 2 sends.
     "rank-7": Method("PowerSGD, rank 7", rank(7)),
     "random-block-7": Method("random block, as rank 7", keep("RandomBlock", 7)),

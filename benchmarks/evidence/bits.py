@@ -1,0 +1,30 @@
+"""Measures quality against bytes where factors, or whole gradients, travel in fewer bits: in short trainings, and in some
+that are four times as long.
+
+    python benchmarks/evidence/bits.py --seeds 1      # in about 30 minutes on 2 cores
+    python benchmarks/evidence/bits.py                # three seeds
+
+4 workers, whose links let 10 Gbit/s through: it is for the quality only.
+"""
+
+from longer import TIMES
+from runs import RESULTS, Hosts, parse, plan, print_table
+
+RANKS = [f"rank-{rank}{bits}" for rank in (4, 8, 16) for bits in ("", "-int8", "-int4")]
+METHODS = ["none", "rank-2", "rank-2-int8", *RANKS, "rank-8-float16", "int8"]
+LONGER = ["none", "rank-4", "rank-4-int8", "rank-8", "rank-8-int8", "rank-16-int4", "int8"]
+
+
+def runs(args):
+    """Short and longer ones, seed by seed."""
+    both = [run | {"times": times} for methods, times in ((METHODS, 1), (LONGER, TIMES)) for run in plan(args, methods)]
+    return sorted(both, key=lambda run: run["seed"])
+
+
+if __name__ == "__main__":
+    with Hosts() as hosts:
+        rows = hosts.train(runs(parse(__doc__)), parse(__doc__), "10gbit")
+        minutes = hosts.keep("bits", rows)
+    for times in (1, TIMES):
+        print_table([row for row in rows if row["times"] == times])
+    print(f"\nalso in {RESULTS / 'bits'}.json, after {minutes} minutes")

@@ -1,5 +1,5 @@
-"""Measures quality against bytes where factors, or whole gradients, travel in fewer bits: in short trainings, and in some
-that are four times as long.
+"""Measures quality against bytes where factors, or whole gradients, travel in fewer bits: in short trainings, and in
+some that are four times as long.
 
     python benchmarks/evidence/bits.py --seeds 1      # in about 30 minutes on 2 cores
     python benchmarks/evidence/bits.py                # three seeds

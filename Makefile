@@ -47,7 +47,7 @@ bench: setup
 
 evidence: setup
 	@trap '.venv/bin/python benchmarks/cluster.py down' EXIT; status=0; \
-	for part in tuning ranks longer compressors accordion time_to_quality ablations region page; do \
+	for part in tuning ranks longer bits compressors accordion time_to_quality ablations region page; do \
 	.venv/bin/python benchmarks/evidence/$$part.py || status=1; done; exit $$status
 
 clean:

@@ -69,6 +69,10 @@ million parameters on WikiText-2: another scale, to compare the order of the lin
 LONGER = """The same, in trainings {times} times as long: so many times the CNN's epochs, and the LSTM's words, of
 which there are more different ones then, and more parameters. With links of 10 Gbit/s: it is the quality that counts
 here."""
+BITS = """Factors in fewer bits (`wire_dtype`), and whole gradients in 8 bits (`Int8`), in trainings as short as
+the first and {times} times as long. "Sent" is what a worker hands to Horovod in an epoch of the short ones. Of an
+allreduce 1.5 times as much leaves its host, with 4 workers; of numbers in 8 or 4 bits, which are averaged in slices
+([compressors.md](compressors.md)), 1.2 times."""
 COMPRESSORS = """PowerSGD's Table 4: sparsifiers that hand over as many bytes as rank 7 ("as rank 7", the paper's
 medium compression) or rank 2 (high compression), and others. Every method but Signum has the hyperparameters of
 plain SGD; so have Signum's vectors, which are not compressed. Top K sends each entry's place with it, and so has
@@ -102,6 +106,7 @@ FOUND = {
     were 4 and 2 points behind, are less than one behind. **The LSTM's does not: against the paper, rank 4 is
     behind by 4 of perplexity in the one as in the other.** Rank 7 is as good as plain SGD within what the seeds
     differ by, as in the short trainings (below): a language model may want a higher rank than the paper's 4.""",
+    "bits": """To be written when it is measured.""",
     "compressors": """At high compression, rank 2 and top K are the best of the CNN, then random K, and random block
     last, as in the paper. At medium compression rank 7 is as good as plain SGD, and top K and sign and norm are
     close behind; random K and random block are further behind than in the paper, and gain little or nothing from
@@ -174,6 +179,21 @@ def both_tables(rows, paper=False, extra=()):
     return "\n".join(runs_table(rows, learner, paper, extra) for learner in learners)
 
 
+def bits_table(rows):
+    """A line for each method: what it sends, and its quality in the short and the long trainings."""
+    body = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        line = [METHODS[method].title]
+        for learner in LEARNERS:
+            groups = [[row for row in rows if (row["learner"], row["method"], row["times"]) == (learner, method, times)]
+                      for times in (1, longer.TIMES)]
+            line.append(megabytes(groups[0], "bytes_per_epoch") if groups[0] else "")
+            line += [spread([row["quality"] for row in group], 1) if group else "" for group in groups]
+        body.append(line)
+    head = [[f"{name}, MB sent", f"{QUALITY[learner]}", "long"] for learner, name in LEARNERS.items()]
+    return markdown(["", *sum(head, [])], body)
+
+
 def millions_of_floats(rows):
     """Handed to Horovod in the whole training."""
     return f"{statistics.mean(r['bytes_per_epoch'] / r['steps_per_epoch'] * r['steps'] / 4e6 for r in rows):,.2f}"
@@ -234,7 +254,7 @@ def region_table(rows, method, over):
     return markdown(["", *(f"{region.MATRICES * width**2:,}" for width in widths)], body)
 
 
-def qualities_figure(rows):
+def qualities_figure(rows, name):
     """Quality against bytes: a panel for each learner. PowerSGD's names stand to the left of the points."""
     learners = [learner for learner in LEARNERS if any(row["learner"] == learner for row in rows)]
     figure, panels = panels_for(learners, width=5, height=4)
@@ -256,7 +276,7 @@ def qualities_figure(rows):
         panel.margins(x=0.3)
         if learner == "lstm":
             panel.invert_yaxis()
-    return save(figure, "evidence-quality")
+    return save(figure, name)
 
 
 def curves_figure(rows):
@@ -326,7 +346,7 @@ def commands_table(parts):
 
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    names = ["tuning", "ranks", "longer", "compressors", "accordion", "time_to_quality", "ablations", "region"]
+    names = ["tuning", "ranks", "longer", "bits", "compressors", "accordion", "time_to_quality", "ablations", "region"]
     parts = {name: read(name) for name in names}
     rows = {name: part["rows"] for name, part in parts.items()}
     measured = next((part for part in parts.values() if part["rows"]), None)
@@ -338,10 +358,14 @@ def main():
         page += [prose(TUNING), "\n", tuning_table(rows["tuning"])]
     if rows["ranks"]:
         page += ["\n## Quality, bytes and time by rank\n", prose(RANKS), "\n", both_tables(rows["ranks"], paper=True)]
-        page += [qualities_figure(rows["ranks"] + rows["compressors"]), prose(FOUND["ranks"])]
+        page += [qualities_figure(rows["ranks"] + rows["compressors"], "evidence-quality"), prose(FOUND["ranks"])]
     if rows["longer"]:
         page += ["\n## Longer trainings\n", prose(LONGER, times=longer.TIMES), "\n", both_tables(rows["longer"])]
         page.append(prose(FOUND["longer"]))
+    if rows["bits"]:
+        page += ["\n## Fewer bits\n", prose(BITS, times=longer.TIMES), "\n", bits_table(rows["bits"])]
+        short = [row for row in rows["bits"] if row["times"] == 1]
+        page += [qualities_figure(short, "evidence-bits"), prose(FOUND["bits"])]
     if rows["compressors"]:
         page += ["\n## Other compressors\n", prose(COMPRESSORS), "\n", both_tables(rows["compressors"], paper=True)]
         page.append(prose(FOUND["compressors"]))

@@ -19,19 +19,19 @@ class Slices:
     """quantization.Slices, and the messages that they travel in: for each slice its units and then its codes.
 
     Args:
-        lengths: of the rows: for each matrix, how many there are, and how long they are.
+        rows: for each matrix, how many there are, and how long they are.
         workers: how many average them.
         bits: of a code.
         dtype: of the numbers.
     """
 
-    def __init__(self, lengths: Sequence[tuple[Number, Number]], workers: Number, bits: int, dtype: tf.DType):
+    def __init__(self, rows: Sequence[tuple[Number, Number]], workers: Number, bits: int, dtype: tf.DType):
         self._bits, self._dtype = bits, dtype
-        if all(isinstance(number, int) for number in (workers, *sum(lengths, ()))):
-            self._segments, self.size = _cut([n for n, _ in lengths], [m for _, m in lengths], workers)
+        if all(isinstance(number, int) for number in (workers, *sum(rows, ()))):
+            self._segments, self.size = _cut([n for n, _ in rows], [m for _, m in rows], workers)
         else:
-            rows, columns = (tf.stack([tf.cast(n, tf.int64) for n in numbers]) for numbers in zip(*lengths))
-            found = tf.numpy_function(_cut, [rows, columns, tf.cast(workers, tf.int64)], [tf.int64, tf.int64])
+            counts, lengths = (tf.stack([tf.cast(n, tf.int64) for n in numbers]) for numbers in zip(*rows))
+            found = tf.numpy_function(_cut, [counts, lengths, tf.cast(workers, tf.int64)], [tf.int64, tf.int64])
             self._segments, self.size = tf.ensure_shape(found[0], [None, None]), tf.ensure_shape(found[1], [])
         self.count, self._width = tf.unstack(tf.shape(self._segments, tf.int64))
 
@@ -88,20 +88,20 @@ class Slices:
         return tf.convert_to_tensor(self._segments)[index : index + 1], tf.constant(1, tf.int64)
 
 
-def _cut(rows, columns, workers):
+def _cut(counts, lengths, workers):
     """The segments of quantization.Slices, and its size, int64."""
-    slices = quantization.Slices(np.repeat(columns, rows), quantization.slice_count(int(workers)))
+    slices = quantization.Slices(np.repeat(lengths, counts), quantization.slice_count(int(workers)))
     return slices.segments, np.int64(slices.size)
 
 
 def quantized_mean(
-    flat: tf.Tensor, lengths: Sequence[tuple[Number, Number]], bits: int, workers: Workers, name: str
+    flat: tf.Tensor, rows: Sequence[tuple[Number, Number]], bits: int, workers: Workers, name: str
 ) -> tuple[tf.Tensor, tf.Tensor, Traffic]:
     """quantization.mean of this worker's rows and the others'.
 
     Args:
         flat: the rows, one after the other.
-        lengths: of the rows, as Slices'.
+        rows: as Slices'.
         bits: of a number.
         workers: that average.
         name: of the messages.
@@ -110,7 +110,7 @@ def quantized_mean(
         The mean and this worker's part of it, both flat, and what was sent.
     """
     count = workers.count(tf.int64) if elastic() else workers.process_set.size()
-    slices, total = Slices(lengths, count, bits, flat.dtype), tf.size(flat, tf.int64)
+    slices, total = Slices(rows, count, bits, flat.dtype), tf.size(flat, tf.int64)
     message = slices.encoded(flat)
     nbytes, own = tf.size(message, tf.int64), slices.decoded(message)
     if workers.alone:

@@ -48,9 +48,9 @@ class GeneratorBucket(Bucket):
     def _average_quantized(self, gradients: Sequence[GeneratorGradient], bits: int, name: str, step: Step):
         """Averages what these ask for, in so many bits."""
         parts = [gradient.parts()[0] for gradient in gradients]
-        lengths = tuple(itertools.chain(*([part.shape[1]] * len(part) for part in parts)))
+        rows = tuple((len(part), part.shape[1]) for part in parts)
         flat = joined([part.reshape(-1) for part in parts])
-        mean, own = yield from quantized_mean(flat, lengths, bits, name, step, self._config)
+        mean, own = yield from quantized_mean(flat, rows, bits, name, step, self._config)
         sizes = [part.numel() for part in parts]
         for gradient, part, *both in zip(gradients, parts, mean.split(sizes), own.split(sizes)):
             gradient.go_on([some.view(part.shape) for some in both])

@@ -1,6 +1,5 @@
 """Gradients that are exchanged together, as PowerSGD's factors or as they are."""
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -70,10 +69,10 @@ class PowerSGDBucket(Bucket):
         finite: bool | torch.Tensor = True
         if matrices:
             assert self._family.bits is not None
-            lengths, bits = tuple(itertools.chain(*(gradient.lengths for gradient in matrices))), self._family.bits
-            flat, name = joined(sent[: len(sent) - len(plain)]), f"{self._name}.{number}"
-            flat, own = yield from quantized_mean(flat, lengths, bits, name, step, self._config)
-            sizes = [sum(gradient.lengths) for gradient in matrices]
+            rows, flat = tuple(gradient.rows for gradient in matrices), joined(sent[: len(sent) - len(plain)])
+            name, bits = f"{self._name}.{number}", self._family.bits
+            flat, own = yield from quantized_mean(flat, rows, bits, name, step, self._config)
+            sizes = [count * length for count, length in rows]
             for gradient, part in zip(matrices, own.split(sizes)):
                 gradient.made(part)
             finite = self._received(matrices, flat, sizes)

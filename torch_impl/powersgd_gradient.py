@@ -191,9 +191,9 @@ class PowerSGDGradient(CompressedGradient):
         return sent.to(self.dtype) if scale is None else sent.to(self.dtype) / scale
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        """Of the rows of `own`."""
-        return (self._own.shape[1],) * self._rank
+    def rows(self) -> tuple[int, int]:
+        """How many the factor has that was made last, and how long they are."""
+        return self._rank, self._own.shape[1]
 
     @property
     def mean_is_q(self) -> bool:

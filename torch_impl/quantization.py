@@ -19,10 +19,19 @@ from horovod_powersgd.torch.step import Step
 
 
 class Slices:
-    """quantization.Slices, and the messages that they travel in: for each slice its units and then its codes."""
+    """quantization.Slices, and the messages that they travel in: for each slice its units and then its codes.
 
-    def __init__(self, lengths: tuple[int, ...], count: int, bits: int, dtype: torch.dtype, device: torch.device):
-        plan = quantization.Slices(lengths, count)
+    Args:
+        rows: for each matrix, how many there are, and how long they are.
+        count: of slices.
+        bits: of a code.
+        dtype, device: of the numbers.
+    """
+
+    def __init__(
+        self, rows: tuple[tuple[int, int], ...], count: int, bits: int, dtype: torch.dtype, device: torch.device
+    ):
+        plan = quantization.Slices(np.repeat([length for _, length in rows], [number for number, _ in rows]), count)
         self.count, self.size, self.bits, self.dtype = plan.count, plan.size, bits, dtype
         self.nbytes = plan.nbytes(bits, dtype.itemsize)
         # On the host, for the compiled passes.
@@ -105,7 +114,7 @@ _slices = functools.lru_cache(1024)(Slices)
 
 def quantized_mean(
     flat: torch.Tensor,
-    lengths: tuple[int, ...],
+    rows: tuple[tuple[int, int], ...],
     bits: int,
     name: str,
     step: Step,
@@ -115,7 +124,7 @@ def quantized_mean(
 
     Args:
         flat: the rows, one after the other.
-        lengths: of the rows.
+        rows: for each matrix, how many there are, and how long they are.
         bits: of a number.
         name: of the messages.
         step: that this belongs to.
@@ -125,7 +134,7 @@ def quantized_mean(
         The mean and this worker's part of it, both flat.
     """
     workers = step.workers
-    slices = _slices(lengths, quantization.slice_count(workers.count), bits, flat.dtype, flat.device)
+    slices = _slices(rows, quantization.slice_count(workers.count), bits, flat.dtype, flat.device)
     message = slices.encoded(flat)
     own = slices.decoded(message)
     if workers.count == 1:

@@ -41,6 +41,8 @@ def pytest_collection_modifyitems(items):
             if item.path.stem not in FILES:
                 raise pytest.UsageError(f"{item.path.name} has no tier: say in {__file__} which it is")
             item.add_marker("job" if "launch" in item.fixturenames else FILES[item.path.stem])
+    # Launches run beside the other tests; only then are they waited for.
+    items.sort(key=lambda item: "launch" in item.fixturenames)
 
 
 def pytest_collection_finish(session):
@@ -49,8 +51,11 @@ def pytest_collection_finish(session):
             job.selected.setdefault(item.callspec.params["launch"], set()).add(item.callspec.params["check"])
     if not session.config.option.collectonly:
         for launch in job.selected:
-            if launch.workers == 1:  # beside the tests of other files
-                job.begin(launch)
+            job.begin(launch)
+
+
+def pytest_sessionfinish():
+    job.stop()
 
 
 def pytest_terminal_summary(terminalreporter, config):

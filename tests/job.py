@@ -96,6 +96,7 @@ class Outcome:
 selected: dict[Launch, set[Check]] = {}
 # Of launches that have begun.
 _outcomes: dict[Launch, Future] = {}
+_running: set[subprocess.Popen] = set()
 _one_worker, _several_workers = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
 
@@ -128,17 +129,25 @@ def launched(module, launches):
 def begin(launch):
     """Starts a launch's selected checks, unless they have been; returns the Future of their Outcome."""
     if launch not in _outcomes:
-        # One worker needs one core, and runs beside other tests.
+        # One worker needs one core, and runs beside the others.
         pool = _one_worker if launch.workers == 1 else _several_workers
         checks = [check for check in checks_of(launch) if check in selected[launch]]
         _outcomes[launch] = pool.submit(run_checks, launch, checks)
     return _outcomes[launch]
 
 
+def stop():
+    """Ends the launches that still run, and starts no more: where pytest was interrupted, or failed early."""
+    for pool in (_one_worker, _several_workers):
+        pool.shutdown(wait=False, cancel_futures=True)
+    for job in list(_running):
+        kill(job)
+
+
 def finished():
     """(launch, Outcome) of those that have run to their end."""
-    ended = [(launch, future) for launch, future in _outcomes.items() if future.done() and not future.exception()]
-    return [(launch, future.result()) for launch, future in ended]
+    ended = [(launch, future) for launch, future in _outcomes.items() if future.done() and not future.cancelled()]
+    return [(launch, future.result()) for launch, future in ended if not future.exception()]
 
 
 def run_checks(launch, checks):
@@ -172,14 +181,22 @@ def run(command, seconds, environment=None):
     }
     environment = {**launch_environment(), **settings, **(environment or {})}
     job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    _running.add(job)
     try:
         return job.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
-        import psutil  # comes with Horovod, and only here is it needed
+        kill(job)
+        return f"{job.communicate()[0]}\nended after {seconds} seconds: {' '.join(command)}"
+    finally:
+        _running.discard(job)
 
+
+def kill(job):
+    import psutil  # comes with Horovod, and only here is it needed
+
+    if job.poll() is None:
         for process in [*psutil.Process(job.pid).children(recursive=True), job]:
             process.kill()
-        return f"{job.communicate()[0]}\nended after {seconds} seconds: {' '.join(command)}"
 
 
 def assert_passed(launch, check):

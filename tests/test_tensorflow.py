@@ -21,9 +21,9 @@ LAUNCHES = [
     Launch("horovodrun --gloo", 2, (CHECKS, CALLBACKS)),
     Launch("horovodrun --gloo", 3, partly=(CHECKS, KERAS), variables=(AS_BUILT,)),
     Launch("horovodrun --gloo", 4, partly=(CHECKS, KERAS), variables=(KERAS_2, AS_BUILT)),
-    Launch("mpirun", 2, (FEATURES, KERAS), partly=(CHECKS,)),
+    Launch("mpirun", 2, (FEATURES, KERAS), partly=(CHECKS,), variables=(AS_BUILT,)),
     Launch("mpirun", 2, (CALLBACKS,), partly=(KERAS,), pattern=OF_SEVERAL + "|resumed", variables=(KERAS_2, AS_BUILT)),
-    Launch("mpirun", 3, partly=(FEATURES, CHECKS, KERAS), pattern=OF_SEVERAL),
+    Launch("mpirun", 3, partly=(FEATURES, CHECKS, KERAS), pattern=OF_SEVERAL, variables=(AS_BUILT,)),
     Launch("mpirun", 4, partly=(CHECKS, KERAS), variables=(AS_BUILT,)),
 ]
 

@@ -50,7 +50,8 @@ def pytest_collection_finish(session):
         if "launch" in item.fixturenames:
             job.selected.setdefault(item.callspec.params["launch"], set()).add(item.callspec.params["check"])
     if not session.config.option.collectonly:
-        for launch in job.selected:
+        # Those of many checks take longest: none of them is to be the last, with nothing left to run beside it.
+        for launch in sorted(job.selected, key=lambda launch: len(job.selected[launch]), reverse=True):
             job.begin(launch)
 
 

@@ -41,8 +41,8 @@ def pytest_collection_modifyitems(items):
             if item.path.stem not in FILES:
                 raise pytest.UsageError(f"{item.path.name} has no tier: say in {__file__} which it is")
             item.add_marker("job" if "launch" in item.fixturenames else FILES[item.path.stem])
-    # Launches run beside the other tests; only then are they waited for.
-    items.sort(key=lambda item: "launch" in item.fixturenames)
+    # Launches and elastic jobs run beside the other tests; only then are they waited for.
+    items.sort(key=lambda item: "launch" in item.fixturenames or "elastic_job" in item.fixturenames)
 
 
 def pytest_collection_finish(session):
@@ -53,6 +53,9 @@ def pytest_collection_finish(session):
         # Those of many checks take longest: none of them is to be the last, with nothing left to run beside it.
         for launch in sorted(job.selected, key=lambda launch: len(job.selected[launch]), reverse=True):
             job.begin(launch)
+        for item in session.items:
+            if "elastic_job" in item.fixturenames:
+                job.begin_elastic(item.callspec.params["elastic_job"])
 
 
 def pytest_sessionfinish():

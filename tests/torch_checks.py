@@ -15,8 +15,8 @@ from trainee import DEVICE, Trainee
 
 
 def share(runs):
-    """One worker takes all; two take one precision under Gloo and the other under MPI. Three take half of that, and four
-    a quarter, other configurations under Gloo than under MPI."""
+    """One worker takes all. Two take one precision under Gloo and the other under MPI, three half as many, and four a
+    quarter, under Gloo other configurations than under MPI."""
     first, every = {1: ((0, 0), 1), 2: ((0, 1), 2), 3: ((1, 2), 4), 4: ((4, 7), 8)}[hvd.size()]
     return runs[first[hvd.mpi_enabled()] :: every]
 

@@ -41,6 +41,8 @@ def pytest_collection_modifyitems(items):
             if item.path.stem not in FILES:
                 raise pytest.UsageError(f"{item.path.name} has no tier: say in {__file__} which it is")
             item.add_marker("job" if "launch" in item.fixturenames else FILES[item.path.stem])
+    # Launches and elastic jobs run beside the other tests; only then are they waited for.
+    items.sort(key=lambda item: "launch" in item.fixturenames or "elastic_job" in item.fixturenames)
 
 
 def pytest_collection_finish(session):
@@ -48,9 +50,16 @@ def pytest_collection_finish(session):
         if "launch" in item.fixturenames:
             job.selected.setdefault(item.callspec.params["launch"], set()).add(item.callspec.params["check"])
     if not session.config.option.collectonly:
-        for launch in job.selected:
-            if launch.workers == 1:  # beside the tests of other files
-                job.begin(launch)
+        # Those of many checks take longest: none of them is to be the last, with nothing left to run beside it.
+        for launch in sorted(job.selected, key=lambda launch: len(job.selected[launch]), reverse=True):
+            job.begin(launch)
+        for item in session.items:
+            if "elastic_job" in item.fixturenames:
+                job.begin_elastic(item.callspec.params["elastic_job"])
+
+
+def pytest_sessionfinish():
+    job.stop()
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -22,6 +22,13 @@ HERE = Path(__file__).parent
 # Far more than a check takes where the workers share two cores with others; and than all of a launch take.
 CHECK_SECONDS, LAUNCH_SECONDS = 240, 1800
 COMPARING = "equals|equal_the|same_bits"
+# horovodrun, but for its first step: to see that Horovod was built with Gloo it imports TensorFlow, each time.
+HOROVODRUN = """
+import horovod.common.util
+horovod.common.util.gloo_built = lambda verbose: True
+from horovod.runner.launch import run_commandline
+run_commandline()
+"""
 
 
 class Check(NamedTuple):
@@ -57,6 +64,20 @@ class Launch(NamedTuple):
     def __str__(self):
         settings = [f"{name}={value}" for name, value in self.variables]
         return " ".join([self.launcher or "plain", str(self.workers), *settings])
+
+
+class ElasticJob(NamedTuple):
+    """Three workers under horovodrun, one of which dies; later another one comes.
+
+    Attributes:
+        program: in this folder. It gets a folder, to which its workers report, and the kind.
+        kind: of training.
+        variables: of the workers' environment, as (name, value).
+    """
+
+    program: str
+    kind: str
+    variables: tuple[tuple[str, str], ...] = ()
 
 
 class Report(NamedTuple):
@@ -96,7 +117,9 @@ class Outcome:
 selected: dict[Launch, set[Check]] = {}
 # Of launches that have begun.
 _outcomes: dict[Launch, Future] = {}
-_one_worker, _several_workers = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+_running: set[subprocess.Popen] = set()
+# Elastic jobs wait most of the time.
+_one_worker, _several_workers, _elastic = (ThreadPoolExecutor(1) for _ in range(3))
 
 
 @functools.cache
@@ -128,17 +151,31 @@ def launched(module, launches):
 def begin(launch):
     """Starts a launch's selected checks, unless they have been; returns the Future of their Outcome."""
     if launch not in _outcomes:
-        # One worker needs one core, and runs beside other tests.
+        # One worker needs one core, and runs beside the others.
         pool = _one_worker if launch.workers == 1 else _several_workers
         checks = [check for check in checks_of(launch) if check in selected[launch]]
         _outcomes[launch] = pool.submit(run_checks, launch, checks)
     return _outcomes[launch]
 
 
+@functools.cache
+def begin_elastic(job):
+    """Starts an elastic job, unless it has been; returns the Future of what run_elastic gives."""
+    return _elastic.submit(run_elastic, job)
+
+
+def stop():
+    """Ends the launches that still run, and starts no more: where pytest was interrupted, or failed early."""
+    for pool in (_one_worker, _several_workers, _elastic):
+        pool.shutdown(wait=False, cancel_futures=True)
+    for job in list(_running):
+        kill(job)
+
+
 def finished():
     """(launch, Outcome) of those that have run to their end."""
-    ended = [(launch, future) for launch, future in _outcomes.items() if future.done() and not future.exception()]
-    return [(launch, future.result()) for launch, future in ended]
+    ended = [(launch, future) for launch, future in _outcomes.items() if future.done() and not future.cancelled()]
+    return [(launch, future.result()) for launch, future in ended if not future.exception()]
 
 
 def run_checks(launch, checks):
@@ -147,6 +184,8 @@ def run_checks(launch, checks):
         program = [sys.executable, str(HERE / "worker.py"), folder, str(CHECK_SECONDS), *map(str, checks)]
         command = launch_command(launch.launcher, launch.workers, program) if launch.launcher else program
         assert command is not None, f"{launch.launcher} is not installed"
+        if launch.launcher == "horovodrun --gloo":
+            command[:1] = [sys.executable, "-c", HOROVODRUN]
         if launch.launcher == "mpirun":
             command.insert(1, "--tag-output")  # as horovodrun does by itself
         began = time.monotonic()
@@ -158,6 +197,27 @@ def run_checks(launch, checks):
             for line in others:
                 reports[Check(*line["check"].split("."))][int(file.stem)] = Report(**line["report"])
         return Outcome(starts, reports, output, time.monotonic() - began)
+
+
+# Several names of this machine stand for its hosts.
+HOSTS, LATER = ("localhost:1", "127.0.0.1:1", "127.1:1"), "127.0.1:1"
+
+
+def run_elastic(job):
+    """What each worker of an elastic job reported, line by line; and all that they wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        discover = Path(folder) / "discover.sh"
+        hosts = "\n".join(f"echo {host}" for host in HOSTS)
+        discover.write_text(f"#!/bin/sh\n{hosts}\n[ -e {folder}/grow ] && echo {LATER}\nexit 0\n")
+        discover.chmod(0o755)
+        command = [sys.executable, "-c", HOROVODRUN, "--gloo", "-np", "3", "--min-np", "2", "--max-np", "3"]
+        command += ["--host-discovery-script", discover, "--disable-cache", "--elastic-timeout", "120"]
+        command += [sys.executable, HERE / job.program, folder, job.kind]
+        # The others wait that long for the new worker, which first imports its framework.
+        environment = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "30", **dict(job.variables)}
+        output = run([str(word) for word in command], 240, environment)
+        files = Path(folder).glob("*.jsonl")
+        return [[json.loads(line) for line in file.read_text().splitlines()] for file in files], output
 
 
 def run(command, seconds, environment=None):
@@ -172,14 +232,22 @@ def run(command, seconds, environment=None):
     }
     environment = {**launch_environment(), **settings, **(environment or {})}
     job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    _running.add(job)
     try:
         return job.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
-        import psutil  # comes with Horovod, and only here is it needed
+        kill(job)
+        return f"{job.communicate()[0]}\nended after {seconds} seconds: {' '.join(command)}"
+    finally:
+        _running.discard(job)
 
+
+def kill(job):
+    import psutil  # comes with Horovod, and only here is it needed
+
+    if job.poll() is None:
         for process in [*psutil.Process(job.pid).children(recursive=True), job]:
             process.kill()
-        return f"{job.communicate()[0]}\nended after {seconds} seconds: {' '.join(command)}"
 
 
 def assert_passed(launch, check):

@@ -16,6 +16,9 @@ from horovod_powersgd.tensorflow.training import known_states
 # Some launches go without it.
 if os.environ.get("GRAPHS") == "as-built":
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+# These launches also leave out what reads a function's Python for its ifs and loops: there are none below.
+AUTOGRAPH = os.environ.get("GRAPHS") != "as-built"
+
 
 class Trainee:
     """Variables whose gradients are given. Subclasses say how they are exchanged."""
@@ -80,7 +83,7 @@ class FunctionTrainee(EagerTrainee):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self._update = tf.function(super()._update)
+        self._update = tf.function(super()._update, autograph=AUTOGRAPH)
 
 
 class KerasTrainee(Trainee):
@@ -94,7 +97,8 @@ class KerasTrainee(Trainee):
             keras.optimizers.SGD(1.0), compression=self._config, **self._options
         )
         self._apply = tf.function(
-            lambda gradients: self.optimizer.apply_gradients(list(zip(gradients, self.variables.values())))
+            lambda gradients: self.optimizer.apply_gradients(list(zip(gradients, self.variables.values()))),
+            autograph=AUTOGRAPH,
         )
 
     def set_rate(self, rate):
@@ -114,13 +118,13 @@ class KerasTrainee(Trainee):
         return updates
 
 
-_kinds = [EagerTrainee, FunctionTrainee, KerasTrainee]
+KINDS = [EagerTrainee, FunctionTrainee, KerasTrainee]
 _turns = itertools.count()
 
 
 def any_trainee(*arguments, **options):
     """Each in turn: over all the launches, each configuration meets each of them."""
-    return _kinds[next(_turns) % len(_kinds)](*arguments, **options)
+    return KINDS[next(_turns) % len(KINDS)](*arguments, **options)
 
 
 def start_with(number):

@@ -30,8 +30,7 @@ def last_line(example, *arguments, environment=None):
 
 
 RATIOS = {"none": 1, "fp16": 2, "powersgd": 42}
-RUNS = [("PyTorch", compression) for compression in RATIOS]
-RUNS += [("TensorFlow", "fp16"), ("TensorFlow", "powersgd"), ("Keras 3", "powersgd"), ("Keras 2", "powersgd")]
+RUNS = [(framework, "powersgd") for framework in DIGITS] + [("PyTorch", "none"), ("TensorFlow", "fp16")]
 
 
 @pytest.mark.parametrize("framework, compression", RUNS)

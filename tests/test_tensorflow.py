@@ -11,20 +11,24 @@ CHECKS, FEATURES, KERAS, CALLBACKS = (
     f"{name}_checks" for name in ("tensorflow", "tensorflow_feature", "keras", "keras_callback")
 )
 KERAS_2, AS_BUILT = ("TF_USE_LEGACY_KERAS", "1"), ("GRAPHS", "as-built")
-# What else the number of workers takes part in. (The checks of join need a worker that has come before another.)
-OF_SEVERAL = COMPARING + "|algorithm_2|mean|sum_is|summed|bytes|predivision|sparse|disagree|any_order|number|local"
-OF_SEVERAL += "|loss_scaling|not_finite|process_set|join"
+# Of Keras 2, with which one worker runs all of keras_checks: where workers meet.
+OF_TWO = COMPARING + "|algorithm_2|summed|disagree|local|loss_scaling|resumed|as_the_reference"
+# What a third worker takes part in: means that are not halves, more than one other's part, workers that are left.
+OF_THREE = COMPARING + "|algorithm_2|mean|sum_is|predivision|sparse|disagree_are_told_in_fit|another_number"
+OF_THREE += "|process_set|join"
+# Three workers decide as four do.
+OF_FOUR = f"check_(?!accordion).*({COMPARING})"
 # Keras's optimizer is among the trainees of tensorflow_checks, too.
 LAUNCHES = [
-    Launch(None, 1, (CHECKS,)),
+    Launch(None, 1, (CHECKS,), variables=(AS_BUILT,)),
     Launch(None, 1, (KERAS,), variables=(KERAS_2,)),
     Launch("horovodrun --gloo", 2, (CHECKS, CALLBACKS)),
     Launch("horovodrun --gloo", 3, partly=(CHECKS, KERAS), variables=(AS_BUILT,)),
-    Launch("horovodrun --gloo", 4, partly=(CHECKS, KERAS), variables=(KERAS_2, AS_BUILT)),
-    Launch("mpirun", 2, (FEATURES, KERAS), partly=(CHECKS,)),
-    Launch("mpirun", 2, (CALLBACKS,), partly=(KERAS,), pattern=OF_SEVERAL + "|resumed", variables=(KERAS_2, AS_BUILT)),
-    Launch("mpirun", 3, partly=(FEATURES, CHECKS, KERAS), pattern=OF_SEVERAL),
-    Launch("mpirun", 4, partly=(CHECKS, KERAS), variables=(AS_BUILT,)),
+    Launch("horovodrun --gloo", 4, partly=(CHECKS, KERAS), pattern=OF_FOUR, variables=(KERAS_2, AS_BUILT)),
+    Launch("mpirun", 2, (FEATURES, KERAS), partly=(CHECKS,), variables=(AS_BUILT,)),
+    Launch("mpirun", 2, (CALLBACKS,), partly=(KERAS,), pattern=OF_TWO, variables=(KERAS_2, AS_BUILT)),
+    Launch("mpirun", 3, partly=(FEATURES, CHECKS, KERAS), pattern=OF_THREE, variables=(AS_BUILT,)),
+    Launch("mpirun", 4, partly=(CHECKS, KERAS), pattern=OF_FOUR, variables=(AS_BUILT,)),
 ]
 
 

@@ -1,31 +1,19 @@
-"""Elastic jobs of TensorFlow and Keras: workers die and join. Several names of this machine stand for its hosts."""
-
-import json
-import sys
+"""Elastic jobs of TensorFlow and Keras: workers die and join."""
 
 import pytest
 
-from horovod_powersgd.launcher import find_program
-from job import HERE, run
+from job import ElasticJob, begin_elastic
 
-HOSTS = ["localhost:1", "127.0.0.1:1", "127.1:1"]
-LATER = "127.0.1:1"
+JOBS = [
+    ElasticJob("tensorflow_elastic_training.py", kind, (("TF_USE_LEGACY_KERAS", legacy),))
+    for kind, legacy in (("tape", "1"), ("fit", "0"))
+]
 
 
-@pytest.mark.parametrize("kind, legacy", [("tape", "1"), ("fit", "0")])
-def test_survivors_go_on_and_newcomers_become_equal_replicas(kind, legacy, tmp_path):
-    discover = tmp_path / "discover.sh"
-    hosts = "\n".join(f"echo {host}" for host in HOSTS)
-    discover.write_text(f"#!/bin/sh\n{hosts}\n[ -e {tmp_path}/grow ] && echo {LATER}\nexit 0\n")
-    discover.chmod(0o755)
-    command = [find_program("horovodrun"), "--gloo", "-np", "3", "--min-np", "2", "--max-np", "3"]
-    command += ["--host-discovery-script", discover, "--disable-cache", "--elastic-timeout", "120"]
-    command += [sys.executable, HERE / "tensorflow_elastic_training.py", tmp_path, kind]
-    # The others wait that long for the new worker, which first imports TensorFlow.
-    settings = {"HOROVOD_GLOO_TIMEOUT_SECONDS": "30", "TF_USE_LEGACY_KERAS": legacy}
-    output = run([str(word) for word in command], 240, settings)
-
-    workers = [[json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*.jsonl")]
+@pytest.mark.parametrize("elastic_job", JOBS, ids=lambda job: job.kind)
+def test_survivors_go_on_and_newcomers_become_equal_replicas(elastic_job):
+    workers, output = begin_elastic(elastic_job).result()
+    kind = elastic_job.kind
     by_end = {}
     for worker in workers:
         by_end.setdefault(worker[-1]["event"], []).append(worker)

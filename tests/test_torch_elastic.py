@@ -1,29 +1,15 @@
-"""Elastic jobs: workers die and join. Several names of this machine stand for its hosts."""
-
-import json
-import sys
+"""Elastic jobs: workers die and join."""
 
 import pytest
 
-from horovod_powersgd.launcher import find_program
-from job import HERE, run
+from job import ElasticJob, begin_elastic
 
-HOSTS = ["localhost:1", "127.0.0.1:1", "127.1:1"]
-LATER = "127.0.1:1"
+JOBS = [ElasticJob("elastic_training.py", kind) for kind in ("SGD", "AdamW")]
 
 
-@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
-def test_survivors_keep_their_memory_and_newcomers_become_equal_replicas(kind, tmp_path):
-    discover = tmp_path / "discover.sh"
-    hosts = "\n".join(f"echo {host}" for host in HOSTS)
-    discover.write_text(f"#!/bin/sh\n{hosts}\n[ -e {tmp_path}/grow ] && echo {LATER}\nexit 0\n")
-    discover.chmod(0o755)
-    command = [find_program("horovodrun"), "--gloo", "-np", "3", "--min-np", "2", "--max-np", "3"]
-    command += ["--host-discovery-script", discover, "--disable-cache", "--elastic-timeout", "120"]
-    command += [sys.executable, HERE / "elastic_training.py", tmp_path, kind]
-    output = run([str(word) for word in command], 240, {"HOROVOD_GLOO_TIMEOUT_SECONDS": "5"})
-
-    workers = [[json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.glob("*.jsonl")]
+@pytest.mark.parametrize("elastic_job", JOBS, ids=lambda job: job.kind)
+def test_survivors_keep_their_memory_and_newcomers_become_equal_replicas(elastic_job):
+    workers, output = begin_elastic(elastic_job).result()
     by_end = {worker[-1]["event"]: [] for worker in workers}
     for worker in workers:
         by_end[worker[-1]["event"]].append(worker)
@@ -43,4 +29,4 @@ def test_survivors_keep_their_memory_and_newcomers_become_equal_replicas(kind, t
     assert newcomer[-1]["exchanged"] == 24, output
     # With AdamW it is Accordion that compresses.
     decisions = [worker[-1]["decisions"] for worker in by_end["end"]]
-    assert decisions[0] == decisions[1] == decisions[2] and any(decisions[0]) == (kind == "AdamW"), output
+    assert decisions[0] == decisions[1] == decisions[2] and any(decisions[0]) == (elastic_job.kind == "AdamW"), output

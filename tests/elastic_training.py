@@ -39,7 +39,7 @@ if KIND == "AdamW":
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
 else:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
-compression = hvd.PowerSGD(rank=2)
+compression = hvd.PowerSGD(rank=2, wire_dtype="int8")
 if KIND == "AdamW":
     compression = hvd.Accordion(hvd.PowerSGD(rank=2), hvd.PowerSGD(rank=1), interval=3)
 optimizer = hvd.DistributedOptimizer(

@@ -37,7 +37,7 @@ model = keras.Sequential([keras.Input((10,)), keras.layers.Dense(12, activation=
 optimizer = keras.optimizers.Adam(0.01)
 if KIND == "fit":
     # P and Q in turn, of one rank or the other: workers that come have to learn which it is.
-    low, high = (hvd.PowerSGD(rank=rank, num_iters_per_step=1) for rank in (2, 1))
+    low, high = (hvd.PowerSGD(rank=rank, num_iters_per_step=1, wire_dtype="int8") for rank in (2, 1))
     optimizer = hvd.DistributedOptimizer(optimizer, compression=hvd.Accordion(low, high, interval=5))
 model.compile(optimizer, "mse")
 numbers = np.random.default_rng(hvd.rank()).standard_normal((8 * BATCHES, 18)).astype("float32")

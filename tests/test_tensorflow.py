@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 
 import horovod_powersgd
@@ -77,3 +78,15 @@ def test_everything_that_horovod_exports_is_there_with_horovods_signatures():
     for name in ("callbacks", "elastic"):
         for exported in (n for n in vars(getattr(horovod.tensorflow.keras, name)) if n[0].isupper()):
             assert hasattr(getattr(hvd_keras, name), exported) or exported == "K", exported
+
+
+def test_slices_that_are_cut_in_a_graph_are_the_others():
+    import tensorflow as tf
+
+    from horovod_powersgd.tensorflow.quantization import Slices
+
+    for rows, workers in ((((4, 10), (1, 7)), 2), (((3, 5), (2, 100), (8, 1)), 4), (((1, 3),), 9), (((16, 19),), 4)):
+        known = Slices(rows, workers, 8, tf.float32)
+        found = Slices([(tf.constant(count), length) for count, length in rows], workers, 8, tf.float32)
+        np.testing.assert_array_equal(found._segments, known._segments)
+        assert found.size == known.size

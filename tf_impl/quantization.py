@@ -27,12 +27,13 @@ class Slices:
 
     def __init__(self, rows: Sequence[tuple[Number, Number]], workers: Number, bits: int, dtype: tf.DType):
         self._bits, self._dtype = bits, dtype
-        if all(isinstance(number, int) for number in (workers, *sum(rows, ()))):
-            self._segments, self.size = _cut([n for n, _ in rows], [m for _, m in rows], workers)
+        counts, lengths = zip(*rows)
+        if all(isinstance(number, int) for number in (workers, *counts, *lengths)):
+            slices = quantization.Slices(np.repeat(lengths, counts), quantization.slice_count(workers))
+            self._segments, self.size = slices.segments, slices.size
         else:
-            counts, lengths = (tf.stack([tf.cast(n, tf.int64) for n in numbers]) for numbers in zip(*rows))
-            found = tf.numpy_function(_cut, [counts, lengths, tf.cast(workers, tf.int64)], [tf.int64, tf.int64])
-            self._segments, self.size = tf.ensure_shape(found[0], [None, None]), tf.ensure_shape(found[1], [])
+            self._segments, self.size = _cut(*(tf.stack([tf.cast(n, tf.int64) for n in ns]) for ns in (counts, lengths)),
+                                             tf.cast(workers, tf.int64))
         self.count, self._width = tf.unstack(tf.shape(self._segments, tf.int64))
 
     def encoded(self, numbers: tf.Tensor, index: tf.Tensor | None = None) -> tf.Tensor:
@@ -88,10 +89,17 @@ class Slices:
         return tf.convert_to_tensor(self._segments)[index : index + 1], tf.constant(1, tf.int64)
 
 
-def _cut(counts, lengths, workers):
-    """The segments of quantization.Slices, and its size, int64."""
-    slices = quantization.Slices(np.repeat(lengths, counts), quantization.slice_count(int(workers)))
-    return slices.segments, np.int64(slices.size)
+def _cut(counts: tf.Tensor, lengths: tf.Tensor, workers: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """The segments and the size of quantization.Slices, where the rows are not known before the graph runs."""
+    count = tf.where(workers >= quantization.TWO_ROUNDS, workers, 1)
+    size = -(-tf.reduce_sum(counts * lengths) // (2 * count)) * 2
+    ends = tf.concat([tf.cumsum(tf.repeat(lengths, counts)), size * tf.range(1, count + 1)], 0)
+    ends = tf.unique(tf.sort(ends))[0]
+    slice_of = (ends - 1) // size
+    in_slices = tf.math.unsorted_segment_sum(tf.ones_like(ends), slice_of, count)
+    places = tf.range(tf.size(ends, tf.int64)) - tf.gather(tf.cumsum(in_slices, exclusive=True), slice_of)
+    found = ends - tf.concat([[0], ends[:-1]], 0)
+    return tf.scatter_nd(tf.stack([slice_of, places], 1), found, [count, tf.reduce_max(in_slices)]), size
 
 
 def quantized_mean(

@@ -32,8 +32,8 @@ class Slices:
             slices = quantization.Slices(np.repeat(lengths, counts), quantization.slice_count(workers))
             self._segments, self.size = slices.segments, slices.size
         else:
-            self._segments, self.size = _cut(*(tf.stack([tf.cast(n, tf.int64) for n in ns]) for ns in (counts, lengths)),
-                                             tf.cast(workers, tf.int64))
+            of_each, long = (tf.stack([tf.cast(n, tf.int64) for n in numbers]) for numbers in (counts, lengths))
+            self._segments, self.size = _cut(of_each, long, tf.cast(workers, tf.int64))
         self.count, self._width = tf.unstack(tf.shape(self._segments, tf.int64))
 
     def encoded(self, numbers: tf.Tensor, index: tf.Tensor | None = None) -> tf.Tensor:

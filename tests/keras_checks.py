@@ -25,9 +25,9 @@ RUNS = [(config, "float32") for config in cases.CONFIGS]
 
 
 def runs():
-    """Half of the configurations with one worker, and of the others half with two, with each Keras other ones. More
-    workers meet this optimizer in tensorflow_checks."""
-    return RUNS[1::2] if hvd.size() == 1 else RUNS[2 * KERAS_3 :: 4]
+    """Half of the configurations with one worker, the others with two, with each Keras other ones. More workers meet
+    this optimizer in tensorflow_checks."""
+    return RUNS[2 * KERAS_3 + (hvd.size() == 1) :: 4]
 
 
 equivalence = Equivalence(hvd, KerasTrainee, trailing_columns, runs)
@@ -106,8 +106,8 @@ def check_gradients_that_are_given_are_exchanged_as_the_reference_does():
 
 
 def fits():
-    """(configuration, options of compile): all with one worker of Keras 2 and with two of Keras 3; two with two of
-    Keras 2; and of the first four one in each launch of more workers."""
+    """(configuration, options of compile): all with one worker; with two, with each Keras other ones; and of the first
+    four one in each launch of more workers."""
     configs = [PowerSGD(rank=2), TopK(0.1), PowerSGD(rank=1, num_iters_per_step=1), RandomK(0.2)]
     every = [(config, {}) for config in (*configs, PowerSGD(warmup_steps=2), None)]
     # Eagerly, all compressors take the same way to Horovod.
@@ -116,7 +116,7 @@ def fits():
         every.append((configs[0], {"steps_per_execution": 3}))
     if hvd.size() > 2:
         return every[2 * (hvd.size() - 3) + hvd.mpi_enabled() :][:1]
-    return every if hvd.size() == 1 or KERAS_3 else every[:2]
+    return every if hvd.size() == 1 else every[2:5] if KERAS_3 else every[:2]
 
 
 def check_fit_equals_numpy():

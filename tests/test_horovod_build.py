@@ -43,9 +43,6 @@ SOURCE = {
     "horovod/common/gloo/gloo_controller.cc": (
         "  global_ranks_.reserve(size_);\n  opts.setOutput(global_ranks_.data(), size_);\n"
     ),
-    "third_party/gloo/gloo/common/memory.h": (
-        "#include <memory>\n    while (!weak.expired()) {\n      std::this_thread::yield();\n    }\n"
-    ),
     "horovod/torch/mpi_ops_v2.cc": "namespace horovod {\n" + "tensor.to(kCPU, /*non_blocking=*/true);\n" * 2,
     "third_party/flatbuffers/include/flatbuffers/stl_emulation.h": (
         "  constexpr span &operator=(const span &other)\n      FLATBUFFERS_NOEXCEPT {\n"
@@ -123,13 +120,6 @@ def test_the_workers_that_gloo_waits_for_are_known(source):
     patch_source(source)
     controller = (source / "horovod/common/gloo/gloo_controller.cc").read_text()
     assert controller.startswith("  global_ranks_.resize(size_);\n")
-
-
-def test_gloo_gives_way_to_the_thread_that_it_waits_for(source):
-    patch_source(source)
-    memory = (source / "third_party/gloo/gloo/common/memory.h").read_text()
-    assert memory.startswith("#include <chrono>\n#include <memory>\n    for (int asked = 0; !weak.expired(); ")
-    assert memory.count("{") == memory.count("}") and "sleep_for(std::chrono::microseconds(20));" in memory
 
 
 WORKER = """

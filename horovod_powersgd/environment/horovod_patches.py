@@ -7,7 +7,7 @@ from horovod_powersgd.environment.installation import PATCHES_KEY, horovod_patch
 from horovod_powersgd.environment.logged_run import BuildError
 
 # Part of the key of cached wheels: raise it whenever patch_source changes.
-PATCH_VERSION = 5
+PATCH_VERSION = 4
 
 
 def missing_patches() -> str | None:
@@ -15,9 +15,8 @@ def missing_patches() -> str | None:
     if horovod_version() is None or (horovod_patches() or 0) >= PATCH_VERSION:
         return None
     return (
-        "Horovod was built without the latest of what install-horovod mends: with Gloo, workers take processor time "
-        "from each other while they wait, and of older builds nobody is told of a worker that does not come, and an "
-        "elastic job can wait for ever"
+        "Horovod was built without the latest of what install-horovod mends: with Gloo nobody is told of a worker "
+        "that does not come, and an elastic job can wait for ever"
     )
 
 
@@ -115,13 +114,3 @@ def patch_source(source: Path) -> None:
         r"global_ranks_\.reserve\(size_\);",
         "global_ranks_.resize(size_);",
     )
-    # At the end of each message Gloo waits until its other thread has let go of a buffer, by asking again and again.
-    # Where that thread has no core to itself, asking takes the one that it needs.
-    replace(
-        source / "third_party/gloo/gloo/common/memory.h",
-        r"^    while \(!weak\.expired\(\)\) \{\n      std::this_thread::yield\(\);\n",
-        "    for (int asked = 0; !weak.expired(); asked++) {\n"
-        "      if (asked < 16) {\n        std::this_thread::yield();\n      } else {\n"
-        "        std::this_thread::sleep_for(std::chrono::microseconds(20));\n      }\n",
-    )
-    replace(source / "third_party/gloo/gloo/common/memory.h", r"^#include <memory>$", r"#include <chrono>\n\g<0>")

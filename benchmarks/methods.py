@@ -30,7 +30,7 @@ class Method:
     @property
     def numbers_ratio(self):
         """How many times fewer bytes are sent, where that does not depend on the tensors; None where it does."""
-        return {"none": 1, "fp16": 2, "powersgd": None}[self.compression]
+        return None if self.config else {"none": 1, "fp16": 2, "powersgd": None}[self.compression]
 
     def bytes_sent(self, nbytes, stats):
         """What a worker hands to allreduce in a step, on average; None where the method does not say.

@@ -84,10 +84,10 @@ class GeneratorGradient(CompressedGradient):
         delta, self._dense, self._scale = self._dense.to(self.dtype).reshape(self._matrix_shape), None, scale
         if scale != 1:
             delta = delta / scale
-        if self.memory is not None:
-            delta = delta + self.memory
-        self._finite = self._state.finite = torch.isfinite(delta).all()
-        self._delta = torch.where(self._finite, delta, 0)
+        # Never the gradient itself: what a generator is given, it may change.
+        delta = delta.clone() if self.memory is None else delta + self.memory
+        self._finite = self._state.finite = _all_finite(delta)
+        self._delta = _if(self._finite, delta, 0)
         self._failed = torch.zeros_like(self._finite)
         self._generator = self._config.family.exchange(self._delta, self._state)
         self._resume(None)
@@ -97,16 +97,16 @@ class GeneratorGradient(CompressedGradient):
         request = self.request
         assert request is not None
         tensors = list(request.tensors) if isinstance(request, Allgather) else [request.tensors]
-        return [torch.where(self._finite, t, torch.nan) if t.is_floating_point() else t for t in tensors]
+        return [_if(self._finite, t, torch.nan) if t.is_floating_point() else t for t in tensors]
 
     def go_on(self, answers: list[torch.Tensor]) -> None:
         """Takes the answer. What is not finite goes on as zeros, on all workers: they let the generator finish, and the
         step is discarded."""
         for i, part in enumerate(answers):
             if part.is_floating_point():
-                finite = torch.isfinite(part).all()
+                finite = _all_finite(part)
                 self._failed = torch.logical_or(self._failed, torch.logical_not(finite))
-                answers[i] = torch.where(finite, part, 0)
+                answers[i] = _if(finite, part, 0)
         self._resume(answers[0] if isinstance(self.request, AllreduceMean) else answers)
 
     def _resume(self, answer) -> None:
@@ -116,7 +116,7 @@ class GeneratorGradient(CompressedGradient):
         except StopIteration as finished:
             self.request = self._generator = None
             update, self._sent = finished.value
-            self._mean = torch.where(self._failed, torch.nan, update).reshape(self._matrix_shape)
+            self._mean = _if(torch.logical_not(self._failed), update, torch.nan).reshape(self._matrix_shape)
 
     def _to_tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.array(array)).to(self.parameter.device)
@@ -128,7 +128,7 @@ class GeneratorGradient(CompressedGradient):
 
     def finite(self) -> torch.Tensor:
         """Whether the update is; a boolean on the device, the same on every worker."""
-        return torch.isfinite(self._mean).all()
+        return _all_finite(self._mean)
 
     def end(self, finite: bool, factor: float, undoable: bool, copies: Copies) -> None:
         """Puts the update, times `factor`, into the gradient."""
@@ -181,3 +181,16 @@ class GeneratorGradient(CompressedGradient):
         self._usual_clipping = state.get("usual_clipping")
         like = torch.empty(0, dtype=self.dtype, device=self.parameter.device)
         self._kept = replace(self._kept, memory=sum_of_memories(memories, share, like), norm=None)
+
+
+def _all_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether all its numbers are; in one pass, that writes nothing."""
+    return torch.isfinite(torch.stack(torch.aminmax(tensor))).all() if tensor.numel() else torch.tensor(True)
+
+
+def _if(condition: torch.Tensor, tensor: torch.Tensor, otherwise: float) -> torch.Tensor:
+    """The tensor where the condition holds, else one that is filled with a number. On a processor the condition is
+    looked at; elsewhere the host would have to wait for it."""
+    if tensor.device.type == "cpu":
+        return tensor if condition else torch.full_like(tensor, otherwise)
+    return torch.where(condition, tensor, otherwise)

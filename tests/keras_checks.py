@@ -281,8 +281,8 @@ def check_replicas_stay_equal_with_whatever_optimizer():
             model = mlp(wrapped)
             history = fit(model, epochs=2)
             assert history.history["loss"][1] < history.history["loss"][0]
-            trained = {w.name + str(i): w for i, w in enumerate(model.trainable_weights)}
-            hvd.assert_replicas_equal({name: np.asarray(w) for name, w in trained.items()})
+            # Not by their names: what was tried before can have made more layers on one worker than on another.
+            hvd.assert_replicas_equal({str(i): np.asarray(w) for i, w in enumerate(model.trainable_weights)})
 
 
 def check_loss_scaling_skips_a_step_on_all_workers():

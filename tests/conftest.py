@@ -21,7 +21,8 @@ TIERS = {
         memory powersgd powersgd_exchange quantization reference renewal setup
     """,
     "framework": """
-        arrays kernels orthogonalization packaging tensorflow tensorflow_arrays torch torch_device torch_streams
+        arrays kernels orthogonalization packaging tensorflow tensorflow_arrays torch torch_device torch_quantization
+        torch_streams
     """,
     "job": "examples mpi tensorflow_elastic torch_elastic torch_resume",
 }

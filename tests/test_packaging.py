@@ -140,7 +140,8 @@ def test_a_script_that_imports_horovod_keras_needs_only_another_import(tmp_path,
 
 
 def test_the_kernels_are_compiled(site):
-    assert list((site / "horovod_powersgd").glob("_kernels*.so"))
+    for name in ("_kernels", "_quantization"):
+        assert list((site / "horovod_powersgd").glob(f"{name}*.so"))
 
 
 def test_typing_information_and_the_command_are_installed(site):

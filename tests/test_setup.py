@@ -31,7 +31,7 @@ echo "$*" >>"CALLS"
 def checkout(tmp_path):
     folder = tmp_path / "checkout"
     (folder / ".ci").mkdir(parents=True)
-    built = ["environment/horovod_build.py", "kernels/kernels.cpp", "kernels/kernels.h"]
+    built = ["environment/horovod_build.py", "kernels/kernels.cpp", "kernels/kernels.h", "kernels/quantization.cpp"]
     built = [f"horovod_powersgd/{name}" for name in built]
     for name in (".ci/setup", ".ci/run", "setup.py", "pyproject.toml", "Makefile", *built):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,11 @@ def test_everything_is_installed_once(checkout):
 
 @pytest.mark.parametrize(
     "name",
-    ["setup.py", "horovod_powersgd/kernels/kernels.cpp", "horovod_powersgd/environment/horovod_build.py"],
+    [
+        "setup.py",
+        *(f"horovod_powersgd/kernels/{name}" for name in ("kernels.cpp", "quantization.cpp")),
+        "horovod_powersgd/environment/horovod_build.py",
+    ],
 )
 def test_what_changed_is_installed_into_the_same_environment(checkout, name):
     set_up(checkout)

@@ -101,7 +101,7 @@ def find_facts() -> dict:
             "mpicxx": str(mpi.compiler) if mpi.compiler else None,
         },
         "nccl": _nccl(),
-        "kernels": kernels.compiled is not None,
+        "kernels": None not in (kernels.compiled, kernels.codes),
         "horovod": horovod,
         "jobs": [],
         "problems": problems,

@@ -41,7 +41,7 @@ class PowerSGD(Compressor):
             travel in half precision, or in 8 or 4 bits a number, each column divided by its largest entry
             (horovod_powersgd.quantization); what rounding loses stays in the error-feedback memory. In half precision
             they are divided by a power of two near the largest entry of the factor before, and the first step travels
-            in full precision.
+            in full precision. In 8 or 4 bits they do not add up in Horovod's hands: hvd.join() is refused then.
         seed: of the random starting Q, a non-negative integer.
         refresh_every: every that many steps the subspace is sought anew, from a fresh random Q and with at least four
             half-steps. A warm start can miss, for as long as training lasts, what is orthogonal to it (PowerSGD+, Xie,

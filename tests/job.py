@@ -118,7 +118,6 @@ selected: dict[Launch, set[Check]] = {}
 # Of launches that have begun.
 _outcomes: dict[Launch, Future] = {}
 _running: set[subprocess.Popen] = set()
-# Elastic jobs wait most of the time.
 _one_worker, _several_workers, _elastic = (ThreadPoolExecutor(1) for _ in range(3))
 
 

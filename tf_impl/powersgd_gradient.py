@@ -63,7 +63,7 @@ class PowerSGDGradient(CompressedGradient):
             is_q = _not(is_q)
             shape = [amount, self._columns(is_q)]
             if config.bits is not None:
-                factor, own = yield QuantizedMean(tf.ensure_shape(own, _known(shape)), config.bits)
+                factor, own = yield QuantizedMean(tf.reshape(own, shape), config.bits)
             elif step.sends_halves:
                 longer = tf.cast(tf.shape(last)[1] / tf.shape(own)[1], state.dtype)
                 scale = scale_of_halves(arrays, last, longer)
@@ -101,11 +101,6 @@ class PowerSGDGradient(CompressedGradient):
     def _columns(self, is_q: Flag) -> int:
         """Of a factor, transposed; -1 where that is not known."""
         return self.state.layout.matrix[1 if is_q else 0] if isinstance(is_q, bool) else -1
-
-
-def _known(shape: list) -> list[int | None]:
-    """A shape, as far as it is known before the graph runs."""
-    return [side if isinstance(side, int) and side >= 0 else None for side in shape]
 
 
 def _powersgd(state: VariableState) -> PowerSGD:

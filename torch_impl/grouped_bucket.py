@@ -34,7 +34,7 @@ class GroupedBucket(PowerSGDBucket):
         matrices = [gradient for gradient in dense if isinstance(gradient, PowerSGDGradient)]
         if not matrices:
             return (yield from self._average(dense, [g.send() for g in dense], step, 0, in_place=True))
-        dtype, bits = matrices[0].factor_dtype, self._family.bits
+        dtype = matrices[0].factor_dtype
         for half_step in range(half_step_count):
             with profiled("orthogonalize"):
                 bases = orthogonalize([g.mean for g in matrices], [g.spare() for g in matrices])
@@ -48,8 +48,7 @@ class GroupedBucket(PowerSGDBucket):
             sizes += [vector.numel() for vector in vectors]
             senders, in_place = matrices if half_step else dense, half_step < half_step_count - 1
             # Of all averages so far.
-            average = self._average if bits is None else self._average_quantized
-            finite = yield from average(senders, [own, *vectors], step, half_step, in_place, sizes)
+            finite = yield from self._average(senders, [own, *vectors], step, half_step, in_place, sizes)
         return finite
 
     def _is_finite(self, flat: torch.Tensor) -> torch.Tensor:

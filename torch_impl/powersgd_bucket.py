@@ -34,7 +34,7 @@ class PowerSGDBucket(Bucket):
         return self._family.half_steps(renews)
 
     def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
-        half_steps, bits = self._start(step), self._family.bits
+        half_steps = self._start(step)
         matrices = [gradient for gradient in self.gradients if isinstance(gradient, PowerSGDGradient)]
         finite, bases = True, _bases(matrices)
         for half_step in range(half_steps):
@@ -46,32 +46,25 @@ class PowerSGDBucket(Bucket):
                     senders.append(gradient)
                     sent.append(gradient.multiply(bases[gradient]) if gradient in bases else gradient.send())
             # This worker's last factors are still needed when the mean is there.
-            in_place, average = half_step < half_steps - 1, self._average if bits is None else self._average_quantized
-            finite = (yield from average(senders, sent, step, half_step, in_place)) & finite
+            in_place = half_step < half_steps - 1
+            finite = (yield from self._average(senders, sent, step, half_step, in_place)) & finite
             if half_step < half_steps - 1:
                 bases = _bases([gradient for gradient in senders if gradient in bases])
         return finite
 
-    def _average_quantized(
-        self,
-        senders: Sequence[PlainGradient],
-        sent: Sequence[torch.Tensor],
-        step: Step,
-        number: int,
-        in_place: bool,
-        sizes: Sequence[int] = (),
-    ):
-        """_average, with the factors in few bits. The senders of factors come first, each with its own tensor; or one
-        has them all."""
+    def _average(self, senders, sent, step, number, in_place, sizes=()):
+        """Bucket._average, of factors perhaps in few bits. Their senders come first, each with a tensor of its own; or
+        one tensor has them all."""
+        bits = self._family.bits
+        if bits is None:
+            return (yield from super()._average(senders, sent, step, number, in_place, sizes))
         matrices = [gradient for gradient in senders if isinstance(gradient, PowerSGDGradient)]
         plain = sent[len(sent) - len(senders) + len(matrices) :]
         mean = self._start_mean(plain, step, number, in_place=True) if plain else None
         finite: bool | torch.Tensor = True
         if matrices:
-            assert self._family.bits is not None
             rows, flat = tuple(gradient.rows for gradient in matrices), joined(sent[: len(sent) - len(plain)])
-            name, bits = f"{self._name}.{number}", self._family.bits
-            flat, own = yield from quantized_mean(flat, rows, bits, name, step, self._config)
+            flat, own = yield from quantized_mean(flat, rows, bits, f"{self._name}.{number}", step, self._config)
             sizes = [count * length for count, length in rows]
             for gradient, part in zip(matrices, own.split(sizes)):
                 gradient.made(part)

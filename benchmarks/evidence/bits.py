@@ -22,8 +22,9 @@ def runs(args):
 
 
 if __name__ == "__main__":
+    args = parse(__doc__)
     with Hosts() as hosts:
-        rows = hosts.train(runs(parse(__doc__)), parse(__doc__), "10gbit")
+        rows = hosts.train(runs(args), args, "10gbit")
         minutes = hosts.keep("bits", rows)
     for times in (1, TIMES):
         print_table([row for row in rows if row["times"] == times])

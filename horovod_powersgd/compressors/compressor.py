@@ -130,13 +130,13 @@ class Compressor:
         for shape in shapes if workers > 1 else ():
             layout = layout_of(shape, self, matrix_shape)
             if layout.compressed and step >= self.warmup_steps:
-                # What is computed from half precision is in single precision.
                 if self.bits is not None:
                     of_matrix = self.quantized_rows(*layout.matrix, step)
                     means = means or [[] for _ in of_matrix]
                     for lengths, more in zip(means, of_matrix, strict=True):
                         lengths[:0] = more  # the last gradient first, as in a bucket
                     continue
+                # What is computed from half precision is in single precision.
                 size = self.message_bytes(*layout.matrix, max(itemsize, 4), step)
                 sent, received = sent + size, received + size * (1 if self.linear else workers)
             else:

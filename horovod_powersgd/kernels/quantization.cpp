@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 // Where the C library can choose between functions when they are loaded.
@@ -21,55 +22,39 @@
 namespace {
 
 // The bits of a number without its sign are in the order of its size; those of what is not finite come last.
-FOR_EACH_PROCESSOR int32_t largest_bits(const float* numbers, int64_t count) {
-    int32_t largest = 0;
+template <typename T>
+using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+template <typename T>
+FOR_EACH_PROCESSOR Bits<T> largest_bits(const T* numbers, int64_t count) {
+    Bits<T> largest = 0;
     for (int64_t i = 0; i < count; i++) {
-        int32_t bits;
+        Bits<T> bits;
         std::memcpy(&bits, numbers + i, sizeof bits);
-        bits &= 0x7FFFFFFF;
+        bits &= std::numeric_limits<Bits<T>>::max();
         largest = bits > largest ? bits : largest;
     }
     return largest;
 }
 
-FOR_EACH_PROCESSOR int64_t largest_bits(const double* numbers, int64_t count) {
-    int64_t largest = 0;
-    for (int64_t i = 0; i < count; i++) {
-        int64_t bits;
-        std::memcpy(&bits, numbers + i, sizeof bits);
-        bits &= 0x7FFFFFFFFFFFFFFF;
-        largest = bits > largest ? bits : largest;
-    }
-    return largest;
-}
+// Added and taken away again, it rounds to the nearest integer, the even one of two: at its size, neighbouring numbers
+// differ by 1.
+template <typename T>
+constexpr T ROUNDS = T(3ll << (std::numeric_limits<T>::digits - 2));
 
-// To the nearest integer, the even one of two: at this size, neighbouring numbers differ by 1.
-constexpr float ROUNDS_FLOAT = 3 << 22;
-constexpr double ROUNDS_DOUBLE = 3ll << 51;
-
-FOR_EACH_PROCESSOR void divide(const float* numbers, int64_t count, float unit, int8_t* codes) {
+template <typename T>
+FOR_EACH_PROCESSOR void divide(const T* numbers, int64_t count, T unit, int8_t* codes) {
     for (int64_t i = 0; i < count; i++)
-        codes[i] = static_cast<int8_t>(static_cast<int32_t>((numbers[i] / unit + ROUNDS_FLOAT) - ROUNDS_FLOAT));
+        codes[i] = static_cast<int8_t>(static_cast<int32_t>((numbers[i] / unit + ROUNDS<T>) - ROUNDS<T>));
 }
 
-FOR_EACH_PROCESSOR void divide(const double* numbers, int64_t count, double unit, int8_t* codes) {
-    for (int64_t i = 0; i < count; i++)
-        codes[i] = static_cast<int8_t>(static_cast<int32_t>((numbers[i] / unit + ROUNDS_DOUBLE) - ROUNDS_DOUBLE));
-}
-
-FOR_EACH_PROCESSOR void multiply(const int8_t* codes, int64_t count, float unit, float* out) {
+template <typename T>
+FOR_EACH_PROCESSOR void multiply(const int8_t* codes, int64_t count, T unit, T* out) {
     for (int64_t i = 0; i < count; i++) out[i] = codes[i] * unit;
 }
 
-FOR_EACH_PROCESSOR void multiply(const int8_t* codes, int64_t count, double unit, double* out) {
-    for (int64_t i = 0; i < count; i++) out[i] = codes[i] * unit;
-}
-
-FOR_EACH_PROCESSOR void multiply_add(const int8_t* codes, int64_t count, float unit, float* out) {
-    for (int64_t i = 0; i < count; i++) out[i] += codes[i] * unit;
-}
-
-FOR_EACH_PROCESSOR void multiply_add(const int8_t* codes, int64_t count, double unit, double* out) {
+template <typename T>
+FOR_EACH_PROCESSOR void multiply_add(const int8_t* codes, int64_t count, T unit, T* out) {
     for (int64_t i = 0; i < count; i++) out[i] += codes[i] * unit;
 }
 
@@ -133,8 +118,7 @@ void decode(const uint8_t* message, int64_t distance, const Slices& slices, T di
             const int64_t length = slices.segments[slice * slices.width + k];
             T unit;
             std::memcpy(&unit, message + k * sizeof(T), sizeof unit);
-            (adds ? static_cast<void (*)(const int8_t*, int64_t, T, T*)>(multiply_add)
-                  : static_cast<void (*)(const int8_t*, int64_t, T, T*)>(multiply))(codes, length, unit / divisor, out);
+            (adds ? multiply_add<T> : multiply<T>)(codes, length, unit / divisor, out);
             codes += length;
             out += length;
         }

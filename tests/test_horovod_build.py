@@ -43,7 +43,24 @@ SOURCE = {
     "horovod/common/gloo/gloo_controller.cc": (
         "  global_ranks_.reserve(size_);\n  opts.setOutput(global_ranks_.data(), size_);\n"
     ),
-    "horovod/torch/mpi_ops_v2.cc": "namespace horovod {\n" + "tensor.to(kCPU, /*non_blocking=*/true);\n" * 2,
+    "horovod/common/operations.cc": (
+        "bool RunLoopOnce() {\n  state.last_cycle_start = std::chrono::steady_clock::now();\n\n"
+        "  if (state.mark_cycles_in_timeline) {\n  }\n    auto response_list = ComputeResponseList();\n\n"
+        "    if (process_set_id == 0) {\n      state.mark_cycles_in_timeline = x;\n    }\n}\n"
+    ),
+    "horovod/torch/mpi_ops_v2.cc": (
+        "namespace horovod {\n"
+        + "tensor.to(kCPU, /*non_blocking=*/true);\n" * 2
+        + "void WaitAndClear(int handle) {\n  while (true) {\n    if (handle_manager.PollHandle(handle)) break;\n    {\n"
+        + "      py::gil_scoped_release release;\n      std::this_thread::yield();\n    }\n  }\n}\n"
+    ),
+    "horovod/torch/handle_manager.h": (
+        "#include <atomic>\n  bool PollHandle(int handle);\n  std::mutex mutex_;\n"
+    ),
+    "horovod/torch/handle_manager.cc": (
+        "void HandleManager::MarkDone() {\n  results_[handle] = std::make_shared<Status>(status);\n}\n\n"
+        "bool HandleManager::PollHandle(int handle) {}\n\nvoid HandleManager::Reset() {\n  results_.clear();\n}\n"
+    ),
     "third_party/flatbuffers/include/flatbuffers/stl_emulation.h": (
         "  constexpr span &operator=(const span &other)\n      FLATBUFFERS_NOEXCEPT {\n"
         "    data_ = other.data_;\n    count_ = other.count_;\n  }\n\n  span(int size) { count_ = size; }\n"
@@ -120,6 +137,25 @@ def test_the_workers_that_gloo_waits_for_are_known(source):
     patch_source(source)
     controller = (source / "horovod/common/gloo/gloo_controller.cc").read_text()
     assert controller.startswith("  global_ranks_.resize(size_);\n")
+
+
+def test_pytorch_sleeps_while_it_waits_for_an_answer(source):
+    patch_source(source)
+    operations = (source / "horovod/torch/mpi_ops_v2.cc").read_text()
+    assert operations.endswith(
+        "{\n  {\n      py::gil_scoped_release release;\n      handle_manager.Wait(handle);\n  }\n}\n"
+    )
+    manager = (source / "horovod/torch/handle_manager.cc").read_text()
+    assert "(status);\n  changed_.notify_all();\n}" in manager and "clear();\n  changed_.notify_all();\n}" in manager
+    assert manager.count("void HandleManager::Wait(int handle) {\n") == 1
+    assert "void Wait(int handle);\n" in (source / "horovod/torch/handle_manager.h").read_text()
+
+
+def test_who_begins_a_cycle_first_begins_the_next_one_later(source):
+    patch_source(source)
+    loop = (source / "horovod/common/operations.cc").read_text()
+    assert loop.count("state.last_cycle_start += ") == 1
+    assert "ComputeResponseList();\n\n    if (process_set_id == 0) {\n      state.last_cycle_start += " in loop
 
 
 WORKER = """

@@ -7,7 +7,7 @@ from horovod_powersgd.environment.installation import PATCHES_KEY, horovod_patch
 from horovod_powersgd.environment.logged_run import BuildError
 
 # Part of the key of cached wheels: raise it whenever patch_source changes.
-PATCH_VERSION = 4
+PATCH_VERSION = 5
 
 
 def missing_patches() -> str | None:
@@ -113,4 +113,34 @@ def patch_source(source: Path) -> None:
         source / "horovod/common/gloo/gloo_controller.cc",
         r"global_ranks_\.reserve\(size_\);",
         "global_ranks_.resize(size_);",
+    )
+    # PyTorch's thread waits for an answer in a loop that yields, and so keeps a core busy, which Horovod's own thread, or
+    # another worker, may need.
+    waiting = source / "horovod/torch/mpi_ops_v2.cc"
+    replace(
+        waiting,
+        r"^  while \(true\) \{\n    if \(handle_manager\.PollHandle\(handle\)\) break;\n    \{\n(.*)\n.*yield.*\n    \}\n  \}$",
+        r"  {\n\1\n      handle_manager.Wait(handle);\n  }",
+    )
+    manager = source / "horovod/torch/handle_manager"
+    replace(manager.with_suffix(".h"), r"^#include <atomic>$", r"\g<0>\n#include <condition_variable>")
+    replace(manager.with_suffix(".h"), r"^  bool PollHandle\(.*$", r"\g<0>\n  void Wait(int handle);")
+    replace(manager.with_suffix(".h"), r"^  std::mutex mutex_;$", r"\g<0>\n  std::condition_variable changed_;")
+    for change in (r"std::make_shared<Status>\(status\);", r"results_\.clear\(\);"):
+        replace(manager.with_suffix(".cc"), change, r"\g<0>\n  changed_.notify_all();")
+    replace(
+        manager.with_suffix(".cc"),
+        r"^bool HandleManager::PollHandle",
+        "void HandleManager::Wait(int handle) {\n  std::unique_lock<std::mutex> lock(mutex_);\n"
+        "  changed_.wait(lock, [&] {\n    auto result = results_.find(handle);\n"
+        "    return result == results_.end() || result->second != nullptr;\n  });\n}\n\n\\g<0>",
+    )
+    # Workers meet once in a cycle, which each counts from where it began the last one. Who begins first waits for the
+    # others, in every cycle by as much, which with MPI is another loop. Each takes a part of the time until all have
+    # met as its delay: that of the first is the longest, and so they come to begin at the same time.
+    loop = source / "horovod/common/operations.cc"
+    replace(
+        loop,
+        r"^    if \(process_set_id == 0\) \{\n(?=      state\.mark)",
+        r"\g<0>      state.last_cycle_start += (std::chrono::steady_clock::now() - state.last_cycle_start) / 8;\n",
     )

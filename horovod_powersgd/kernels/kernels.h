@@ -67,12 +67,29 @@ static void add_product(Rows<T> to, Rows<const T> from, const T* gradient, T sca
         }
 }
 
+// What is worked on after this: it is fetched while there is arithmetic to be done, or memory and arithmetic would wait
+// for each other in turn.
+template <typename T>
+struct Next {
+    const T *delta, *previous;
+    int64_t distance;
+
+    // Of two vectors in a line of the cache, the first fetches the one, and the second the other.
+    template <int ROWS>
+    void fetch(int64_t column) const {
+        const T* from = column & Simd<T>::lanes ? previous : delta;
+        if (!from) return;
+        for (int i = 0; i < ROWS; i++) __builtin_prefetch(from + i * distance + column, 0, 2);
+    }
+};
+
 // out[k][i] += sum over j of basis[k][j] delta[i][j]
 template <typename T, int ROWS, int RANK>
-static void add_to_p(Rows<const T> delta, Rows<const T> basis, Rows<T> out, int64_t columns) {
+static void add_to_p(Rows<const T> delta, Rows<const T> basis, Rows<T> out, int64_t columns, Next<T> next) {
     typename Simd<T>::Vector sums[RANK][ROWS] = {};
     int64_t j = 0;
     for (; j + Simd<T>::lanes <= columns; j += Simd<T>::lanes) {
+        next.template fetch<ROWS>(j);
         typename Simd<T>::Vector rows[ROWS];
         for (int i = 0; i < ROWS; i++) rows[i] = load(delta.first + i * delta.distance + j);
         for (int k = 0; k < RANK; k++) {
@@ -92,12 +109,13 @@ static void add_to_p(Rows<const T> delta, Rows<const T> basis, Rows<T> out, int6
 
 // out[k][j] += sum over i of basis[k][i] delta[i][j]
 template <typename T, int ROWS, int RANK>
-static void add_to_q(Rows<const T> delta, Rows<const T> basis, Rows<T> out, int64_t columns) {
+static void add_to_q(Rows<const T> delta, Rows<const T> basis, Rows<T> out, int64_t columns, Next<T> next) {
     T coefficients[RANK][ROWS];
     for (int k = 0; k < RANK; k++)
         for (int i = 0; i < ROWS; i++) coefficients[k][i] = basis.first[k * basis.distance + i];
     int64_t j = 0;
     for (; j + Simd<T>::lanes <= columns; j += Simd<T>::lanes) {
+        next.template fetch<ROWS>(j);
         typename Simd<T>::Vector rows[ROWS];
         for (int i = 0; i < ROWS; i++) rows[i] = load(delta.first + i * delta.distance + j);
         for (int k = 0; k < RANK; k++) {
@@ -112,27 +130,27 @@ static void add_to_q(Rows<const T> delta, Rows<const T> basis, Rows<T> out, int6
                 out.first[k * out.distance + j] += coefficients[k][i] * delta.first[i * delta.distance + j];
 }
 
-// Calls f(first of up to four ranks, how many they are, whether they are the last ones).
-template <typename F>
-static inline void for_ranks(int64_t rank, F f) {
-    int64_t k = 0;
-    for (; k + 4 < rank; k += 4) f(k, Number<4>{}, false);
-    switch (rank - k) {
-        case 1: return f(k, Number<1>{}, true);
-        case 2: return f(k, Number<2>{}, true);
-        case 3: return f(k, Number<3>{}, true);
-        default: return f(k, Number<4>{}, true);
-    }
+// Calls f(first of up to MOST ranks, how many they are, whether they are the last ones).
+template <int MOST, typename F>
+static inline void for_ranks(int64_t rank, F f, int64_t k = 0) {
+    for (; k + MOST < rank; k += MOST) f(k, Number<MOST>{}, false);
+    if constexpr (MOST > 1)
+        if (k + MOST > rank) return for_ranks<MOST - 1>(rank, f, k);
+    f(k, Number<MOST>{}, true);
 }
 
+// So many ranks are worked on together. With more, a product's sums are written and read again less often; a factor's
+// rows, which in matrices of some widths lie where a cache can keep only eight lines, get into each other's way.
+static constexpr int PRODUCT_RANKS = 8, FACTOR_RANKS = 4;
+
 template <typename T, int ROWS>
-static void half_step_rows(const HalfStep<T>& a, int64_t i, int64_t j, int64_t columns) {
+static void half_step_rows(const HalfStep<T>& a, int64_t i, int64_t j, int64_t columns, int64_t following) {
     const int64_t n = a.n, m = a.m;
     const Rows<T> delta{a.delta + i * m + j, m};
     if (a.previous) {
         T memory[ROWS * TILE];
         Rows<const T> from{a.previous + i * m + j, m};
-        for_ranks(a.previous_rank, [&](int64_t k, auto ranks, bool last) {
+        for_ranks<PRODUCT_RANKS>(a.previous_rank, [&](int64_t k, auto ranks, bool last) {
             const Rows<const T> p{a.p + k * n + i, n}, q{a.q + k * m + j, m};
             if (last)
                 return add_product<T, ROWS, ranks.value, true, true>(delta, from, delta.first, a.scale, p, q, T(-1),
@@ -141,19 +159,22 @@ static void half_step_rows(const HalfStep<T>& a, int64_t i, int64_t j, int64_t c
             from = {memory, TILE};
         });
     }
-    for_ranks(a.rank, [&](int64_t k, auto ranks, bool) {
-        if (a.makes_q)
-            add_to_q<T, ROWS, ranks.value>({delta.first, m}, {a.basis + k * n + i, n}, {a.out + k * m + j, m}, columns);
-        else
-            add_to_p<T, ROWS, ranks.value>({delta.first, m}, {a.basis + k * m + j, m}, {a.out + k * n + i, n}, columns);
+    Next<T> next{};
+    if (following) next = {a.delta + following, a.previous ? a.previous + following : nullptr, m};
+    for_ranks<FACTOR_RANKS>(a.rank, [&](int64_t k, auto ranks, bool) {
+        const int64_t p = k * n + i, q = k * m + j;
+        const Rows<const T> rows{delta.first, m};
+        if (a.makes_q) add_to_q<T, ROWS, ranks.value>(rows, {a.basis + p, n}, {a.out + q, m}, columns, next);
+        else add_to_p<T, ROWS, ranks.value>(rows, {a.basis + q, m}, {a.out + p, n}, columns, next);
+        next = {};
     });
 }
 
 template <typename T, int ROWS>
-static void product_rows(const Product<T>& a, int64_t i, int64_t j, int64_t columns) {
+static void product_rows(const Product<T>& a, int64_t i, int64_t j, int64_t columns, int64_t) {
     const Rows<T> out{a.out + i * a.m + j, a.m};
     Rows<const T> from{a.from ? a.from + i * a.m + j : nullptr, a.m};
-    for_ranks(a.rank, [&](int64_t k, auto ranks, bool) {
+    for_ranks<PRODUCT_RANKS>(a.rank, [&](int64_t k, auto ranks, bool) {
         const auto add = from.first ? add_product<T, ROWS, ranks.value, true, false>
                                     : add_product<T, ROWS, ranks.value, false, false>;
         add(out, from, nullptr, 0, {a.p + k * a.n + i, a.n}, {a.q + k * a.m + j, a.m}, a.sign, columns);
@@ -161,14 +182,18 @@ static void product_rows(const Product<T>& a, int64_t i, int64_t j, int64_t colu
     });
 }
 
-// Goes over a part of a matrix, four rows at a time.
+// Goes over a part of a matrix, four rows at a time. Each part of them is told where the following one starts; 0 where
+// there is none of four rows.
 template <typename Arguments, typename Four, typename One>
 static void over(const Arguments& arguments, const Part& part, Four four, One one) {
     int64_t i = part.row;
     for (; i < part.row_end; i += i + 4 <= part.row_end ? 4 : 1)
         for (int64_t j = part.column; j < part.column_end; j += TILE) {
             const int64_t columns = part.column_end - j < TILE ? part.column_end - j : TILE;
-            (i + 4 <= part.row_end ? four : one)(arguments, i, j, columns);
+            int64_t following = 0;
+            if (j + TILE < part.column_end) following = i * arguments.m + j + TILE;
+            else if (i + 8 <= part.row_end) following = (i + 4) * arguments.m + part.column;
+            (i + 4 <= part.row_end ? four : one)(arguments, i, j, columns, following);
         }
 }
 

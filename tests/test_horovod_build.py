@@ -51,7 +51,7 @@ SOURCE = {
     "horovod/torch/mpi_ops_v2.cc": (
         "namespace horovod {\n"
         + "tensor.to(kCPU, /*non_blocking=*/true);\n" * 2
-        + "void WaitAndClear(int handle) {\n  while (true) {\n    if (handle_manager.PollHandle(handle)) break;\n    {\n"
+        + "void WaitAndClear(int handle) {\n  while (true) {\n    if (manager.PollHandle(handle)) break;\n    {\n"
         + "      py::gil_scoped_release release;\n      std::this_thread::yield();\n    }\n  }\n}\n"
     ),
     "horovod/torch/handle_manager.h": (

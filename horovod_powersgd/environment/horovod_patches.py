@@ -114,12 +114,12 @@ def patch_source(source: Path) -> None:
         r"global_ranks_\.reserve\(size_\);",
         "global_ranks_.resize(size_);",
     )
-    # PyTorch's thread waits for an answer in a loop that yields, and so keeps a core busy, which Horovod's own thread, or
-    # another worker, may need.
+    # PyTorch's thread waits for an answer in a loop that yields, and so keeps a core busy, which Horovod's own thread,
+    # or another worker, may need.
     waiting = source / "horovod/torch/mpi_ops_v2.cc"
     replace(
         waiting,
-        r"^  while \(true\) \{\n    if \(handle_manager\.PollHandle\(handle\)\) break;\n    \{\n(.*)\n.*yield.*\n    \}\n  \}$",
+        r"^  while \(true\) \{\n.*PollHandle\(handle\)\) break;\n    \{\n(.*)\n.*yield.*\n    \}\n  \}$",
         r"  {\n\1\n      handle_manager.Wait(handle);\n  }",
     )
     manager = source / "horovod/torch/handle_manager"

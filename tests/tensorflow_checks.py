@@ -19,9 +19,9 @@ def share(items, of_workers):
 
 
 def runs():
-    """All configurations, in one precision with two workers and in the other with one; four with three workers, and
-    four with four."""
-    return share(RUNS, {1: (1, 2), 2: (0, 2), 3: (1, 6), 4: (2, 6)})
+    """All configurations in one precision with one worker, every other one in the other with two; four with three
+    workers, and four with four."""
+    return share(RUNS, {1: (1, 2), 2: (0, 4), 3: (1, 6), 4: (2, 6)})
 
 
 def of_these_workers(configs):

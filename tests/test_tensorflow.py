@@ -12,8 +12,9 @@ CHECKS, FEATURES, KERAS, CALLBACKS = (
     f"{name}_checks" for name in ("tensorflow", "tensorflow_feature", "keras", "keras_callback")
 )
 KERAS_2, AS_BUILT = ("TF_USE_LEGACY_KERAS", "1"), ("GRAPHS", "as-built")
-# Of Keras, with which one worker runs all of keras_checks: where workers meet.
+# Of Keras: where workers meet. One worker runs the others.
 OF_TWO = COMPARING + "|algorithm_2|summed|disagree|local|loss_scaling|resumed|as_the_reference|replicas"
+OF_ONE = f"check_(?!.*({OF_TWO}))|fit_equals"
 # What a third worker takes part in: means that are not halves, more than one other's part, workers that are left.
 OF_THREE = COMPARING + "|algorithm_2|mean|sum_is|predivision|sparse|disagree_are_told_in_fit|another_number"
 OF_THREE += "|process_set|join"
@@ -21,10 +22,10 @@ OF_THREE += "|process_set|join"
 OF_FOUR = f"check_(?!accordion).*({COMPARING})"
 # Keras's optimizer is among the trainees of tensorflow_checks, too.
 LAUNCHES = [
-    Launch(None, 1, (CHECKS, KERAS), variables=(AS_BUILT,)),
-    Launch(None, 1, (KERAS,), variables=(KERAS_2,)),
-    Launch("horovodrun --gloo", 2, (CHECKS, CALLBACKS)),
-    Launch("horovodrun --gloo", 3, partly=(CHECKS, KERAS), variables=(AS_BUILT,)),
+    Launch(None, 1, (CHECKS,), partly=(KERAS,), pattern=OF_ONE, variables=(AS_BUILT,)),
+    Launch(None, 1, partly=(KERAS,), pattern=OF_ONE, variables=(KERAS_2,)),
+    Launch("horovodrun --gloo", 2, (CHECKS, CALLBACKS), variables=(AS_BUILT,)),
+    Launch("horovodrun --gloo", 3, partly=(CHECKS, KERAS)),
     Launch("horovodrun --gloo", 4, partly=(CHECKS, KERAS), pattern=OF_FOUR, variables=(KERAS_2, AS_BUILT)),
     Launch("mpirun", 2, (FEATURES,), partly=(CHECKS, KERAS), pattern=OF_TWO, variables=(AS_BUILT,)),
     Launch("mpirun", 2, (CALLBACKS,), partly=(KERAS,), pattern=OF_TWO, variables=(KERAS_2, AS_BUILT)),

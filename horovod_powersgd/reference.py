@@ -195,23 +195,31 @@ def simulate(
     config: Compressor,
     matrix_shape=leading_rows,
     learning_rate: float | None = None,
+    workers_per_host: int = 1,
 ) -> list[dict[str, np.ndarray]]:
     """One step of W workers in this process, in lockstep.
 
     Args:
-        gradients: each worker's.
-        states: each worker's, in the same order; changed.
+        gradients: each worker's, host by host.
+        states: each host's, in the same order; changed.
         (the others): as exchange's.
+        workers_per_host: in an exchange of two levels (horovod_powersgd.hosts). 1: each worker is a host of its own.
 
     Returns:
         Each worker's updates; they are equal.
     """
-    return lockstep(
+    hosts = [_mean(gradients[i : i + workers_per_host]) for i in range(0, len(gradients), workers_per_host)]
+    updates = lockstep(
         [
-            exchange(g, s, config, matrix_shape, worker, len(states), learning_rate)
-            for worker, (g, s) in enumerate(zip(gradients, states, strict=True))
+            exchange(g, s, config, matrix_shape, host, len(states), learning_rate)
+            for host, (g, s) in enumerate(zip(hosts, states, strict=True))
         ]
     )
+    return [update for update in updates for _ in range(workers_per_host)]
+
+
+def _mean(everyones: Sequence[Tensors]) -> Tensors:
+    return {name: sum(theirs[name] for theirs in everyones) / len(everyones) for name in everyones[0]}
 
 
 def communicate(

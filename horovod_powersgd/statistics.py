@@ -89,6 +89,8 @@ class CompressionStats:
         total_bytes_uncompressed: in all steps.
         total_ratio: how many times fewer.
         tensors: in the order of registration.
+        flat_because: why the exchange has one level where two were asked for (PowerSGD.hierarchical); None where
+            nobody asked, where it has two, and before the first step.
     """
 
     steps: int
@@ -101,6 +103,7 @@ class CompressionStats:
     total_bytes_uncompressed: int
     total_ratio: float = field(init=False)
     tensors: tuple[TensorStats, ...]
+    flat_because: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "ratio", _ratio(self.bytes_uncompressed, self.bytes_sent))

@@ -7,6 +7,7 @@ import torch
 
 from horovod_powersgd.clipping import after_clipping
 from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.hosts import RowShare
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.randomness import key_of
 from horovod_powersgd.torch.accordion import AccordionState
@@ -92,18 +93,33 @@ class CompressedGradient(PlainGradient):
         self._kept, self.accordion, self._usual_clipping = other._kept, other.accordion, other._usual_clipping
 
 
-def sum_of_memories(
-    memories: Sequence[tuple[torch.Tensor, float]], weight: float, like: torch.Tensor
-) -> torch.Tensor | None:
+def sum_of_memories(memories: Sequence[Mapping], weight: float, like: torch.Tensor) -> torch.Tensor | None:
     """The sum of memories, each divided by its loss scale, times `weight`; None where there are none.
 
     Args:
-        memories: (memory, its loss scale).
+        memories: state_dict() of gradients that have one.
         weight: a factor of the sum.
         like: the sum gets its dtype and device.
     """
     total = None
-    for memory, scale in memories:
-        part = memory.to(like, copy=True).mul_(weight / scale)
+    for saved in memories:
+        memory = of_all_rows(saved["memory"], saved.get("memory_share"))
+        part = memory.to(like, copy=True).mul_(weight / saved["memory_scale"])
         total = part if total is None else total.add_(part)
     return total
+
+
+def of_all_rows(memory: torch.Tensor, share: Sequence[int] | None) -> torch.Tensor:
+    """What a worker's memory would be in an exchange of one level, a new tensor: so that the mean over all workers is
+    that over the hosts, a share of the rows becomes as many times itself as workers share a host, and other rows zeros.
+
+    Args:
+        memory: (n, m), or the rows of a share.
+        share: of n rows, a RowShare's numbers and n; None where it has all rows.
+    """
+    if share is None:
+        return memory.clone()
+    place, count, n = share
+    whole = memory.new_zeros(n, memory.shape[1])
+    whole[RowShare(place, count).rows(n)] = memory * count
+    return whole

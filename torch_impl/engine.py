@@ -12,6 +12,7 @@ from horovod.common.exceptions import HorovodInternalError
 from horovod_powersgd import checkpoint
 from horovod_powersgd.agreement import Description
 from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.hosts import Host, host_key, host_of
 from horovod_powersgd.layout import layout_of
 from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.torch import agreement as agreement_of_workers
@@ -28,6 +29,7 @@ from horovod_powersgd.torch.model_description import describe, sparse_dim
 from horovod_powersgd.torch.ownership import overlapping
 from horovod_powersgd.torch.step import Step, Verdict
 from horovod_powersgd.torch.streams import Streams
+from horovod_powersgd.torch.two_level_gradient import TwoLevelGradient
 from horovod_powersgd.torch.workers import Workers
 
 # Between two looks at what has come, where several optimizers are waited for at once.
@@ -72,6 +74,9 @@ class Engine:
         self._gradients: list[PlainGradient] = []
         self._plain: dict[PlainGradient, PlainGradient] = {}
         self._bucketed: tuple = ()
+        # This worker's host where the exchange has two levels, and why it has one where two were asked for.
+        self._host: Host | None = None
+        self._flat_because: str | None = None
         self._warming_up = False
         self._waiting: dict[Generator[Future, Any, None], Future] = {}
         self._arriving: dict[torch.nn.Parameter, PlainGradient] = {}
@@ -283,6 +288,7 @@ class Engine:
             steps=self.steps + bool(self._pending and self._pending[1]),
             **vars(self._byte_counters),
             tensors=tuple(self._tensor_stats(gradient) for gradient in self._gradients),
+            flat_because=self._flat_because,
         )
 
     def state_dict(self) -> dict[str, object]:
@@ -305,7 +311,7 @@ class Engine:
         self.discard()
         self.steps = share.steps
         for gradient in self._gradients:
-            memories = [(t["memory"], t["memory_scale"]) for t in share.memories.get(gradient.name, ())]
+            memories = share.memories.get(gradient.name, ())
             gradient.load_state_dict(share.tensors[gradient.name], memories, share.weight)
 
     def _tensor_stats(self, gradient: PlainGradient) -> TensorStats:
@@ -333,7 +339,7 @@ class Engine:
         gradients = self._trainable()
         self._warming_up = self.steps < self._config.warmup_steps
         if gradients != self._bucketed:
-            self._buckets = make_buckets(gradients, self.workers, self._config, self._groups)
+            self._buckets = make_buckets(gradients, self.workers, self._config, self._groups, self._host)
             self._bucketed = gradients
         self._arriving = {gradient.parameter: gradient for gradient in gradients}
         self._parity = not self._parity
@@ -376,6 +382,8 @@ class Engine:
             self._gradients.sort(key=lambda gradient: gradient.name)
         if root is not None:
             self._take_state(root)
+        if self._config.family.hierarchical:
+            self._look_for_hosts()
         # A worker that computed no gradient cannot know that it is sparse.
         gradients = self._trainable()
         dims = largest(self.workers, [sparse_dim(gradient.parameter) for gradient in gradients], "sparse")
@@ -385,6 +393,16 @@ class Engine:
         for parameter in tuple(self._early):
             if parameter.requires_grad:
                 self.arrived(parameter)
+
+    def _look_for_hosts(self) -> None:
+        """Decides, on all workers alike, whether the exchange has two levels."""
+        keys = [0] * self.workers.count
+        keys[self.workers.index] = host_key()
+        found = host_of(largest(self.workers, keys, "hosts"), self.workers.index, self._config.family)
+        self._host, self._flat_because = (None, found) if isinstance(found, str) else (found, None)
+        for gradient in self._gradients:
+            if isinstance(gradient, TwoLevelGradient):
+                gradient.share = None if self._host is None else self._host.share
 
     def _take_state(self, root: int) -> None:
         compressed = [gradient for gradient in self._gradients if isinstance(gradient, CompressedGradient)]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from horovod_powersgd.buckets import BUCKET_BYTES, GPU_BUCKET_BYTES, bucket_name, sort_into_buckets
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
+from horovod_powersgd.hosts import Host
 from horovod_powersgd.torch.bucket import Bucket
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient
 from horovod_powersgd.torch.generator_bucket import GeneratorBucket
@@ -14,6 +15,8 @@ from horovod_powersgd.torch.generator_gradient import GeneratorGradient
 from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.powersgd_bucket import PowerSGDBucket
 from horovod_powersgd.torch.powersgd_gradient import PowerSGDGradient
+from horovod_powersgd.torch.two_level_bucket import TwoLevelBucket
+from horovod_powersgd.torch.two_level_gradient import TwoLevelGradient
 from horovod_powersgd.torch.workers import Workers
 
 
@@ -30,11 +33,15 @@ class Path(NamedTuple):
 
 
 FAST = {PowerSGD: Path(PowerSGDGradient, PowerSGDBucket)}
+# Of PowerSGD, where it may have two levels.
+HIERARCHICAL = Path(TwoLevelGradient, PowerSGDBucket)
 GENERAL = Path(GeneratorGradient, GeneratorBucket)
 
 
 def path_of(config: Compressor) -> Path:
     """The fast path of a compressor where there is one, otherwise its generator's."""
+    if config.family.hierarchical:
+        return HIERARCHICAL
     return next((path for cls, path in FAST.items() if isinstance(config.family, cls)), GENERAL)
 
 
@@ -54,6 +61,7 @@ def make_buckets(
     workers: Workers,
     config: Compressor,
     groups: None | int | Sequence = None,
+    host: Host | None = None,
 ) -> list[Bucket]:
     """Sorts gradients into buckets, the same on every worker.
 
@@ -62,6 +70,7 @@ def make_buckets(
         workers: that the buckets are exchanged with.
         config: how they are compressed.
         groups: Horovod's: their number, or lists of the parameters that belong together.
+        host: this worker's, where the exchange has two levels.
     """
     if groups is not None and not isinstance(groups, int):
         by_parameter = {g.parameter: g for g in gradients}
@@ -70,6 +79,9 @@ def make_buckets(
     buckets = []
     for i, bucket in enumerate(sort_into_buckets(gradients, groups, GPU_BUCKET_BYTES if on_gpu else BUCKET_BYTES)):
         cls = path_of(config).bucket if any(gradient.compressed for gradient in bucket) else Bucket
+        if cls is PowerSGDBucket and host is not None:
+            buckets.append(TwoLevelBucket(f"bucket.{bucket_name(i, bucket)}", bucket, workers, config, host))
+            continue
         if cls is PowerSGDBucket and _is_grouped(bucket):
             from horovod_powersgd.torch.grouped_bucket import GroupedBucket as cls
         buckets.append(cls(f"bucket.{bucket_name(i, bucket)}", bucket, workers, config))

@@ -176,11 +176,11 @@ class GeneratorGradient(CompressedGradient):
         self._kept = replace(self._kept, by_compressor=kept)
         self.accordion.load_state_dict(state, like)
 
-    def load_state_dict(self, state: Mapping, memories: Sequence[tuple[torch.Tensor, float]], share: float) -> None:
+    def load_state_dict(self, state: Mapping, memories: Sequence[Mapping], weight: float) -> None:
         self.load_shared_state(state)
         self._usual_clipping = state.get("usual_clipping")
         like = torch.empty(0, dtype=self.dtype, device=self.parameter.device)
-        self._kept = replace(self._kept, memory=sum_of_memories(memories, share, like), norm=None)
+        self._kept = replace(self._kept, memory=sum_of_memories(memories, weight, like), norm=None)
 
 
 def _all_finite(tensor: torch.Tensor) -> torch.Tensor:

@@ -179,13 +179,13 @@ class PlainGradient:
         """What is kept for the next step; on the CPU."""
         return {"shape": list(self.layout.shape)}
 
-    def load_state_dict(self, state: Mapping, memories: Sequence[tuple[torch.Tensor, float]], share: float) -> None:
+    def load_state_dict(self, state: Mapping, memories: Sequence[Mapping], weight: float) -> None:
         """Takes what another gradient of this shape kept.
 
         Args:
             state: from state_dict.
-            memories: (memory, its loss scale) of the workers that this one stands for, and
-            share: what their sum is multiplied by.
+            memories: those of the workers that this one stands for, with a memory, and
+            weight: what their sum is multiplied by.
         """
 
     def take_over(self, other: "PlainGradient") -> None:

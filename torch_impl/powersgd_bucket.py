@@ -36,7 +36,7 @@ class PowerSGDBucket(Bucket):
     def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
         half_steps = self._start(step)
         matrices = [gradient for gradient in self.gradients if isinstance(gradient, PowerSGDGradient)]
-        finite, bases = True, _bases(matrices)
+        finite, bases = True, bases_of(matrices)
         for half_step in range(half_steps):
             senders, sent = [], []
             for gradient in matrices if half_step else self.gradients:
@@ -49,7 +49,7 @@ class PowerSGDBucket(Bucket):
             in_place = half_step < half_steps - 1
             finite = (yield from self._average(senders, sent, step, half_step, in_place)) & finite
             if half_step < half_steps - 1:
-                bases = _bases([gradient for gradient in senders if gradient in bases])
+                bases = bases_of([gradient for gradient in senders if gradient in bases])
         return finite
 
     def _average(self, senders, sent, step, number, in_place, sizes=()):
@@ -74,6 +74,6 @@ class PowerSGDBucket(Bucket):
         return finite
 
 
-def _bases(matrices: Sequence[PowerSGDGradient]) -> dict[PowerSGDGradient, torch.Tensor]:
+def bases_of(matrices: Sequence[PowerSGDGradient]) -> dict[PowerSGDGradient, torch.Tensor]:
     """Of the factor that each was last averaged to, or starts from."""
     return dict(zip(matrices, orthogonalize([g.mean for g in matrices], [g.spare for g in matrices])))

@@ -11,6 +11,7 @@ from horovod_powersgd import arrays
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD, scale_of_halves
 from horovod_powersgd.factors import initial_factor, resized
+from horovod_powersgd.hosts import RowShare
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.randomness import SPARE, random_factor
 from horovod_powersgd.statistics import residual
@@ -31,14 +32,17 @@ class Kept:
         is_q: which of the two it is.
         memory: None before the first step and without error feedback.
         scale: the loss scale of the step that the memory is from.
-        own: (r, m) or (r, n): this worker's part of the factor; None before the first step.
+        own: (r, m) or (r, n): this worker's part of the factor; None before the first step. Of a TwoLevelGradient: both
+            factors of what was sent.
+        share: of a TwoLevelGradient: whose rows the memory has; None: all.
     """
 
     factor: torch.Tensor
     is_q: bool
     memory: Memory | None = None
     scale: float = 1.0
-    own: torch.Tensor | None = None
+    own: Any = None
+    share: RowShare | None = None
 
     def to(self, device: torch.device) -> "Kept":
         """The same on another device."""
@@ -168,7 +172,8 @@ class PowerSGDGradient(CompressedGradient):
 
     def made(self, own: torch.Tensor) -> None:
         """Takes this worker's factor, as it is sent, or as a part of the mean."""
-        self._own, self._scale_of_own = own.view(self._rank, -1), self._scale_of_halves
+        # A share of the rows may be none.
+        self._own, self._scale_of_own = own.view(self._rank, own.numel() // self._rank), self._scale_of_halves
 
     def multiply(self, basis: torch.Tensor) -> torch.Tensor:
         """A half-step: delta Q^ or delta^T P^, flat; in the first one the memory is added to delta on the way."""
@@ -305,9 +310,9 @@ class PowerSGDGradient(CompressedGradient):
         self._kept = replace(self._kept, factor=factor, is_q=state["factor_is_q"])
         self.accordion.load_state_dict(state, self.factor)
 
-    def load_state_dict(self, state: Mapping, memories: Sequence[tuple[torch.Tensor, float]], share: float) -> None:
+    def load_state_dict(self, state: Mapping, memories: Sequence[Mapping], weight: float) -> None:
         self.load_shared_state(state)
         self._usual_clipping = state.get("usual_clipping")
         scale = state["memory_scale"]
-        memory = sum_of_memories(memories, share * scale, self.factor)
+        memory = sum_of_memories(memories, weight * scale, self.factor)
         self._kept = replace(self._kept, memory=None if memory is None else Memory(memory), scale=scale, own=None)

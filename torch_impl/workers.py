@@ -1,5 +1,6 @@
 """The workers that exchange gradients, by Horovod's asynchronous collectives."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,19 @@ class Workers:
         messages = messages.unsqueeze(-1) if parity else messages  # as in _start_gather
         handle = alltoall_async(messages, name=f"{self.prefix}.{name}", process_set=self.process_set)
         return Gathered(messages, self.count, compressor, handle)
+
+    def exchange_among(
+        self, peers: Sequence[int], parts: Sequence[torch.Tensor], name: str, parity: bool, compressor: Compressor
+    ) -> Gathered:
+        """Starts sending each of some workers, this one among them, one of these flat tensors, for a compressor; gives
+        what they have sent to this one, as many numbers each."""
+        splits = torch.zeros(self.count, dtype=torch.int32)
+        for peer, part in zip(peers, parts):
+            splits[peer] = len(part)
+        messages = torch.cat(list(parts))
+        messages = messages.unsqueeze(-1) if parity else messages  # as in _start_gather
+        handle = alltoall_async(messages, splits, f"{self.prefix}.{name}", self.process_set)
+        return Gathered(messages, len(peers), compressor, handle)
 
     def _start_gather(self, tensor: torch.Tensor, name: str, parity: bool) -> int:
         """Horovod remembers the shape of an allgather by its name. Where a worker has joined, an allgather of the shape

@@ -31,6 +31,7 @@ class Compressor:
         low_rank: whether matrices travel as factors.
         bits: of a number, where QuantizedMean averages what is sent of matrices. None: it does not.
         refresh_every: every that many steps a step is another one than the rest (PowerSGD.refresh_every). None: none.
+        hierarchical: whether the exchange is to have two levels, where it can (PowerSGD.hierarchical).
     """
 
     linear: bool
@@ -40,6 +41,7 @@ class Compressor:
     refresh_every: int | None = None
     seed: int = 0
     bits: int | None = None
+    hierarchical: bool | None = None
     # A subclass's.
     __dataclass_fields__: ClassVar[dict[str, Any]]
 

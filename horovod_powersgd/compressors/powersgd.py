@@ -46,6 +46,10 @@ class PowerSGD(Compressor):
         refresh_every: every that many steps the subspace is sought anew, from a fresh random Q and with at least four
             half-steps. A warm start can miss, for as long as training lasts, what is orthogonal to it (PowerSGD+, Xie,
             Chen, Yuan, arXiv 2509.11254). None: never.
+        hierarchical: exchange in two levels: the workers of a host average their gradients among themselves, and each
+            then multiplies, and remembers, a share of every matrix's rows (horovod_powersgd.hosts). That is PowerSGD
+            with one worker a host. It takes several hosts with equally many workers, more than one, and a wire_dtype
+            of None or "float16"; else compression_stats().flat_because says what is missing. None is False.
 
     Raises:
         TypeError: a field has a value of the wrong type.
@@ -65,6 +69,7 @@ class PowerSGD(Compressor):
     wire_dtype: str | None = None
     seed: int = 0
     refresh_every: int | None = None
+    hierarchical: bool | None = None
     low_rank = True
 
     def __post_init__(self) -> None:
@@ -82,6 +87,8 @@ class PowerSGD(Compressor):
         object.__setattr__(self, "linear", self.bits is None)
         if self.refresh_every is not None:
             self._check_integer("refresh_every", at_least=1)
+        if self.hierarchical is not None:
+            self._check_bool("hierarchical")
 
     def obstacle(self, rows: int, columns: int) -> str | None:
         rate = rows * columns / (self.amount(rows, columns) * (rows + columns))

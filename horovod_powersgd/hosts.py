@@ -1,0 +1,76 @@
+"""Which workers share a host: what an exchange of two levels needs to know.
+
+In one of two levels (PowerSGD.hierarchical) the workers of a host first average their gradients among themselves, and
+then stand for one worker: each multiplies, and remembers, a share of the rows of every matrix. Where DALL-E was trained
+so, that was for the memory (Ramesh et al., arXiv 2102.12092, appendix).
+"""
+
+import os
+import socket
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from horovod_powersgd.compressors.powersgd import PowerSGD
+
+
+class RowShare(NamedTuple):
+    """A worker's part of the rows of every matrix.
+
+    Attributes:
+        place: which part, from 0.
+        count: into how many the rows are divided: so many workers share a host.
+    """
+
+    place: int
+    count: int
+
+    def rows(self, n: int, place: int | None = None) -> slice:
+        """The rows of a matrix of n rows that are of this part, or of another place's. Parts can be empty."""
+        place = self.place if place is None else place
+        return slice(n * place // self.count, n * (place + 1) // self.count)
+
+
+class Host(NamedTuple):
+    """A worker's host.
+
+    Attributes:
+        peers: the workers that share it, by their numbers, in ascending order.
+        share: this worker's.
+        hosts: how many there are; all have as many workers.
+    """
+
+    peers: tuple[int, ...]
+    share: RowShare
+    hosts: int
+
+
+def host_key() -> int:
+    """A number for this host's name, above 0. HOROVOD_HOSTNAME, which Horovod's Gloo launcher sets, comes first."""
+    return zlib.crc32((os.environ.get("HOROVOD_HOSTNAME") or socket.gethostname()).encode()) // 2 + 1
+
+
+def host_of(keys: Sequence[int], worker: int, config: PowerSGD) -> Host | str:
+    """This worker's host, or why the exchange does not have two levels.
+
+    Args:
+        keys: each worker's host_key(); 0 of one that has joined (hvd.join).
+        worker: this one's number.
+        config: that asks for them.
+    """
+    if config.bits is not None:
+        return f"with wire_dtype={config.wire_dtype!r} a unit for each column would be each worker's own"
+    if 0 in keys:
+        return "a worker has joined"
+    peers: dict[int, list[int]] = {}
+    for number, key in enumerate(keys):
+        peers.setdefault(key, []).append(number)
+    counts = [len(some) for some in peers.values()]
+    if len(counts) == 1:
+        return "all workers are on one host"
+    if max(counts) == 1:
+        return "no two workers share a host"
+    if len(set(counts)) > 1:
+        return f"the hosts have different numbers of workers: {', '.join(map(str, counts))}"
+    mine = peers[keys[worker]]
+    return Host(tuple(mine), RowShare(mine.index(worker), len(mine)), len(counts))

@@ -1,0 +1,79 @@
+"""PowerSGD in two levels: the gradients of a host's workers are averaged whole, and travel as factors between hosts."""
+
+from collections.abc import Sequence
+
+import torch
+
+from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.hosts import Host
+from horovod_powersgd.torch.bucket import joined
+from horovod_powersgd.torch.futures import Gathered, SparseMean
+from horovod_powersgd.torch.gradient import PlainGradient
+from horovod_powersgd.torch.powersgd_bucket import PowerSGDBucket, bases_of
+from horovod_powersgd.torch.step import Step
+from horovod_powersgd.torch.two_level_gradient import TwoLevelGradient
+from horovod_powersgd.torch.workers import Workers
+
+
+class TwoLevelBucket(PowerSGDBucket):
+    """A PowerSGDBucket whose matrices are first averaged among the workers of a host, each of which then works on a
+    share of their rows. That takes one round more; and one small message beside the last, where that makes Q: for the
+    memory each worker has to know the host's part of Q, not only its own rows'."""
+
+    def __init__(
+        self, name: str, gradients: Sequence[PlainGradient], workers: Workers, config: Compressor, host: Host
+    ):
+        super().__init__(name, gradients, workers, config)
+        self._host = host
+
+    def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
+        half_steps = self._start(step)
+        for gradient in self.gradients:
+            yield from self._begin(gradient, step, sparse)
+        dense = [gradient for gradient in self.gradients if gradient not in sparse]
+        matrices = [gradient for gradient in dense if isinstance(gradient, TwoLevelGradient)]
+        if matrices:
+            yield from self._take_shares(matrices, step)
+        finite: bool | torch.Tensor = True
+        for half_step in range(half_steps):
+            bases = bases_of(matrices)
+            sent = [gradient.multiply(bases[gradient]) for gradient in matrices]
+            senders = matrices if half_step else dense
+            own = None
+            if half_step == half_steps - 1 and self._config.keeps_memory and matrices and not matrices[0].mean_is_q:
+                own = self._start_own(matrices, step)
+            sent += [gradient.send() for gradient in senders[len(matrices) :]]
+            finite = (yield from self._average(senders, sent, step, half_step, in_place=True)) & finite
+            if own is not None:
+                sums = self._sum((yield own))
+                for gradient, part in zip(matrices, sums.split([gradient.factor_size for gradient in matrices])):
+                    gradient.take_own(part)
+        return finite
+
+    def _take_shares(self, matrices: Sequence[TwoLevelGradient], step: Step):
+        """Gives each its share of the rows of the host's mean."""
+        share = self._host.share
+        parts = [[gradient.send_to(place) for gradient in matrices] for place in range(share.count)]
+        received = yield self._start_messages([joined(some) for some in parts], "shares", step)
+        mean = self._sum(received).div_(share.count)
+        for gradient, part in zip(matrices, mean.split([gradient.share_size for gradient in matrices])):
+            gradient.take(part)
+
+    def _start_own(self, matrices: Sequence[TwoLevelGradient], step: Step) -> Gathered:
+        """Starts giving all workers of the host what this one's rows have made of each Q."""
+        own = joined([gradient.own.reshape(-1) for gradient in matrices])
+        return self._start_messages([own] * self._host.share.count, "own", step)
+
+    def _start_messages(self, parts: Sequence[torch.Tensor], name: str, step: Step) -> Gathered:
+        """Starts sending each worker of the host one of these."""
+        return self._workers.exchange_among(
+            self._host.peers, parts, f"{self._name}.{name}", step.parity, self._config
+        )
+
+    def _sum(self, received: torch.Tensor) -> torch.Tensor:
+        """Of what the workers of the host have sent, in their order."""
+        received = received.float() if received.dtype == torch.float16 else received
+        total = received[0].clone() if len(received) == 1 else received[0] + received[1]
+        for part in received[2:]:
+            total += part
+        return total

@@ -1,0 +1,154 @@
+"""A gradient that travels as PowerSGD's factors from host to host, and whole inside a host."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from horovod_powersgd.hosts import RowShare
+from horovod_powersgd.statistics import residual
+from horovod_powersgd.torch.compressed_gradient import of_all_rows
+from horovod_powersgd.torch.gradient import PlainGradient
+from horovod_powersgd.torch.kernels import HalfStep, Memory, Product
+from horovod_powersgd.torch.powersgd_gradient import Kept, PowerSGDGradient
+
+
+class TwoLevelGradient(PowerSGDGradient):
+    """A PowerSGDGradient in an exchange that may have two levels (horovod_powersgd.hosts).
+
+    In one of two levels delta and the memory are this worker's share of the rows, of the mean of its host's workers. A
+    step calls start, begin, send_to for each of the host's workers, take, then as for a PowerSGDGradient; and take_own
+    where the last half-step has made Q. In an exchange of one level it is a PowerSGDGradient.
+
+    A memory that is from another division of the rows goes into the gradient of the first step after.
+
+    Attributes:
+        share: this worker's; None where the exchange has one level.
+    """
+
+    share: RowShare | None = None
+    _whole: Any = None  # the gradient as a matrix, in a step
+
+    def _rows(self) -> slice:
+        assert self.share is not None
+        return self.share.rows(self._matrix_shape[0])
+
+    def begin(self, scale: float) -> None:
+        """Takes the gradient; with two levels it is not delta yet, but what the host's workers send each other."""
+        if self.share is None:
+            super().begin(scale)
+            self._whole = None if self.is_sparse else self._delta
+        else:
+            PlainGradient.begin(self, scale)
+            if self.is_sparse:
+                return
+            assert self.parameter.grad is not None
+            gradient, self._dense = self._dense, None
+            self._whole = gradient.to(self.dtype).reshape(self._matrix_shape)
+            # Whether the update can be written where the gradient is.
+            self._in_place = (
+                not self.parameter.grad.is_sparse
+                and not self._shared
+                and gradient.is_contiguous()
+                and self._whole.data_ptr() == gradient.data_ptr()
+            )
+            self._scale, self._added = scale, self._kept.memory
+        if self._whole is not None and self._added is not None and self._kept.share != self.share:
+            share, n = self._kept.share, self._matrix_shape[0]
+            added = of_all_rows(self._added.tensor(), share and (*share, n)).mul_(scale / self._kept.scale)
+            if self.share is None:
+                self._delta.add_(added)
+            else:
+                self._whole = added.add_(self._whole)
+            self._added = None
+
+    def send_to(self, place: int) -> torch.Tensor:
+        """The rows that another worker of the host works on, flat."""
+        assert self.share is not None
+        return self._whole[self.share.rows(self._matrix_shape[0], place)].reshape(-1)
+
+    @property
+    def share_size(self) -> int:
+        """How many numbers this worker works on."""
+        rows = self._rows()
+        return (rows.stop - rows.start) * self._matrix_shape[1]
+
+    @property
+    def own(self) -> torch.Tensor:
+        """(r, rows) or (r, m): what this worker's rows have made of the factor."""
+        return self._own
+
+    def take_own(self, own: torch.Tensor) -> None:
+        """Takes the host's part of the Q that was made last, flat: the sum over the parts of its workers' rows."""
+        self._own = own.view(self._own.shape)
+
+    @property
+    def factor_size(self) -> int:
+        """How many numbers the factor has that was averaged last."""
+        return self._mean.numel()
+
+    def take(self, mean: torch.Tensor) -> None:
+        """Takes this worker's rows of the mean of its host's workers, flat: delta, but for the memory."""
+        self._delta = mean.view(-1, self._matrix_shape[1])
+        if not self._in_place:
+            self._whole = None
+
+    def half_step(self, basis: torch.Tensor) -> HalfStep:
+        task = super().half_step(basis)
+        if self.share is None or not task.makes_q:
+            return task
+        return task._replace(basis=task.basis[:, self._rows()].contiguous())
+
+    def multiply(self, basis: torch.Tensor) -> torch.Tensor:
+        """With two levels: what the mean over all workers is to be made of, a host's factor in as many parts as it has
+        workers."""
+        sent = super().multiply(basis)
+        if self.share is None:
+            return sent
+        own = self._own * self.share.count
+        if not self._mean_is_q:  # Q's parts are sums over the rows of each
+            return own.view(-1)
+        padded = own.new_zeros(len(own), self._matrix_shape[0])
+        padded[:, self._rows()] = own
+        return padded.view(-1)
+
+    def update(self, finite: bool, factor: float, undoable: bool) -> Product:
+        if self.share is None:
+            return super().update(finite, factor, undoable)
+        self._undoable = undoable
+        p, q = self._p_and_q(self._mean)
+        if finite:
+            memory = own = None
+            if self._config.error_feedback:
+                own_p, own_q = self._p_and_q(self._unscaled(self._own, self._scale_of_own))
+                own = (own_p[:, self._rows()].contiguous() if self._mean_is_q else own_p), own_q
+                memory = Memory(self._delta, *own)
+            self._next = Kept(self._mean, self._mean_is_q, memory, self._scale, own, self.share)
+        out = self._whole if self._in_place else torch.empty(self._matrix_shape, dtype=self.dtype, device=p.device)
+        self._whole = None
+        return Product(p, q if factor == 1 else q * factor, out)
+
+    def _mixed(self, old: Kept, new: Kept, weight: float) -> Kept:
+        # An old memory of another division of the rows is in the new one already.
+        return super()._mixed(old, new, weight) if old.share == new.share else new
+
+    def residual(self) -> float | None:
+        kept = self._next or self._kept
+        if kept.share is None or kept.memory is None or kept.own is None:
+            return super().residual()
+        p, q = (factor.double() for factor in kept.own)
+        sent = ((p @ p.t()) * (q @ q.t())).sum().clamp(min=0).sqrt().item()
+        return residual(torch.linalg.vector_norm(kept.memory.tensor(), dtype=torch.float64).item(), sent)
+
+    def state_dict(self) -> dict[str, Any]:
+        share = self._kept.share
+        return super().state_dict() | ({} if share is None else {"memory_share": [*share, self._matrix_shape[0]]})
+
+    def load_state_dict(self, state: Mapping, memories: Sequence[Mapping], weight: float) -> None:
+        super().load_state_dict(state, memories, weight)
+        self._kept = replace(self._kept, share=None)
+        if weight == 1 and len(memories) == 1 and "memory_share" in memories[0]:
+            # As it is: the exchange may go on with the same share.
+            memory, share = memories[0]["memory"].to(self.factor, copy=True), RowShare(*memories[0]["memory_share"][:2])
+            self._kept = replace(self._kept, memory=Memory(memory), share=share, scale=memories[0]["memory_scale"])

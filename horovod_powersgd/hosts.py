@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from horovod_powersgd.compressors.powersgd import PowerSGD
+from horovod_powersgd.compressors.compressor import Compressor
 
 
 class RowShare(NamedTuple):
@@ -19,16 +19,17 @@ class RowShare(NamedTuple):
 
     Attributes:
         place: which part, from 0.
-        count: into how many the rows are divided: so many workers share a host.
+        parts: into how many the rows are divided: so many workers share a host.
     """
 
     place: int
-    count: int
+    parts: int
 
-    def rows(self, n: int, place: int | None = None) -> slice:
-        """The rows of a matrix of n rows that are of this part, or of another place's. Parts can be empty."""
+    def rows(self, n: int, place: int | None = None) -> tuple[int, int]:
+        """The first of a matrix's n rows that are of this part, or of another place's, and how many they are."""
         place = self.place if place is None else place
-        return slice(n * place // self.count, n * (place + 1) // self.count)
+        first, end = n * place // self.parts, n * (place + 1) // self.parts
+        return first, end - first
 
 
 class Host(NamedTuple):
@@ -50,7 +51,7 @@ def host_key() -> int:
     return zlib.crc32((os.environ.get("HOROVOD_HOSTNAME") or socket.gethostname()).encode()) // 2 + 1
 
 
-def host_of(keys: Sequence[int], worker: int, config: PowerSGD) -> Host | str:
+def host_of(keys: Sequence[int], worker: int, config: Compressor) -> Host | str:
     """This worker's host, or why the exchange does not have two levels.
 
     Args:
@@ -59,7 +60,7 @@ def host_of(keys: Sequence[int], worker: int, config: PowerSGD) -> Host | str:
         config: that asks for them.
     """
     if config.bits is not None:
-        return f"with wire_dtype={config.wire_dtype!r} a unit for each column would be each worker's own"
+        return f"factors travel in {config.bits} bits: a column's unit would be another one for each worker's rows"
     if 0 in keys:
         return "a worker has joined"
     peers: dict[int, list[int]] = {}

@@ -219,7 +219,7 @@ def simulate(
 
 
 def _mean(everyones: Sequence[Tensors]) -> Tensors:
-    return {name: sum(theirs[name] for theirs in everyones) / len(everyones) for name in everyones[0]}
+    return {name: np.mean([theirs[name] for theirs in everyones], axis=0) for name in everyones[0]}
 
 
 def communicate(

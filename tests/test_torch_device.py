@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from horovod_powersgd import Int8, PowerSGD
+from horovod_powersgd.hosts import Host, RowShare
 from horovod_powersgd.torch import quantization
 from horovod_powersgd.torch.engine import Engine
 from horovod_powersgd.torch.step import Verdict
@@ -22,11 +23,28 @@ CONFIGS = [
     PowerSGD(rank=4, wire_dtype="int8"),
     PowerSGD(rank=4, wire_dtype="int4", num_iters_per_step=1),
     Int8(block=64),
+    PowerSGD(rank=4, hierarchical=True),
+    PowerSGD(rank=4, num_iters_per_step=1, hierarchical=True),
 ]
 
 
 # A job of one, without Horovod.
 ALONE = SimpleNamespace(process_set_id=0, size=lambda: 1, rank=lambda: 0)
+# Two workers share its host, both with what this one has.
+HOST = Host((0, 1), RowShare(0, 2), hosts=1)
+
+
+class Exchanged:
+    """What the workers of the host have sent to this one: twice what it has sent to itself."""
+
+    def __init__(self, parts):
+        self._found = torch.stack([parts[0], parts[0]])
+
+    def done(self):
+        return True
+
+    def result(self):
+        return self._found
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -37,12 +55,15 @@ def test_a_step_on_a_device_makes_the_host_wait_for_the_verdict_only(config, und
     monkeypatch.setattr(Verdict, "result", lambda self: asked.append(self) or True)
     monkeypatch.setattr(quantization, "_slices", quantization.Slices)  # which keeps tensors that only this test can use
     monkeypatch.setattr(Streams, "wait_for_current", lambda self, device: None)  # there are none
+    monkeypatch.setattr(Workers, "exchange_among", lambda self, peers, parts, *_: Exchanged(parts))
     with FakeTensorMode(allow_non_fake_inputs=True):
         engine = Engine(config, Workers(ALONE))
         shapes = {"matrix": (64, 48), "convolution": (16, 8, 3, 3), "vector": (37,)}
         parameters = {name: torch.nn.Parameter(torch.zeros(shape, device="cuda")) for name, shape in shapes.items()}
         for name, parameter in parameters.items():
             engine.add(name, parameter)
+        if config.hierarchical:
+            engine.share_host(HOST)
         for _ in range(4):
             for parameter in parameters.values():
                 parameter.grad = torch.randn(parameter.shape, device="cuda")

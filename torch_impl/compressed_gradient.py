@@ -119,7 +119,7 @@ def of_all_rows(memory: torch.Tensor, share: Sequence[int] | None) -> torch.Tens
     """
     if share is None:
         return memory.clone()
-    place, count, n = share
+    place, parts, n = share
     whole = memory.new_zeros(n, memory.shape[1])
-    whole[RowShare(place, count).rows(n)] = memory * count
+    whole.narrow(0, *RowShare(place, parts).rows(n)).copy_(memory * parts)
     return whole

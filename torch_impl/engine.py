@@ -399,10 +399,15 @@ class Engine:
         keys = [0] * self.workers.count
         keys[self.workers.index] = host_key()
         found = host_of(largest(self.workers, keys, "hosts"), self.workers.index, self._config.family)
-        self._host, self._flat_because = (None, found) if isinstance(found, str) else (found, None)
+        self._flat_because = found if isinstance(found, str) else None
+        self.share_host(None if isinstance(found, str) else found)
+
+    def share_host(self, host: Host | None) -> None:
+        """Between two steps: lets the exchange have two levels, or one where the host is None."""
+        self._host, self._bucketed = host, ()
         for gradient in self._gradients:
             if isinstance(gradient, TwoLevelGradient):
-                gradient.share = None if self._host is None else self._host.share
+                gradient.share = None if host is None else host.share
 
     def _take_state(self, root: int) -> None:
         compressed = [gradient for gradient in self._gradients if isinstance(gradient, CompressedGradient)]

@@ -76,7 +76,7 @@ def make_buckets(
         by_parameter = {g.parameter: g for g in gradients}
         groups = [[by_parameter[p] for p in group if p in by_parameter] for group in groups]
     on_gpu = any(gradient.parameter.is_cuda for gradient in gradients)
-    buckets = []
+    buckets: list[Bucket] = []
     for i, bucket in enumerate(sort_into_buckets(gradients, groups, GPU_BUCKET_BYTES if on_gpu else BUCKET_BYTES)):
         cls = path_of(config).bucket if any(gradient.compressed for gradient in bucket) else Bucket
         if cls is PowerSGDBucket and host is not None:

@@ -53,16 +53,16 @@ class TwoLevelBucket(PowerSGDBucket):
     def _take_shares(self, matrices: Sequence[TwoLevelGradient], step: Step):
         """Gives each its share of the rows of the host's mean."""
         share = self._host.share
-        parts = [[gradient.send_to(place) for gradient in matrices] for place in range(share.count)]
+        parts = [[gradient.send_to(place) for gradient in matrices] for place in range(share.parts)]
         received = yield self._start_messages([joined(some) for some in parts], "shares", step)
-        mean = self._sum(received).div_(share.count)
+        mean = self._sum(received).div_(share.parts)
         for gradient, part in zip(matrices, mean.split([gradient.share_size for gradient in matrices])):
             gradient.take(part)
 
     def _start_own(self, matrices: Sequence[TwoLevelGradient], step: Step) -> Gathered:
         """Starts giving all workers of the host what this one's rows have made of each Q."""
         own = joined([gradient.own.reshape(-1) for gradient in matrices])
-        return self._start_messages([own] * self._host.share.count, "own", step)
+        return self._start_messages([own] * self._host.share.parts, "own", step)
 
     def _start_messages(self, parts: Sequence[torch.Tensor], name: str, step: Step) -> Gathered:
         """Starts sending each worker of the host one of these."""
@@ -70,10 +70,12 @@ class TwoLevelBucket(PowerSGDBucket):
             self._host.peers, parts, f"{self._name}.{name}", step.parity, self._config
         )
 
-    def _sum(self, received: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def _sum(received: torch.Tensor) -> torch.Tensor:
         """Of what the workers of the host have sent, in their order."""
-        received = received.float() if received.dtype == torch.float16 else received
-        total = received[0].clone() if len(received) == 1 else received[0] + received[1]
-        for part in received[2:]:
+        first, second, *others = received.unbind(0)
+        # Halves, which a factor may travel as, lose nothing more.
+        total = first.float() + second if first.dtype == torch.float16 else first + second
+        for part in others:
             total += part
         return total

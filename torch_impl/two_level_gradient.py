@@ -30,9 +30,9 @@ class TwoLevelGradient(PowerSGDGradient):
     share: RowShare | None = None
     _whole: Any = None  # the gradient as a matrix, in a step
 
-    def _rows(self) -> slice:
+    def _rows(self, place: int | None = None) -> tuple[int, int]:
         assert self.share is not None
-        return self.share.rows(self._matrix_shape[0])
+        return self.share.rows(self._matrix_shape[0], place)
 
     def begin(self, scale: float) -> None:
         """Takes the gradient; with two levels it is not delta yet, but what the host's workers send each other."""
@@ -65,14 +65,12 @@ class TwoLevelGradient(PowerSGDGradient):
 
     def send_to(self, place: int) -> torch.Tensor:
         """The rows that another worker of the host works on, flat."""
-        assert self.share is not None
-        return self._whole[self.share.rows(self._matrix_shape[0], place)].reshape(-1)
+        return self._whole.narrow(0, *self._rows(place)).reshape(-1)
 
     @property
     def share_size(self) -> int:
         """How many numbers this worker works on."""
-        rows = self._rows()
-        return (rows.stop - rows.start) * self._matrix_shape[1]
+        return self._rows()[1] * self._matrix_shape[1]
 
     @property
     def own(self) -> torch.Tensor:
@@ -98,7 +96,7 @@ class TwoLevelGradient(PowerSGDGradient):
         task = super().half_step(basis)
         if self.share is None or not task.makes_q:
             return task
-        return task._replace(basis=task.basis[:, self._rows()].contiguous())
+        return task._replace(basis=_columns(task.basis, *self._rows()))
 
     def multiply(self, basis: torch.Tensor) -> torch.Tensor:
         """With two levels: what the mean over all workers is to be made of, a host's factor in as many parts as it has
@@ -106,12 +104,11 @@ class TwoLevelGradient(PowerSGDGradient):
         sent = super().multiply(basis)
         if self.share is None:
             return sent
-        own = self._own * self.share.count
+        own = self._own * self.share.parts
         if not self._mean_is_q:  # Q's parts are sums over the rows of each
             return own.view(-1)
-        padded = own.new_zeros(len(own), self._matrix_shape[0])
-        padded[:, self._rows()] = own
-        return padded.view(-1)
+        first, rows = self._rows()
+        return torch.nn.functional.pad(own, (first, self._matrix_shape[0] - first - rows)).view(-1)
 
     def update(self, finite: bool, factor: float, undoable: bool) -> Product:
         if self.share is None:
@@ -122,12 +119,19 @@ class TwoLevelGradient(PowerSGDGradient):
             memory = own = None
             if self._config.error_feedback:
                 own_p, own_q = self._p_and_q(self._unscaled(self._own, self._scale_of_own))
-                own = (own_p[:, self._rows()].contiguous() if self._mean_is_q else own_p), own_q
+                own = (_columns(own_p, *self._rows()) if self._mean_is_q else own_p), own_q
                 memory = Memory(self._delta, *own)
             self._next = Kept(self._mean, self._mean_is_q, memory, self._scale, own, self.share)
         out = self._whole if self._in_place else torch.empty(self._matrix_shape, dtype=self.dtype, device=p.device)
         self._whole = None
         return Product(p, q if factor == 1 else q * factor, out)
+
+    def _room(self) -> torch.Tensor:
+        return super()._room() if self._kept.share is None else torch.empty_like(self._delta)
+
+    def _set_aside(self, memory: Memory | None) -> None:
+        if self.share is None and memory is not None and memory.storage().shape == self._matrix_shape:
+            super()._set_aside(memory)
 
     def _mixed(self, old: Kept, new: Kept, weight: float) -> Kept:
         # An old memory of another division of the rows is in the new one already.
@@ -152,3 +156,8 @@ class TwoLevelGradient(PowerSGDGradient):
             # As it is: the exchange may go on with the same share.
             memory, share = memories[0]["memory"].to(self.factor, copy=True), RowShare(*memories[0]["memory_share"][:2])
             self._kept = replace(self._kept, memory=Memory(memory), share=share, scale=memories[0]["memory_scale"])
+
+
+def _columns(factor: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """What a factor, kept transposed, has for some rows of the matrix; contiguous."""
+    return factor.narrow(1, first, count).clone(memory_format=torch.contiguous_format)

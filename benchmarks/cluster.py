@@ -126,12 +126,13 @@ def kill():
         time.sleep(0.1)
 
 
-def run(program, workers, launcher="mpirun", timeout=None, **options):
-    """Runs a program with a worker on each of the first hosts; on the loopback interface where no hosts are up.
+def run(program, workers, launcher="mpirun", timeout=None, per_host=1, **options):
+    """Runs a program with workers on each of the first hosts; on the loopback interface where no hosts are up.
 
     Args:
         program: the command line of a worker.
-        workers: how many; at most as many as there are hosts, if there are any.
+        workers: how many; on at most as many hosts as there are, if there are any.
+        per_host: how many share a host.
         launcher: one of LAUNCHERS.
         timeout: seconds after which everything on the hosts is killed.
         options: of subprocess.Popen.
@@ -147,10 +148,10 @@ def run(program, workers, launcher="mpirun", timeout=None, **options):
         raise FileNotFoundError(f"{launcher} is not installed")
     there = hosts()
     if there:
-        if workers > there:
-            raise ValueError(f"{workers} workers need as many hosts, and {there} are up")
+        if workers > there * per_host:
+            raise ValueError(f"{workers} workers need {-(-workers // per_host)} hosts, and {there} are up")
         # The launcher runs on the first host, as a user's would.
-        arguments = shlex.join([command[0], *_launcher_options(launcher, workers), *command[1:]])
+        arguments = shlex.join([command[0], *_launcher_options(launcher, workers // per_host, per_host), *command[1:]])
         command = [str(SSH), host(1), arguments]
     environment = launch_environment() | {
         "OMP_NUM_THREADS": "1",
@@ -176,8 +177,8 @@ def run(program, workers, launcher="mpirun", timeout=None, **options):
             kill()
 
 
-def _launcher_options(launcher, workers):
-    places = ",".join(f"{host(number)}:1" for number in range(1, workers + 1))
+def _launcher_options(launcher, count, per_host):
+    places = ",".join(f"{host(number)}:{per_host}" for number in range(1, count + 1))
     if launcher == "horovodrun":
         return ["--disable-cache", "--network-interface", INTERFACE, "-H", places]
     # Each host believes that it has the machine's cores for itself: bound to cores, all workers would share the first.

@@ -41,8 +41,9 @@ class Job:
     Attributes:
         framework: "torch" or "tensorflow".
         rate: of the links, one of cluster.RATES, or "loopback".
-        hosts: how many, with a worker on each.
+        hosts: how many.
         rounds: see rounds.py.
+        per_host: how many workers share a host.
     """
 
     framework: str
@@ -52,6 +53,7 @@ class Job:
     methods: tuple
     rounds: int
     launcher: str
+    per_host: int = 1
 
     def row(self, method, **measured):
         place = {key: value for key, value in asdict(self).items() if key not in ("methods", "rounds")}
@@ -61,10 +63,12 @@ class Job:
 def selection(rounds, launcher):
     """The combinations that tell most: everything on 2 hosts with 1 Gbit/s, and what changes with links and hosts."""
 
-    def job(framework, model, rate, hosts, methods, rounds=1):
-        return Job(framework, model, rate, hosts, tuple(methods), rounds, launcher)
+    def job(framework, model, rate, hosts, methods, rounds=1, per_host=1):
+        return Job(framework, model, rate, hosts, tuple(methods), rounds, launcher, per_host)
 
-    yield from (job("torch", model, "1gbit", 2, METHODS, rounds) for model in MODELS)
+    alone = [key for key in METHODS if key != "rank-4-two-levels"]
+    yield from (job("torch", model, "1gbit", 2, alone, rounds) for model in MODELS)
+    yield from (job("torch", model, "1gbit", 2, ["rank-4", "rank-4-two-levels"], rounds, 2) for model in MODELS)
     for rate in ("100mbit", "10gbit", "unshaped"):
         yield from (job("torch", model, rate, 2, ["hvd", "hvd-fp16", "rank-4", "rank-8-int8"]) for model in MODELS)
     for model, hosts in itertools.product(["resnet18", "lstm"], [4, 8]):
@@ -77,7 +81,9 @@ def product(args):
     for framework, hosts, rate, model in itertools.product(args.frameworks, args.hosts, args.rates, args.models):
         methods = args.methods if framework == "torch" else [m for m in TENSORFLOW_METHODS if m in args.methods]
         if methods:
-            yield Job(framework, model, rate, hosts, tuple(methods), args.rounds, args.launcher)
+            yield Job(
+                framework, model, rate, hosts, tuple(methods), args.rounds, args.launcher, args.workers_per_host
+            )
 
 
 def on_loopback(jobs):
@@ -106,7 +112,8 @@ def least_seconds(job, method):
 def launches(job):
     """The job in parts that fit into this machine's memory."""
     line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-    models = 0.8 * int(line.split()[1]) * 1024 / job.hosts / (4 * parameters(job.model)) - SHARED_MEMORY
+    each = 0.8 * int(line.split()[1]) * 1024 / (job.hosts * job.per_host)
+    models = each / (4 * parameters(job.model)) - SHARED_MEMORY
     part, needed = [], 0
     for method in job.methods:
         needed += METHOD_MEMORY[METHODS[method].library]
@@ -123,7 +130,7 @@ def launch(job):
     links = sum(least_seconds(job, method) for method in job.methods)
     seconds = 300 + 60 * job.rounds + 5 * (5 + job.rounds) * links
     try:
-        measured = results(program, job.hosts, job.launcher, seconds)
+        measured = results(program, job.hosts * job.per_host, job.launcher, seconds, job.per_host)
     except JobFailed as failure:
         return [job.row(method=method, error=str(failure)) for method in job.methods]
     return [job.row(**row) for row in measured]
@@ -159,12 +166,13 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--rates", nargs="+", choices=cluster.RATES)
     parser.add_argument("--hosts", nargs="+", type=int)
+    parser.add_argument("--workers-per-host", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--launcher", choices=cluster.LAUNCHERS, default="mpirun")
     parser.add_argument("--all", action="store_true", help="every combination of what is not chosen")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    chosen = any([args.frameworks, args.models, args.methods, args.rates, args.hosts])
+    chosen = any([args.frameworks, args.models, args.methods, args.rates, args.hosts, args.workers_per_host > 1])
     args.frameworks = args.frameworks or (list(WORKERS) if args.all else ["torch"])
     args.models, args.methods = args.models or list(MODELS), args.methods or list(METHODS)
     args.rates = args.rates or (list(cluster.RATES) if args.all else ["1gbit"])

@@ -13,12 +13,12 @@ class JobFailed(Exception):
     """Says how."""
 
 
-def results(program, workers, launcher, seconds):
+def results(program, workers, launcher, seconds, per_host=1):
     """What the workers leave in the file that --results names.
 
     Args:
         program: a Python script and its arguments.
-        workers, launcher: as cluster.run's.
+        workers, launcher, per_host: as cluster.run's.
         seconds: after which the job is taken to hang.
 
     Raises:
@@ -29,7 +29,7 @@ def results(program, workers, launcher, seconds):
         command = [sys.executable, *map(str, program), "--results", str(file)]
         try:
             status, output = cluster.run(
-                command, workers, launcher, seconds, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                command, workers, launcher, seconds, per_host, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
             failure = f"failed with exit status {status}"
         except subprocess.TimeoutExpired as hang:

@@ -55,6 +55,7 @@ METHODS = {
     "ddp-rank-4": Method("DDP, PowerSGD rank 4", "ddp", "powersgd", rank=4),
     "rank-4": Method("PowerSGD rank 4", "ours", config=PowerSGD(4)),
     "rank-4-alternating": Method("PowerSGD rank 4, one half-step", "ours", config=PowerSGD(4, num_iters_per_step=1)),
+    "rank-4-two-levels": Method("PowerSGD rank 4, two levels", "ours", config=PowerSGD(4, hierarchical=True)),
     "rank-4-int8": Method("PowerSGD rank 4, int8", "ours", config=PowerSGD(4, wire_dtype="int8")),
     "rank-8": Method("PowerSGD rank 8", "ours", config=PowerSGD(8)),
     "rank-8-fp16": Method("PowerSGD rank 8, float16", "ours", config=PowerSGD(8, wire_dtype="float16")),

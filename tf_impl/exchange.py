@@ -5,7 +5,7 @@ import itertools
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
@@ -89,7 +89,7 @@ class Exchange:
 
     def stats(self) -> CompressionStats:
         """What compression did in the last step and so far."""
-        counts: dict[str, Any] = {name: int(variable) for name, variable in self.counters.variables().items()}
+        counts = {name: int(variable) for name, variable in self.counters.variables().items()}
         # The last step was one of those, if there was one.
         warming_up = counts["total_bytes_uncompressed"] > 0 and counts["steps"] <= self._config.warmup_steps > 0
         return CompressionStats(
@@ -100,6 +100,7 @@ class Exchange:
                 )
                 for state, sparse in zip(self.states, self._sparse)
             ),
+            flat_because="TensorFlow exchanges in one level" if self._config.family.hierarchical else None,
         )
 
     def _build(

@@ -63,12 +63,11 @@ class Job:
 def selection(rounds, launcher):
     """The combinations that tell most: everything on 2 hosts with 1 Gbit/s, and what changes with links and hosts."""
 
-    def job(framework, model, rate, hosts, methods, rounds=1, per_host=1):
-        return Job(framework, model, rate, hosts, tuple(methods), rounds, launcher, per_host)
+    def job(framework, model, rate, hosts, methods, rounds=1):
+        return Job(framework, model, rate, hosts, tuple(methods), rounds, launcher)
 
-    alone = [key for key in METHODS if key != "rank-4-two-levels"]
-    yield from (job("torch", model, "1gbit", 2, alone, rounds) for model in MODELS)
-    yield from (job("torch", model, "1gbit", 2, ["rank-4", "rank-4-two-levels"], rounds, 2) for model in MODELS)
+    on_one_level = [key for key in METHODS if key != "rank-4-two-levels"]
+    yield from (job("torch", model, "1gbit", 2, on_one_level, rounds) for model in MODELS)
     for rate in ("100mbit", "10gbit", "unshaped"):
         yield from (job("torch", model, rate, 2, ["hvd", "hvd-fp16", "rank-4", "rank-8-int8"]) for model in MODELS)
     for model, hosts in itertools.product(["resnet18", "lstm"], [4, 8]):

@@ -24,7 +24,7 @@ SHAPES = {
     "GPT-2 small, feed-forward": (3072, 768),
     "ResNet-18, convolution": (512, 4608),
 }
-RANKS = 1, 2, 4, 32
+RANKS = 1, 2, 4, 8, 32
 PASSES = "memory and P", "Q", "update"
 ROUNDS = 15
 ROW = "{:<28}{:>14}{:>6}{:>10}   {:<36}{:>8}{:>16}"

@@ -138,16 +138,21 @@ class GeneratorGradient(CompressedGradient):
         factor *= self._scale
         update = self._mean if factor == 1 else self._mean * factor
         if finite:
-            self._next = Kept(
-                self._state.kept,
-                self._delta - self._sent.reshape(self._delta.shape) if self._config.keeps_memory else None,
-                torch.linalg.vector_norm(self._delta, dtype=torch.float64) if self._config.error_feedback else None,
-            )
+            norm = torch.linalg.vector_norm(self._delta) if self._config.error_feedback else None
+            self._next = Kept(self._state.kept, self._left() if self._config.keeps_memory else None, norm)
             self.accordion.end(self._mean, 1.0)
             if undoable and self._config.keeps_memory:
                 self._sample = Sample.of_matrix(update)
         self._put(update.view(self.parameter.shape), copies)
         self._delta = self._sent = self._mean = self._state = None
+
+    def _left(self) -> torch.Tensor:
+        """What of delta was not sent: in its storage, where no other tensor of the step is in that."""
+        sent = self._sent.reshape(self._delta.shape)
+        others = [sent, self._mean, *(t for t in self._state.kept.values() if torch.is_tensor(t))]
+        mine = self._delta.untyped_storage()._cdata
+        shared = any(other.untyped_storage()._cdata == mine for other in others)
+        return self._delta - sent if shared else self._delta.sub_(sent)
 
     def _mixed(self, old: Kept, new: Kept, weight: float) -> Kept:
         assert new.memory is not None

@@ -11,6 +11,7 @@ from horovod_powersgd import Int8, PowerSGD
 from horovod_powersgd.hosts import Host, RowShare
 from horovod_powersgd.torch import quantization
 from horovod_powersgd.torch.engine import Engine
+from horovod_powersgd.torch.generation import generation
 from horovod_powersgd.torch.step import Verdict
 from horovod_powersgd.torch.streams import Streams
 from horovod_powersgd.torch.workers import Workers
@@ -63,6 +64,7 @@ def test_a_step_on_a_device_makes_the_host_wait_for_the_verdict_only(config, und
         for name, parameter in parameters.items():
             engine.add(name, parameter)
         if config.hierarchical:
+            engine.generation = generation()  # a job of one would look for no host
             engine.share_host(HOST)
         for _ in range(4):
             for parameter in parameters.values():

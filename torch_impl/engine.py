@@ -361,6 +361,7 @@ class Engine:
             agreement_of_workers.agree(self)
         else:
             self.generation = generation()
+            self.share_host(None)
 
     def names(self) -> list[str]:
         """Of the parameters."""

@@ -25,6 +25,15 @@ def slice_count(workers: int) -> int:
     return workers if workers >= TWO_ROUNDS else 1
 
 
+def rows_of(shape: Sequence[int], row: int | None) -> list[tuple[int, int]]:
+    """How many rows a matrix of this shape has, and how long they are; of a flat tensor, which `row` divides
+    (QuantizedMean), first the whole rows and then what is left."""
+    if row is None:
+        return [(shape[0], shape[1])]
+    whole, rest = divmod(shape[0], row)
+    return [(number, length) for number, length in ((whole, row), (1, rest)) if number * length]
+
+
 class Slices:
     """Rows of numbers, one after the other, in slices of equal size.
 
@@ -61,7 +70,9 @@ def traffic(lengths: Sequence[int], workers: int, bits: int, itemsize: int) -> t
     return (workers + 1) * nbytes, 2 * workers * nbytes
 
 
-def mean(everyones: Sequence[np.ndarray], lengths: Sequence[int], bits: int) -> tuple[np.ndarray, list[np.ndarray]]:
+def mean(
+    everyones: Sequence[np.ndarray], lengths: Sequence[int] | np.ndarray, bits: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
     """All workers' average.
 
     Args:

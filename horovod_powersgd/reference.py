@@ -93,16 +93,18 @@ def exchange(
         means = {name: m.parts()[0] for name, m in asking.items() if isinstance(m.request, AllreduceMean)}
         gathers = {name: m.parts() for name, m in asking.items() if isinstance(m.request, Allgather)}
         quantized: dict[int, dict[str, np.ndarray]] = {}
+        rows: dict[str, int | None] = {}
         for name, m in asking.items():
             if isinstance(m.request, QuantizedMean):
                 quantized.setdefault(m.request.bits, {})[name] = m.parts()[0]
+                rows[name] = m.request.row
         answers: dict[str, Any] = {}
         if means or waiting:
             answers.update((yield AllreduceMean({**means, **{name: plain[name] for name in waiting}})))
         if gathers:
             answers.update((yield Allgather(gathers)))
         for bits, matrices_of_bits in quantized.items():
-            answers.update((yield QuantizedMean(matrices_of_bits, bits)))
+            answers.update((yield QuantizedMean(matrices_of_bits, bits, rows)))
         plain.update((name, answers[name]) for name in waiting)
         waiting = []
         for name, matrix in asking.items():
@@ -266,7 +268,7 @@ def _answers(requests: Sequence[AllreduceMean | QuantizedMean | Allgather]) -> l
         return [gathered] * workers
     with np.errstate(invalid="ignore", over="ignore"):
         if isinstance(requests[0], QuantizedMean):
-            return _quantized_means(everyone, requests[0].bits)
+            return _quantized_means(everyone, requests[0])
         # Divided before it is summed, so that half precision does not overflow.
         means = {
             name: sum(tensors[name] / tensors[name].dtype.type(workers) for tensors in everyone)
@@ -275,14 +277,15 @@ def _answers(requests: Sequence[AllreduceMean | QuantizedMean | Allgather]) -> l
     return [means] * workers
 
 
-def _quantized_means(everyone: Sequence[Tensors], bits: int) -> list[dict[str, Any]]:
+def _quantized_means(everyone: Sequence[Tensors], request: QuantizedMean) -> list[dict[str, Any]]:
     """The matrices of one dtype travel together, as in a bucket: the last gradient first."""
     answers: list[dict[str, Any]] = [{} for _ in everyone]
     for dtype in {matrix.dtype for matrix in everyone[0].values()}:
         matrices = {name: matrix for name, matrix in reversed(list(everyone[0].items())) if matrix.dtype == dtype}
-        lengths = [matrix.shape[1] for matrix in matrices.values() for _ in matrix]
+        rows = [pair for name, m in matrices.items() for pair in quantization.rows_of(m.shape, request.row[name])]
+        lengths = np.repeat([length for _, length in rows], [count for count, _ in rows])
         flat = [np.concatenate([theirs[name].reshape(-1) for name in matrices]) for theirs in everyone]
-        mean, parts = quantization.mean(flat, lengths, bits)
+        mean, parts = quantization.mean(flat, lengths, request.bits)
         ends = np.cumsum([matrix.size for matrix in matrices.values()])[:-1]
         for answer, part in zip(answers, parts):
             for (name, matrix), *both in zip(matrices.items(), np.split(mean, ends), np.split(part, ends)):

@@ -251,7 +251,12 @@ def counted(worker, counts, workers):
         except StopIteration as finished:
             return finished.value
         if isinstance(request, QuantizedMean):
-            lengths = [matrix.shape[1] for matrix in reversed(request.tensors.values()) for _ in matrix]
+            lengths = [
+                length
+                for name, matrix in reversed(request.tensors.items())
+                for count, length in quantization.rows_of(matrix.shape, request.row[name])
+                for _ in range(count)
+            ]
             counts += np.array(quantization.traffic(lengths, workers, request.bits, 4))
             answer = yield request
             continue

@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from horovod_powersgd.compressors.collectives import Allgather, QuantizedMean
+from horovod_powersgd.quantization import rows_of
 from horovod_powersgd.tensorflow.gradient import PlainGradient, Step, all_finite
 from horovod_powersgd.tensorflow.graph_function import zeros_unless
 from horovod_powersgd.tensorflow.quantization import Number
@@ -84,11 +85,12 @@ class CompressedGradient(PlainGradient):
         self.request = dataclasses.replace(request, tensors=flat)
 
     @property
-    def rows(self) -> tuple[Number, Number]:
-        """How many rows the matrix has that is asked to be averaged in few bits, and how long they are."""
+    def rows(self) -> list[tuple[Number, Number]]:
+        """quantization.rows_of what is asked to be averaged in few bits."""
         (part,) = self._parts
         known, found = part.shape.as_list(), tf.shape(part, tf.int64)
-        return tuple(found[axis] if side is None else side for axis, side in enumerate(known))
+        assert isinstance(self.request, QuantizedMean)
+        return rows_of([found[axis] if side is None else side for axis, side in enumerate(known)], self.request.row)
 
 
 def _in_shape_of(part: tf.Tensor, answer: tf.Tensor, gathered: bool) -> tf.Tensor:

@@ -233,7 +233,8 @@ class Exchange:
             for kind, senders in kinds.items():
                 message = Message([request.tensors for _, request in senders])
                 if isinstance(kind, int):
-                    rows = [sender.rows for sender, _ in senders if isinstance(sender, CompressedGradient)]
+                    compressed = [sender for sender, _ in senders if isinstance(sender, CompressedGradient)]
+                    rows = [pair for sender in compressed for pair in sender.rows]
                     with tf.control_dependencies([there()]):
                         answers = message.averaged_in_bits(kind, rows, self._workers, f"{name}.{i}.{kind}")
                 elif kind == "gathered":

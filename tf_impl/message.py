@@ -45,7 +45,7 @@ class Message:
 
         Args:
             bits: of a number.
-            rows: of each sender's matrix.
+            rows: of the senders' matrices, in their order.
             workers: that average.
             name: of the message.
         """

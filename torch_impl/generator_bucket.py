@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from horovod_powersgd.compressors.collectives import AllreduceMean, QuantizedMean
+from horovod_powersgd.quantization import rows_of
 from horovod_powersgd.torch.bucket import Bucket, joined
 from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.generator_gradient import GeneratorGradient
@@ -48,7 +49,7 @@ class GeneratorBucket(Bucket):
     def _average_quantized(self, gradients: Sequence[GeneratorGradient], bits: int, name: str, step: Step):
         """Averages what these ask for, in so many bits."""
         parts = [gradient.parts()[0] for gradient in gradients]
-        rows = tuple((len(part), part.shape[1]) for part in parts)
+        rows = tuple(itertools.chain(*(_rows_of(gradient, part) for gradient, part in zip(gradients, parts))))
         flat = joined([part.reshape(-1) for part in parts])
         mean, own = yield from quantized_mean(flat, rows, bits, name, step, self._config)
         sizes = [part.numel() for part in parts]
@@ -77,6 +78,11 @@ class GeneratorBucket(Bucket):
             gathered = self._workers.gather(packed, f"{name}.gather", step.parity, self._config)
             started.append((gathers, parts, gathered, _split_gathered))
         return started
+
+
+def _rows_of(gradient: GeneratorGradient, part: torch.Tensor) -> list[tuple[int, int]]:
+    assert isinstance(gradient.request, QuantizedMean)
+    return rows_of(part.shape, gradient.request.row)
 
 
 def _bits(gradient: GeneratorGradient) -> int:

@@ -15,10 +15,14 @@ class AllreduceMean:
 class QuantizedMean:
     """The request to average over all workers in 8 or 4 bits a number: a matrix of floats, each row of which gets a
     unit of its own; or several, by name. It is answered with the mean and this worker's part of it: what is left of the
-    matrix when the part is taken away is what rounding lost. The mean of all workers' parts is the mean."""
+    matrix when the part is taken away is what rounding lost. The mean of all workers' parts is the mean.
+
+    A flat tensor is taken as rows of `row` numbers, of which the last may have fewer; several, as that says by name.
+    """
 
     tensors: Any
     bits: int = 8
+    row: Any = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from horovod_powersgd.compressors.collectives import AllreduceMean, QuantizedMean
 from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.quantization import rows_of
 
 
 @dataclass(frozen=True)
@@ -79,18 +80,12 @@ class Int8(Compressor):
         self._check_bool("error_feedback")
 
     def exchange(self, delta, state) -> Generator[Any, Any, Any]:
-        xp, numbers = state.arrays, state.shape[0] * state.shape[1]
-        block = min(self.block, numbers)
-        flat, missing = xp.reshape(delta, (numbers,)), -numbers % block
-        if missing:
-            flat = xp.concat([flat, 0 * flat[:missing]])
-        mean, own = yield QuantizedMean(xp.reshape(flat, (-1, block)), self.bits)
-        mean, own = xp.reshape(mean, (-1,)), xp.reshape(own, (-1,))
-        return (mean[:numbers], own[:numbers]) if missing else (mean, own)
+        flat = state.arrays.reshape(delta, (state.shape[0] * state.shape[1],))
+        mean, own = yield QuantizedMean(flat, self.bits, self.block)
+        return mean, own
 
     def quantized_rows(self, rows: int, columns: int, step: int = 0) -> list[list[int]]:
-        block = min(self.block, rows * columns)
-        return [[block] * -(-rows * columns // block)]
+        return [[length for count, length in rows_of([rows * columns], self.block) for _ in range(count)]]
 
     def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
         (blocks,) = self.quantized_rows(rows, columns)

@@ -64,6 +64,16 @@ def hosts():
     return [reference.State() for _ in range(hvd.size() // per_host())]
 
 
+def hosts_of(shared, memories):
+    """The hosts' states: what is shared of a state, and the means of their workers' memories."""
+    found = hosts()
+    for host, state in enumerate(found):
+        sharing = memories[host * per_host() : (host + 1) * per_host()]
+        state.steps, state.factors = shared.steps, dict(shared.factors)
+        state.memory = {name: np.mean([memory[name] for memory in sharing], axis=0) for name in sharing[0]}
+    return found
+
+
 def next_generation():
     """As hvd.init() begins one in an elastic job."""
     generation._current = [*generation._current]
@@ -128,11 +138,7 @@ def check_a_state_of_one_level_goes_on_in_two_and_back():
         with on_hosts():
             between = Trainee(CONFIG, "float64")
             between.optimizer.load_compression_state_dict(saved(before))
-            divided = hosts()
-            for host, state in enumerate(divided):
-                sharing = states[host * per_host() : (host + 1) * per_host()]
-                state.steps, state.factors = 3, dict(sharing[0].factors)
-                state.memory = {name: np.mean([s.memory[name] for s in sharing], axis=0) for name in sharing[0].memory}
+            divided = hosts_of(states[0], [state.memory for state in states])
             equals_the_reference(between, divided, CONFIG, "float64", range(3, 6))
         after = Trainee(flat, "float64")
         after.optimizer.load_compression_state_dict(saved(between))
@@ -162,11 +168,7 @@ def check_what_memories_hold_stays_when_hosts_change():
                 assert cases.error(found, np.mean([s.memory[name] for s in means], axis=0)) < 1e-9, name
     next_generation()
     with on_hosts():
-        divided = hosts()
-        for host, state in enumerate(divided):
-            sharing = memories[host * per_host() : (host + 1) * per_host()]
-            state.steps, state.factors = means[0].steps, dict(means[0].factors)
-            state.memory = {name: np.mean([memory[name] for memory in sharing], axis=0) for name in sharing[0]}
+        divided = hosts_of(means[0], memories)
         equals_the_reference(trainee, divided, CONFIG, "float64", range(4, 6))
 
 

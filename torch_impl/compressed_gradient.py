@@ -110,15 +110,15 @@ def sum_of_memories(memories: Sequence[Mapping], weight: float, like: torch.Tens
 
 
 def of_all_rows(memory: torch.Tensor, share: Sequence[int] | None) -> torch.Tensor:
-    """What a worker's memory would be in an exchange of one level, a new tensor: so that the mean over all workers is
-    that over the hosts, a share of the rows becomes as many times itself as workers share a host, and other rows zeros.
+    """What a worker's memory would be in an exchange of one level: so that the mean over all workers is that over the
+    hosts, a share of the rows becomes as many times itself as workers share a host, and other rows zeros.
 
     Args:
         memory: (n, m), or the rows of a share.
         share: of n rows, a RowShare's numbers and n; None where it has all rows.
     """
     if share is None:
-        return memory.clone()
+        return memory
     place, parts, n = share
     whole = memory.new_zeros(n, memory.shape[1])
     whole.narrow(0, *RowShare(place, parts).rows(n)).copy_(memory * parts)

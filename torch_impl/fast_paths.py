@@ -1,7 +1,8 @@
 """Which code exchanges the gradients of which compressor: the one place that knows of a fast path."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from horovod_powersgd.buckets import BUCKET_BYTES, GPU_BUCKET_BYTES, bucket_name, sort_into_buckets
@@ -76,13 +77,13 @@ def make_buckets(
         by_parameter = {g.parameter: g for g in gradients}
         groups = [[by_parameter[p] for p in group if p in by_parameter] for group in groups]
     on_gpu = any(gradient.parameter.is_cuda for gradient in gradients)
-    buckets: list[Bucket] = []
+    buckets = []
     for i, bucket in enumerate(sort_into_buckets(gradients, groups, GPU_BUCKET_BYTES if on_gpu else BUCKET_BYTES)):
-        cls = path_of(config).bucket if any(gradient.compressed for gradient in bucket) else Bucket
-        if cls is PowerSGDBucket and host is not None:
-            buckets.append(TwoLevelBucket(f"bucket.{bucket_name(i, bucket)}", bucket, workers, config, host))
-            continue
-        if cls is PowerSGDBucket and _is_grouped(bucket):
-            from horovod_powersgd.torch.grouped_bucket import GroupedBucket as cls
-        buckets.append(cls(f"bucket.{bucket_name(i, bucket)}", bucket, workers, config))
+        compressed = any(gradient.compressed for gradient in bucket)
+        make: Callable[..., Bucket] = path_of(config).bucket if compressed else Bucket
+        if make is PowerSGDBucket and host is not None:
+            make = partial(TwoLevelBucket, host=host)
+        elif make is PowerSGDBucket and _is_grouped(bucket):
+            from horovod_powersgd.torch.grouped_bucket import GroupedBucket as make
+        buckets.append(make(f"bucket.{bucket_name(i, bucket)}", bucket, workers, config))
     return buckets

@@ -172,8 +172,7 @@ class PowerSGDGradient(CompressedGradient):
 
     def made(self, own: torch.Tensor) -> None:
         """Takes this worker's factor, as it is sent, or as a part of the mean."""
-        # A share of the rows may be none.
-        self._own, self._scale_of_own = own.view(self._rank, own.numel() // self._rank), self._scale_of_halves
+        self._own, self._scale_of_own = own.view(self._rank, -1), self._scale_of_halves
 
     def multiply(self, basis: torch.Tensor) -> torch.Tensor:
         """A half-step: delta Q^ or delta^T P^, flat; in the first one the memory is added to delta on the way."""

@@ -52,23 +52,24 @@ class TwoLevelBucket(PowerSGDBucket):
 
     def _take_shares(self, matrices: Sequence[TwoLevelGradient], step: Step):
         """Gives each its share of the rows of the host's mean."""
-        share = self._host.share
-        parts = [[gradient.send_to(place) for gradient in matrices] for place in range(share.parts)]
-        received = yield self._start_messages([joined(some) for some in parts], "shares", step)
-        mean = self._sum(received).div_(share.parts)
-        for gradient, part in zip(matrices, mean.split([gradient.share_size for gradient in matrices])):
+        places = range(self._host.share.parts)
+        message = joined([gradient.send_to(place) for place in places for gradient in matrices])
+        sizes = [sum(gradient.size_of(place) for gradient in matrices) for place in places]
+        received = yield self._start_exchange(message, sizes, "shares", step)
+        mean = self._sum(received).div_(len(places))
+        mine = [gradient.size_of(self._host.share.place) for gradient in matrices]
+        for gradient, part in zip(matrices, mean.split(mine)):
             gradient.take(part)
 
     def _start_own(self, matrices: Sequence[TwoLevelGradient], step: Step) -> Gathered:
         """Starts giving all workers of the host what this one's rows have made of each Q."""
-        own = joined([gradient.own.reshape(-1) for gradient in matrices])
-        return self._start_messages([own] * self._host.share.parts, "own", step)
+        own, parts = joined([gradient.own.reshape(-1) for gradient in matrices]), self._host.share.parts
+        return self._start_exchange(own.repeat(parts), [len(own)] * parts, "own", step)
 
-    def _start_messages(self, parts: Sequence[torch.Tensor], name: str, step: Step) -> Gathered:
-        """Starts sending each worker of the host one of these."""
-        return self._workers.exchange_among(
-            self._host.peers, parts, f"{self._name}.{name}", step.parity, self._config
-        )
+    def _start_exchange(self, message: torch.Tensor, sizes: Sequence[int], name: str, step: Step) -> Gathered:
+        """Starts sending each worker of the host as many of these numbers."""
+        name, to = f"{self._name}.{name}", dict(zip(self._host.peers, sizes))
+        return self._workers.exchange(message, name, step.parity, self._config, to)
 
     @staticmethod
     def _sum(received: torch.Tensor) -> torch.Tensor:

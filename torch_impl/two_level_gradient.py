@@ -9,7 +9,6 @@ import torch
 from horovod_powersgd.hosts import RowShare
 from horovod_powersgd.statistics import residual
 from horovod_powersgd.torch.compressed_gradient import of_all_rows
-from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.kernels import HalfStep, Memory, Product
 from horovod_powersgd.torch.powersgd_gradient import Kept, PowerSGDGradient
 
@@ -28,7 +27,7 @@ class TwoLevelGradient(PowerSGDGradient):
     """
 
     share: RowShare | None = None
-    _whole: Any = None  # the gradient as a matrix, in a step
+    _whole: Any = None  # the gradient as a matrix, in a step with two levels; the update is written there
 
     def _rows(self, place: int | None = None) -> tuple[int, int]:
         assert self.share is not None
@@ -36,41 +35,24 @@ class TwoLevelGradient(PowerSGDGradient):
 
     def begin(self, scale: float) -> None:
         """Takes the gradient; with two levels it is not delta yet, but what the host's workers send each other."""
-        if self.share is None:
-            super().begin(scale)
-            self._whole = None if self.is_sparse else self._delta
-        else:
-            PlainGradient.begin(self, scale)
-            if self.is_sparse:
-                return
-            assert self.parameter.grad is not None
-            gradient, self._dense = self._dense, None
-            self._whole = gradient.to(self.dtype).reshape(self._matrix_shape)
-            # Whether the update can be written where the gradient is.
-            self._in_place = (
-                not self.parameter.grad.is_sparse
-                and not self._shared
-                and gradient.is_contiguous()
-                and self._whole.data_ptr() == gradient.data_ptr()
-            )
-            self._scale, self._added = scale, self._kept.memory
-        if self._whole is not None and self._added is not None and self._kept.share != self.share:
+        super().begin(scale)
+        if self.is_sparse:
+            return
+        if self._added is not None and self._kept.share != self.share:
             share, n = self._kept.share, self._matrix_shape[0]
-            added = of_all_rows(self._added.tensor(), share and (*share, n)).mul_(scale / self._kept.scale)
-            if self.share is None:
-                self._delta.add_(added)
-            else:
-                self._whole = added.add_(self._whole)
+            added = of_all_rows(self._added.tensor(), share and (*share, n))
+            self._delta.add_(added, alpha=scale / self._kept.scale)
             self._added = None
+        if self.share is not None:
+            self._whole = self._delta
 
     def send_to(self, place: int) -> torch.Tensor:
         """The rows that another worker of the host works on, flat."""
         return self._whole.narrow(0, *self._rows(place)).reshape(-1)
 
-    @property
-    def share_size(self) -> int:
-        """How many numbers this worker works on."""
-        return self._rows()[1] * self._matrix_shape[1]
+    def size_of(self, place: int) -> int:
+        """How many numbers a worker of the host works on."""
+        return self._rows(place)[1] * self._matrix_shape[1]
 
     @property
     def own(self) -> torch.Tensor:
@@ -89,8 +71,6 @@ class TwoLevelGradient(PowerSGDGradient):
     def take(self, mean: torch.Tensor) -> None:
         """Takes this worker's rows of the mean of its host's workers, flat: delta, but for the memory."""
         self._delta = mean.view(-1, self._matrix_shape[1])
-        if not self._in_place:
-            self._whole = None
 
     def half_step(self, basis: torch.Tensor) -> HalfStep:
         task = super().half_step(basis)
@@ -122,8 +102,7 @@ class TwoLevelGradient(PowerSGDGradient):
                 own = (_columns(own_p, *self._rows()) if self._mean_is_q else own_p), own_q
                 memory = Memory(self._delta, *own)
             self._next = Kept(self._mean, self._mean_is_q, memory, self._scale, own, self.share)
-        out = self._whole if self._in_place else torch.empty(self._matrix_shape, dtype=self.dtype, device=p.device)
-        self._whole = None
+        out, self._whole = self._whole, None
         return Product(p, q if factor == 1 else q * factor, out)
 
     def _room(self) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The workers that exchange gradients, by Horovod's asynchronous collectives."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -66,25 +66,23 @@ class Workers:
             return Gathered(packed, 1, compressor)
         return Gathered(packed, self.count, compressor, self._start_gather(packed, name, parity))
 
-    def exchange(self, messages: torch.Tensor, name: str, parity: bool, compressor: Compressor) -> Gathered:
-        """Starts sending each worker one of these messages (W, bytes), for a compressor; gives what all have sent to
-        this one."""
-        messages = messages.unsqueeze(-1) if parity else messages  # as in _start_gather
-        handle = alltoall_async(messages, name=f"{self.prefix}.{name}", process_set=self.process_set)
-        return Gathered(messages, self.count, compressor, handle)
-
-    def exchange_among(
-        self, peers: Sequence[int], parts: Sequence[torch.Tensor], name: str, parity: bool, compressor: Compressor
+    def exchange(
+        self,
+        messages: torch.Tensor,
+        name: str,
+        parity: bool,
+        compressor: Compressor,
+        sizes: Mapping[int, int] | None = None,
     ) -> Gathered:
-        """Starts sending each of some workers, this one among them, one of these flat tensors, for a compressor; gives
-        what they have sent to this one, as many numbers each."""
-        splits = torch.zeros(self.count, dtype=torch.int32)
-        for peer, part in zip(peers, parts):
-            splits[peer] = len(part)
-        messages = torch.cat(list(parts))
+        """Starts sending each worker one of these messages (W, bytes), for a compressor; gives what all have sent to
+        this one. With sizes, of a flat tensor, in this order: by the numbers of some workers, this one among them, how
+        much each is sent; gives what those have sent to this one, as much each."""
+        splits = None
+        if sizes is not None:
+            splits = torch.tensor([sizes.get(worker, 0) for worker in range(self.count)], dtype=torch.int32)
         messages = messages.unsqueeze(-1) if parity else messages  # as in _start_gather
         handle = alltoall_async(messages, splits, f"{self.prefix}.{name}", self.process_set)
-        return Gathered(messages, len(peers), compressor, handle)
+        return Gathered(messages, self.count if sizes is None else len(sizes), compressor, handle)
 
     def _start_gather(self, tensor: torch.Tensor, name: str, parity: bool) -> int:
         """Horovod remembers the shape of an allgather by its name. Where a worker has joined, an allgather of the shape

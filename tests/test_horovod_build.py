@@ -40,6 +40,11 @@ SOURCE = {
         )
     ),
     "horovod/common/process_set.cc": "  initialization_done = true;\n" * 2,
+    "horovod/common/controller.cc": (
+        "    tensor_sizes.resize(requests.size());\n"
+        "  std::vector<int32_t> devices(requests.size());\n  for (auto& request : requests) {\n"
+        "    devices[request.request_rank()] = request.device();\n  }\n"
+    ),
     "horovod/common/gloo/gloo_controller.cc": (
         "  global_ranks_.reserve(size_);\n  opts.setOutput(global_ranks_.data(), size_);\n"
     ),
@@ -137,6 +142,14 @@ def test_the_workers_that_gloo_waits_for_are_known(source):
     patch_source(source)
     controller = (source / "horovod/common/gloo/gloo_controller.cc").read_text()
     assert controller.startswith("  global_ranks_.resize(size_);\n")
+
+
+def test_what_is_noted_by_a_workers_rank_has_room_for_all_ranks(source):
+    patch_source(source)
+    sizes, *devices = (source / "horovod/common/controller.cc").read_text().splitlines()
+    assert sizes.strip() == "tensor_sizes.resize(size_);"
+    # As many as before, once they are noted: a response of fewer workers is not remembered.
+    assert devices[0].endswith("devices(size_);") and devices[-1] == "  devices.resize(requests.size());"
 
 
 def test_pytorch_sleeps_while_it_waits_for_an_answer(source):

@@ -7,7 +7,7 @@ from horovod_powersgd.environment.installation import PATCHES_KEY, horovod_patch
 from horovod_powersgd.environment.logged_run import BuildError
 
 # Part of the key of cached wheels: raise it whenever patch_source changes.
-PATCH_VERSION = 5
+PATCH_VERSION = 6
 
 
 def missing_patches() -> str | None:
@@ -22,7 +22,8 @@ def missing_patches() -> str | None:
 
 def patch_source(source: Path) -> None:
     """Change Horovod's unpacked source so that it builds beside current frameworks and with current compilers, runs
-    wherever it is installed, loses nothing that it is given while it shuts down, and tells of workers that do not come.
+    wherever it is installed, loses nothing that it is given while it shuts down, tells of workers that do not come,
+    and is not damaged by one that joins.
 
     Raises:
         BuildError: the source is not the one that these changes are for.
@@ -113,6 +114,15 @@ def patch_source(source: Path) -> None:
         source / "horovod/common/gloo/gloo_controller.cc",
         r"global_ranks_\.reserve\(size_\);",
         "global_ranks_.resize(size_);",
+    )
+    # Where a worker has joined, the coordinator notes the others' sizes and devices by their ranks, in vectors that are
+    # as long as there are others: with an even number of workers it writes over the heap beyond.
+    controller = source / "horovod/common/controller.cc"
+    replace(controller, r"tensor_sizes\.resize\(requests\.size\(\)\);", "tensor_sizes.resize(size_);")
+    replace(
+        controller,
+        r"(std::vector<int32_t> devices\()requests\.size\(\)(\);\n  for .*\n.*\n  \}\n)",
+        r"\1size_\2  devices.resize(requests.size());\n",
     )
     # PyTorch's thread waits for an answer in a loop that yields, and so keeps a core busy, which Horovod's own thread,
     # or another worker, may need.

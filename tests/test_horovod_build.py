@@ -28,6 +28,7 @@ SOURCE = {
         "    set(CMAKE_CXX_STANDARD 14)\n"
     ),
     "horovod/runner/js_run.py": "import os\nfrom distutils.spawn import find_executable\n",
+    "horovod/common/util.py": "import os\n\nEXTENSIONS = ['tensorflow', 'torch', 'mxnet']\n",
     "horovod/common/tensor_queue.h": "  void FinalizeTensorQueue(const Status& status);\n",
     "horovod/common/tensor_queue.cc": "\n".join(
         f"{signature}) {{\n  std::lock_guard<std::mutex> guard(mutex_);\n  REST\n}}\n"
@@ -58,6 +59,9 @@ SOURCE = {
         + "tensor.to(kCPU, /*non_blocking=*/true);\n" * 2
         + "void WaitAndClear(int handle) {\n  while (true) {\n    if (manager.PollHandle(handle)) break;\n    {\n"
         + "      py::gil_scoped_release release;\n      std::this_thread::yield();\n    }\n  }\n}\n"
+        + '  m.def("horovod_torch_allreduce_async_torch_IntTensor", &DoAllreduce);\n'
+        + '  m.def("horovod_torch_allgather_async_torch_cuda_IntTensor",\n        &DoAllgatherCudaOnCPU);\n'
+        + '  m.def("horovod_torch_join", &DoJoin);\n  m.def("horovod_torch_poll", &PollHandle);\n'
     ),
     "horovod/torch/handle_manager.h": (
         "#include <atomic>\n  bool PollHandle(int handle);\n  std::mutex mutex_;\n"
@@ -155,13 +159,22 @@ def test_what_is_noted_by_a_workers_rank_has_room_for_all_ranks(source):
 def test_pytorch_sleeps_while_it_waits_for_an_answer(source):
     patch_source(source)
     operations = (source / "horovod/torch/mpi_ops_v2.cc").read_text()
-    assert operations.endswith(
-        "{\n  {\n      py::gil_scoped_release release;\n      handle_manager.Wait(handle);\n  }\n}\n"
-    )
+    assert "{\n  {\n      py::gil_scoped_release release;\n      handle_manager.Wait(handle);\n  }\n}\n" in operations
     manager = (source / "horovod/torch/handle_manager.cc").read_text()
     assert "(status);\n  changed_.notify_all();\n}" in manager and "clear();\n  changed_.notify_all();\n}" in manager
     assert manager.count("void HandleManager::Wait(int handle) {\n") == 1
     assert "void Wait(int handle);\n" in (source / "horovod/torch/handle_manager.h").read_text()
+
+
+def test_who_hands_over_a_tensor_does_not_keep_python_from_others(source):
+    patch_source(source)
+    calls = (source / "horovod/torch/mpi_ops_v2.cc").read_text().split("m.def(")[1:]
+    assert [call.rstrip().endswith(", py::call_guard<py::gil_scoped_release>());") for call in calls] == [1, 1, 1, 0]
+
+
+def test_horovodrun_does_not_begin_with_tensorflow(source):
+    patch_source(source)
+    assert "EXTENSIONS = ['torch', 'tensorflow', 'mxnet']\n" in (source / "horovod/common/util.py").read_text()
 
 
 def test_who_begins_a_cycle_first_begins_the_next_one_later(source):

@@ -51,6 +51,12 @@ def patch_source(source: Path) -> None:
         r"^from distutils\.spawn import find_executable$",
         "from shutil import which as find_executable",
     )
+    # horovodrun imports the first of these that is there, to ask what Horovod was built with: TensorFlow takes seconds.
+    replace(
+        source / "horovod/common/util.py",
+        r"^EXTENSIONS = \['tensorflow', 'torch', 'mxnet'\]$",
+        "EXTENSIONS = ['torch', 'tensorflow', 'mxnet']",
+    )
     # So that an installed Horovod tells which of these changes it has.
     replace(source / "CMakeLists.txt", r'\\"dummy\\": \\"none\\"', rf'\\"{PATCHES_KEY}\\": {PATCH_VERSION}')
     # Clang 19 and later refuse to assign to constants in a template that nobody uses.
@@ -131,6 +137,13 @@ def patch_source(source: Path) -> None:
         waiting,
         r"^  while \(true\) \{\n.*PollHandle\(handle\)\) break;\n    \{\n(.*)\n.*yield.*\n    \}\n  \}$",
         r"  {\n\1\n      handle_manager.Wait(handle);\n  }",
+    )
+    # Horovod's own thread holds locks while it ends what a lost worker leaves undone, and may need Python's lock to let
+    # go of tensors. Who hands over a tensor meanwhile waits for those locks, and must not hold Python's.
+    replace(
+        waiting,
+        r'(m\.def\("horovod_torch_(?:\w+_async_\w+|join|barrier)",\s*&\w+)\);',
+        r"\1, py::call_guard<py::gil_scoped_release>());",
     )
     manager = source / "horovod/torch/handle_manager"
     replace(manager.with_suffix(".h"), r"^#include <atomic>$", r"\g<0>\n#include <condition_variable>")

@@ -1,13 +1,17 @@
-"""The command line, python -m horovod_powersgd: install Horovod, and examine what is installed."""
+"""The command line, python -m horovod_powersgd: install Horovod, examine what is installed, and run programs
+that import Horovod, with compression."""
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 
 if sys.version_info < (3, 10):  # before what follows fails with a SyntaxError or worse
     sys.exit(f"error: Python 3.10 or later is needed, and this is {sys.version.split()[0]}.")
 
+from horovod_powersgd import activation
+from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.environment import doctor, horovod_build
 from horovod_powersgd.environment.horovod_patches import missing_patches
 from horovod_powersgd.environment.installation import (
@@ -20,6 +24,8 @@ from horovod_powersgd.environment.installation import (
     horovod_version,
 )
 from horovod_powersgd.environment.logged_run import BuildError
+from horovod_powersgd.expression import compressor_from
+from horovod_powersgd.program import run_program
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,8 +36,13 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 where the command did what it is for, 1 where it did not, 130 where it was interrupted.
+
+    Raises:
+        Exception, SystemExit: what a program raises that is run.
     """
     options = _parser().parse_args(argv)
+    if options.run is _run_program:  # signals are the program's own
+        return _run_program(options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a build's compilers must end with it
     try:
         return options.run(options)
@@ -70,7 +81,48 @@ def _parser() -> argparse.ArgumentParser:
     )
     examine.add_argument("--json", action="store_true", help="print one JSON object")
     examine.set_defaults(run=lambda options: doctor.main(as_json=options.json))
+
+    run = commands.add_parser(
+        "run",
+        help="run a program that imports Horovod, with compression",
+        description="Run a script that imports horovod.torch, horovod.tensorflow or horovod.keras as Python does, but "
+        "for this: distributed optimizers and tapes that it gives no compression compress. Every worker runs this: "
+        "horovodrun -np 4 python -m horovod_powersgd run --compression 'PowerSGD(rank=4)' train.py",
+        allow_abbrev=False,
+    )
+    run.add_argument(
+        "--compression",
+        required=True,
+        type=_compressor,
+        metavar="COMPRESSOR",
+        help="with its arguments, as in Python: 'PowerSGD(rank=4)'",
+    )
+    run.add_argument("-m", dest="as_module", action="store_true", help="the program is a module, as in python -m")
+    run.add_argument(
+        "program", nargs=argparse.PARSER, metavar="PROGRAM", help="a script, or a module, and its own arguments"
+    )
+    run.set_defaults(run=_run_program)
     return parser
+
+
+def _compressor(expression: str) -> Compressor:
+    try:
+        return compressor_from(expression)
+    except ValueError as error:  # of which argparse would not tell the message
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _run_program(options: argparse.Namespace) -> int:
+    if horovod_version() is None:
+        print(f"error: {Problem('Horovod is not installed')}", file=sys.stderr)
+        return 1
+    if not options.as_module and not os.path.isfile(options.program[0]):
+        print(f"error: there is no script {os.path.abspath(options.program[0])}", file=sys.stderr)
+        return 2
+    for framework in (activation.TORCH, activation.TENSORFLOW):
+        framework.activate(options.compression)
+    run_program(options.program, options.as_module)
+    return 0
 
 
 def _install_horovod(options: argparse.Namespace) -> int:

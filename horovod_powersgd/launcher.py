@@ -76,7 +76,11 @@ def check_world(size: int) -> None:
 
 
 def careful_init(horovod) -> Callable[..., None]:
-    """The init() of one of Horovod's modules, between prepare_worker and check_world."""
+    """Horovod's init(), between prepare_worker and check_world.
+
+    Args:
+        horovod: mpi_ops of one of Horovod's modules. In the modules themselves this function can take init's place.
+    """
 
     @functools.wraps(horovod.init)
     def init(*args, **kwargs):

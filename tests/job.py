@@ -52,6 +52,7 @@ class Launch(NamedTuple):
             a few cores, or another launch runs the others.
         pattern: of those checks' names; unless given, they compare with the reference, or workers' bits.
         variables: of the workers' environment, as (name, value).
+        compression: with which `python -m horovod_powersgd run` starts the workers; None to start them without it.
     """
 
     launcher: str | None
@@ -60,6 +61,7 @@ class Launch(NamedTuple):
     partly: tuple[str, ...] = ()
     pattern: str = COMPARING
     variables: tuple[tuple[str, str], ...] = ()
+    compression: str | None = None
 
     def __str__(self):
         settings = [f"{name}={value}" for name, value in self.variables]
@@ -180,7 +182,8 @@ def finished():
 def run_checks(launch, checks):
     """The Outcome of these checks in the workers of a launch."""
     with tempfile.TemporaryDirectory() as folder:
-        program = [sys.executable, str(HERE / "worker.py"), folder, str(CHECK_SECONDS), *map(str, checks)]
+        run_with = ["-m", "horovod_powersgd", "run", "--compression", launch.compression] if launch.compression else []
+        program = [sys.executable, *run_with, str(HERE / "worker.py"), folder, str(CHECK_SECONDS), *map(str, checks)]
         command = launch_command(launch.launcher, launch.workers, program) if launch.launcher else program
         assert command is not None, f"{launch.launcher} is not installed"
         if launch.launcher == "horovodrun --gloo":

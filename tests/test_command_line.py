@@ -1,4 +1,4 @@
-"""What a user sees of install-horovod and doctor."""
+"""What a user sees of install-horovod, doctor and run."""
 
 import json
 import os
@@ -277,3 +277,74 @@ def copy_horovod_for_torch_only(environment):
     script = Path(sys.executable).with_name("horovodrun").read_text()
     horovodrun.write_text(script.replace(script.splitlines()[0], f"#!{environment.python}"))
     horovodrun.chmod(0o755)
+
+
+# run
+
+PROGRAM = """
+import atexit, pickle, sys, threading
+
+class Thing:
+    pass
+
+def tell(place):
+    print(place, sys.modules["__main__"].Thing is type(pickle.loads(pickle.dumps(Thing()))))
+
+print(__name__, __file__, __package__, __spec__ if __spec__ is None else __spec__.name, sys.argv, sys.path[0])
+tell("program")
+atexit.register(tell, "exit")
+threading.Timer(0.1, tell, ["thread"]).start()
+if sys.argv[1:] == ["fail"]:
+    tell(undefined)
+if sys.argv[1:] == ["exit"]:
+    sys.exit(7)
+if sys.argv[1:] == ["interrupt"]:
+    raise KeyboardInterrupt
+"""
+RUN = ("-m", "horovod_powersgd", "run", "--compression", "PowerSGD(rank=2)")
+
+
+@pytest.fixture
+def program(environment):
+    """A program in a folder of its own."""
+    environment.add_horovod()
+    (environment.folder / "own").mkdir()
+    (environment.folder / "own/program.py").write_text(PROGRAM)
+    (environment.folder / "own/wrong.py").write_text("print(1\n")
+    return "own/program.py"
+
+
+@pytest.mark.parametrize("arguments", [["--lr", "0.1", "--", "-m", "x"], ["fail"], ["exit"], ["interrupt"]])
+def test_a_script_that_is_run_sees_and_says_what_it_does_under_python(environment, program, arguments):
+    plain, ran = (environment.run(*way, program, *arguments) for way in ((), RUN))
+    assert (ran.returncode, ran.stdout, ran.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+    assert ran.stdout.count("True") == 3
+
+
+def test_a_script_that_is_no_python_is_told_of_as_python_does(environment, program):
+    plain, ran = (environment.run(*way, "own/wrong.py") for way in ((), RUN))
+    assert (ran.returncode, ran.stdout, ran.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+    assert "SyntaxError" in ran.stderr
+
+
+def test_a_module_that_is_run_sees_what_it_does_under_python(environment, program):
+    environment.folder.joinpath("own/__init__.py").touch()
+    plain, ran = (environment.run(*way, "-m", "own.program", "--compression", "exit") for way in ((), RUN))
+    assert ran.returncode == plain.returncode == 0
+    assert ran.stdout.splitlines()[0] == plain.stdout.splitlines()[0]
+
+
+def test_what_cannot_be_run_is_said(environment, tmp_path):
+    outcome = environment.run(*RUN, "train.py")
+    assert outcome.returncode == 1 and outcome.stderr == f"error: Horovod is not installed. Run: {COMMAND}\n"
+    environment.add_horovod()
+    outcome = environment.run(*RUN, "train.py")
+    assert outcome.returncode == 2 and outcome.stderr == f"error: there is no script {tmp_path}/train.py\n"
+    outcome = environment.run(*RUN, "-m", "train")
+    assert outcome.returncode == 1 and outcome.stderr.endswith("No module named train\n")
+    outcome = environment.run(*RUN[:-1], "PowerSGD(rank=0)", "train.py")
+    assert outcome.returncode == 2 and "rank must be 1 or more, not 0" in outcome.stderr
+    outcome = environment.run(*RUN)
+    assert outcome.returncode == 2 and "required: PROGRAM" in outcome.stderr
+    outcome = environment.run(*RUN[:3], "train.py")
+    assert outcome.returncode == 2 and "required: --compression" in outcome.stderr

@@ -1,15 +1,17 @@
 """TensorFlow and Keras under real Horovod: one worker without a launcher, and 2, 3 and 4 under Gloo and MPI."""
 
+import importlib
 import inspect
 
 import numpy as np
 import pytest
 
 import horovod_powersgd
+from horovod_powersgd.activation import REPLACED
 from job import COMPARING, Launch, assert_passed, launched
 
-CHECKS, FEATURES, KERAS, CALLBACKS = (
-    f"{name}_checks" for name in ("tensorflow", "tensorflow_feature", "keras", "keras_callback")
+CHECKS, FEATURES, KERAS, CALLBACKS, ACTIVATED = (
+    f"{name}_checks" for name in ("tensorflow", "tensorflow_feature", "keras", "keras_callback", "keras_activated")
 )
 KERAS_2, AS_BUILT = ("TF_USE_LEGACY_KERAS", "1"), ("GRAPHS", "as-built")
 # Of Keras: where workers meet. One worker runs the others.
@@ -22,11 +24,12 @@ THREE_MPI = OF_THREE + "|algorithm_2|mean|sum_is|predivision|sparse|disagree_are
 THREE_MPI += "|process_set|join"
 # Three workers decide as four do.
 OF_FOUR = f"check_(?!accordion).*({COMPARING})"
+ACTIVE = "PowerSGD(rank=2)"
 # Keras's optimizer is among the trainees of tensorflow_checks, too.
 LAUNCHES = [
     Launch(None, 1, (CHECKS,), partly=(KERAS,), pattern=OF_ONE, variables=(AS_BUILT,)),
     Launch(None, 1, partly=(KERAS,), pattern=OF_ONE, variables=(KERAS_2,)),
-    Launch("horovodrun --gloo", 2, (CHECKS, CALLBACKS), variables=(AS_BUILT,)),
+    Launch("horovodrun --gloo", 2, (CHECKS, CALLBACKS, ACTIVATED), variables=(AS_BUILT,), compression=ACTIVE),
     Launch("horovodrun --gloo", 3, partly=(CHECKS, KERAS), pattern=OF_THREE),
     Launch("horovodrun --gloo", 4, partly=(CHECKS, KERAS), pattern=OF_FOUR, variables=(KERAS_2, AS_BUILT)),
     Launch("mpirun", 2, (FEATURES,), partly=(CHECKS, KERAS), pattern=OF_TWO, variables=(AS_BUILT,)),
@@ -54,6 +57,19 @@ def test_keras(launch, check):
 @pytest.mark.parametrize("launch, check", launched(CALLBACKS, LAUNCHES))
 def test_keras_callbacks(launch, check):
     assert_passed(launch, check)
+
+
+@pytest.mark.parametrize("launch, check", launched(ACTIVATED, LAUNCHES))
+def test_keras_activated(launch, check):
+    assert_passed(launch, check)
+
+
+PACKAGES = "horovod", "horovod_powersgd"
+
+
+def is_ours(exported):
+    """Whether a function or class is defined in this package."""
+    return getattr(exported, "__module__", "").startswith("horovod_powersgd")
 
 
 def arguments(function):
@@ -93,3 +109,29 @@ def test_slices_that_are_cut_in_a_graph_are_the_others():
         found = Slices([(tf.constant(count), length) for count, length in rows], workers, 8, tf.float32)
         np.testing.assert_array_equal(found._segments, known._segments)
         assert found.size == known.size
+
+
+def test_what_is_activated_takes_horovods_place_until_it_is_deactivated():
+    import horovod_powersgd.tensorflow as hvd
+
+    places = []  # (Horovod's module, ours, the names in it that are replaced)
+    for root in ("horovod.tensorflow", "horovod.tensorflow.keras", "horovod.keras"):
+        for submodule, names in REPLACED[root].items():
+            name = f"{root}.{submodule}".rstrip(".")
+            modules = [importlib.import_module(name.replace("horovod", package)) for package in PACKAGES]
+            places.append((*modules, [exported for exported in names.split() if hasattr(modules[0], exported)]))
+    before = [dict(vars(theirs)) for theirs, _, _ in places]
+    for theirs, ours, names in places:
+        own = {name for name in vars(theirs) if name[0] != "_" and is_ours(getattr(ours, name, None))}
+        differing = {name for name in own if getattr(ours, name) is not getattr(theirs, name)}
+        # The last is none of the elastic modules' own.
+        assert differing <= {*names, "elastic", "broadcast_variables"}, theirs
+    hvd.activate(compression=hvd.PowerSGD(rank=2))
+    try:
+        for theirs, ours, names in places:
+            for name in names:
+                now = getattr(theirs, name)
+                assert getattr(ours, name) in (now, getattr(now, "__wrapped__", None)), (theirs, name)
+    finally:
+        hvd.deactivate()
+    assert before == [vars(theirs) for theirs, _, _ in places]

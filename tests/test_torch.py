@@ -5,16 +5,24 @@ from pathlib import Path
 
 import pytest
 
+from horovod_powersgd.activation import REPLACED
 from job import COMPARING, Launch, assert_passed, launched
 
 CHECKS, FEATURES = "torch_checks", ("torch_feature_checks", "torch_practice_checks")
-TWO_LEVELS = "torch_two_level_checks"
+TWO_LEVELS, ACTIVATED = "torch_two_level_checks", "torch_activated_checks"
 # What a third worker, or MPI, takes part in: who waits for whom, and who is named.
 OF_THREE = COMPARING + "|worker|algorithm_2|sparse|join|process_set|order|broadcast|line_search|closure"
 LAUNCHES = [
     Launch(None, 1, (CHECKS,)),
     Launch("horovodrun --gloo", 2, (CHECKS, *FEATURES, TWO_LEVELS)),
-    Launch("horovodrun --gloo", 3, partly=(CHECKS,)),
+    Launch(
+        "horovodrun --gloo",
+        3,
+        (ACTIVATED,),
+        partly=(CHECKS,),
+        variables=(("HOROVOD_FUSION_THRESHOLD", "0"),),
+        compression="PowerSGD(rank=2)",
+    ),
     Launch("horovodrun --gloo", 4, (TWO_LEVELS,), partly=(CHECKS,)),
     Launch("mpirun", 2, (CHECKS,)),
     Launch("mpirun", 3, (CHECKS,), partly=(*FEATURES, TWO_LEVELS), pattern=OF_THREE),
@@ -53,6 +61,11 @@ def test_torch_practice(launch, check):
     assert_passed(launch, check)
 
 
+@pytest.mark.parametrize("launch, check", launched(ACTIVATED, LAUNCHES))
+def test_torch_activated(launch, check):
+    assert_passed(launch, check)
+
+
 def test_everything_that_horovod_exports_is_there():
     import horovod.torch
 
@@ -60,7 +73,9 @@ def test_everything_that_horovod_exports_is_there():
 
     functions = {"DistributedOptimizer", "init", "join", "broadcast_parameters", "broadcast_optimizer_state"}
     # The last two refuse compressors.
-    ours = {*functions, "elastic", "optimizer", "allreduce", "grouped_allreduce"}
+    functions |= {"allreduce", "grouped_allreduce"}
+    assert functions == set(REPLACED["horovod.torch"][""].split())
+    ours = functions | {"elastic", "optimizer"}
     exported = {name for name in vars(horovod.torch) if not name.startswith("_")}
     assert "allreduce" in exported
     assert {name for name in exported if getattr(hvd, name, None) is not getattr(horovod.torch, name)} == ours
@@ -91,3 +106,24 @@ def test_elastic_state_is_ours():
     assert issubclass(hvd.elastic.TorchState, horovod.torch.elastic.TorchState)
     assert hvd.elastic.TorchState is not horovod.torch.elastic.TorchState
     assert hvd.elastic.run is horovod.torch.elastic.run
+
+
+def test_what_is_activated_takes_horovods_place_until_it_is_deactivated():
+    import horovod.torch
+
+    import horovod_powersgd.torch as hvd
+
+    before = dict(vars(horovod.torch)), dict(vars(horovod.torch.elastic))
+    hvd.activate(compression=hvd.PowerSGD(rank=1))
+    hvd.activate(compression=hvd.PowerSGD(rank=2))  # in the place of the first
+    try:
+        assert horovod.torch.DistributedOptimizer.__wrapped__ is hvd.DistributedOptimizer
+        for name in REPLACED["horovod.torch"][""].split():
+            assert getattr(horovod.torch, name) is not before[0][name], name
+        assert horovod.torch.elastic.TorchState is hvd.elastic.TorchState
+    finally:
+        hvd.deactivate()
+    assert before == (vars(horovod.torch), vars(horovod.torch.elastic))
+    hvd.deactivate()  # does nothing more
+    with pytest.raises(TypeError, match="compression must be a compressor"):
+        hvd.activate(compression="PowerSGD")

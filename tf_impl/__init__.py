@@ -12,12 +12,13 @@ from typing import Any
 
 import horovod.tensorflow
 from horovod.tensorflow import *
+from horovod.tensorflow import mpi_ops
 from tensorflow.python.eager import context
 
 # Not "from ... import elastic": that would find Horovod's, which the line above has brought.
 import horovod_powersgd.tensorflow.elastic
 from horovod_powersgd import *
-from horovod_powersgd import launcher
+from horovod_powersgd import activation, launcher
 from horovod_powersgd.arguments import without_compressors
 from horovod_powersgd.tensorflow.agreement import new_generation
 from horovod_powersgd.tensorflow.compression_state import (
@@ -39,17 +40,18 @@ from horovod_powersgd.tensorflow.tape import (
 )
 
 
-@functools.wraps(horovod.tensorflow.init)
+# Of mpi_ops, since in horovod.tensorflow these can be the ones below: activate() puts them there.
+@functools.wraps(mpi_ops.init)
 def init(*args, **kwargs):
-    launcher.careful_init(horovod.tensorflow)(*args, **kwargs)
+    launcher.careful_init(mpi_ops)(*args, **kwargs)
     new_generation()
 
 
-@functools.wraps(horovod.tensorflow.join)
+@functools.wraps(mpi_ops.join)
 def join(*args, **kwargs):
     # TensorFlow takes Horovod's op, which has no inputs, for a constant, and would not run it a second time.
     context.context().clear_kernel_cache()
-    last = horovod.tensorflow.join(*args, **kwargs)
+    last = mpi_ops.join(*args, **kwargs)
     new_generation()
     return last
 
@@ -58,8 +60,12 @@ allreduce = without_compressors(horovod.tensorflow.allreduce)
 grouped_allreduce = without_compressors(horovod.tensorflow.grouped_allreduce)
 reducescatter = without_compressors(horovod.tensorflow.reducescatter)
 grouped_reducescatter = without_compressors(horovod.tensorflow.grouped_reducescatter)
+activate, deactivate = activation.TENSORFLOW.activate, activation.TENSORFLOW.deactivate
 
 
 def __getattr__(name: str) -> Any:
     # Horovod's private names, which its users' tests use.
     return getattr(horovod.tensorflow, name)
+
+
+activation.TENSORFLOW.ready(__name__)

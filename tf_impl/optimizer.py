@@ -9,6 +9,9 @@ from horovod_powersgd.arguments import compressor_of, refuse_misplaced
 from horovod_powersgd.statistics import CompressionStats
 from horovod_powersgd.tensorflow.reduction import Reduction
 
+# In horovod.tensorflow, activate() puts the one below there.
+_horovods_optimizer = horovod.DistributedOptimizer
+
 
 class _DistributedOptimizer(horovod._DistributedOptimizer):
     """Horovod's optimizer for those of TensorFlow 1, of any compression: compute_gradients averages."""
@@ -90,7 +93,7 @@ def DistributedOptimizer(
 
         return DistributedKerasOptimizer(optimizer, **options)
     if compressor_of(compression) is None:
-        return horovod.DistributedOptimizer(optimizer, use_locking=use_locking, **options)
+        return _horovods_optimizer(optimizer, use_locking=use_locking, **options)
     if num_groups and groups is None:
         groups = num_groups
     reduction = Reduction(

@@ -14,6 +14,9 @@ from horovod_powersgd.tensorflow.reduction import Reduction, native_groups, scal
 from horovod_powersgd.tensorflow.training import TAPES
 from horovod_powersgd.tensorflow.variable import native
 
+# In horovod.tensorflow, activate() puts the one below there.
+_horovods_tape = horovod.DistributedGradientTape
+
 
 class _DistributedGradientTape(horovod._DistributedGradientTape):
     """Horovod's tape, of any variables and compression.
@@ -191,7 +194,7 @@ def DistributedGradientTape(
     groups = native_groups(groups)
     arguments = (sparse_as_dense, op, gradient_predivide_factor)
     # Horovod checks the arguments.
-    tape = horovod.DistributedGradientTape(
+    tape = _horovods_tape(
         gradtape,
         device_dense,
         device_sparse,

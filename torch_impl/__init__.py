@@ -15,7 +15,7 @@ from horovod.torch import *
 # Not "from ... import elastic": that would find Horovod's, which the line above has brought.
 import horovod_powersgd.torch.elastic
 from horovod_powersgd import *
-from horovod_powersgd import launcher
+from horovod_powersgd import activation, launcher
 from horovod_powersgd.arguments import without_compressors
 from horovod_powersgd.torch.error_feedback_sgd import ErrorFeedbackSGD as ErrorFeedbackSGD
 from horovod_powersgd.torch.generation import join as join
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 
 synchronize_before_unscaling()
-init = launcher.careful_init(horovod.torch)
+init = launcher.careful_init(horovod.torch.mpi_ops)
 allreduce = without_compressors(horovod.torch.allreduce)
 grouped_allreduce = without_compressors(horovod.torch.grouped_allreduce)
+activate, deactivate = activation.TORCH.activate, activation.TORCH.deactivate
+activation.TORCH.ready(__name__)

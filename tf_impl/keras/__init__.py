@@ -19,9 +19,12 @@ from horovod.tensorflow.keras import *
 import horovod_powersgd.tensorflow.keras.callbacks
 import horovod_powersgd.tensorflow.keras.elastic
 from horovod_powersgd import *
+from horovod_powersgd import activation
 from horovod_powersgd.tensorflow import (
     CompressionState as CompressionState,
+    activate as activate,
     assert_replicas_equal as assert_replicas_equal,
+    deactivate as deactivate,
     init as init,
 )
 from horovod_powersgd.tensorflow.keras.error_feedback_sgd import ErrorFeedbackSGD as ErrorFeedbackSGD
@@ -39,3 +42,4 @@ if TYPE_CHECKING:
 
 
 patch_keras()
+activation.TENSORFLOW.ready(__name__)

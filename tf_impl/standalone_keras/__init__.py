@@ -13,8 +13,12 @@ from horovod_powersgd.tensorflow.keras import *
 # Not "from ... import callbacks": that would find the other module's, which the line above has brought.
 import horovod_powersgd.keras.callbacks
 import horovod_powersgd.keras.elastic
+from horovod_powersgd import activation
 
 if TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         """What Horovod exports, which comes without types."""
+
+
+activation.TENSORFLOW.ready(__name__)

@@ -59,8 +59,8 @@ def host_of(keys: Sequence[int], worker: int, config: Compressor) -> Host | str:
         worker: this one's number.
         config: that asks for them.
     """
-    if config.bits is not None:
-        return f"factors travel in {config.bits} bits: a column's unit would be another one for each worker's rows"
+    if not config.linear:
+        return "factors travel in 8 bits: a column's unit would be another one for each worker's rows"
     if 0 in keys:
         return "a worker has joined"
     peers: dict[int, list[int]] = {}

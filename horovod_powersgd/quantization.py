@@ -1,4 +1,4 @@
-"""Averages in 8 or 4 bits a number, in plain numpy: what every framework does alike.
+"""Averages in 8 bits a number, in plain numpy: what every framework does alike.
 
 Horovod reduces no such numbers. So either all workers gather what each sends, and add it up: one round. Or each worker
 is sent its slice of it by all, adds that up, and rounds the mean again, and all gather the slices: two rounds, and
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# The largest code, by the bits of a number.
-LEVELS = {8: 127, 4: 7}
+# The largest code.
+LEVELS = 127
 # Where there are so many workers, or more, an average takes two rounds. docs/speed.md has the measurements.
 TWO_ROUNDS = 4
 
@@ -48,7 +48,7 @@ class Slices:
 
     def __init__(self, lengths: Sequence[int] | np.ndarray, count: int):
         numbers, self.count = int(np.sum(lengths)), count
-        self.size = -(-numbers // (2 * self.count)) * 2  # even, since two codes of 4 bits make a byte
+        self.size = -(-numbers // self.count)
         ends = np.union1d(np.cumsum(lengths), self.size * np.arange(1, self.count + 1))
         slice_of = (ends - 1) // self.size
         counts = np.bincount(slice_of, minlength=self.count)
@@ -56,29 +56,28 @@ class Slices:
         number_in_slice = np.arange(len(ends)) - (np.cumsum(counts) - counts)[slice_of]
         self.segments[slice_of, number_in_slice] = np.diff(ends, prepend=0)
 
-    def nbytes(self, bits: int, itemsize: int) -> int:
+    def nbytes(self, itemsize: int) -> int:
         """Of what travels of one slice: a unit for each segment, of as many bytes as a number has, and the codes."""
-        return self.segments.shape[1] * itemsize + self.size * bits // 8
+        return self.segments.shape[1] * itemsize + self.size
 
 
-def traffic(lengths: Sequence[int], workers: int, bits: int, itemsize: int) -> tuple[int, int]:
+def traffic(lengths: Sequence[int], workers: int, itemsize: int) -> tuple[int, int]:
     """What a worker hands to Horovod for an average, and what it is handed back, in bytes."""
     slices = Slices(lengths, slice_count(workers))
-    nbytes = slices.nbytes(bits, itemsize)
+    nbytes = slices.nbytes(itemsize)
     if slices.count == 1:
         return nbytes, workers * nbytes
     return (workers + 1) * nbytes, 2 * workers * nbytes
 
 
 def mean(
-    everyones: Sequence[np.ndarray], lengths: Sequence[int] | np.ndarray, bits: int
+    everyones: Sequence[np.ndarray], lengths: Sequence[int] | np.ndarray
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """All workers' average.
 
     Args:
         everyones: each worker's rows, one after the other, (numbers,) float32 or float64.
         lengths: of the rows.
-        bits: of a number, 8 or 4.
 
     Returns:
         (numbers,) the mean, and for each worker its part: the parts' mean is the mean, to rounding.
@@ -89,28 +88,27 @@ def mean(
     for theirs in everyones:
         padded = np.zeros((slices.count, slices.size), theirs.dtype)
         padded.reshape(-1)[:numbers] = theirs
-        units, codes = encode(padded, slices.segments, bits)
+        units, codes = encode(padded, slices.segments)
         parts.append(decode(units, codes, slices.segments))
         total += decode(units / workers, codes, slices.segments)
     if slices.count > 1:
-        rounded = decode(*encode(total, slices.segments, bits), slices.segments)
+        rounded = decode(*encode(total, slices.segments), slices.segments)
         for worker, part in enumerate(parts):
             part[worker] += workers * (rounded[worker] - total[worker])
         total = rounded
     return total.reshape(-1)[:numbers], [part.reshape(-1)[:numbers] for part in parts]
 
 
-def encode(numbers: np.ndarray, segments: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+def encode(numbers: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Units (slices, K) and codes (slices, size), both in the numbers' dtype.
 
     Args:
         numbers: (slices, size).
         segments: Slices.segments.
-        bits: of a code.
     """
     starts, largest = np.cumsum(segments).reshape(segments.shape) - segments, np.zeros(segments.shape, numbers.dtype)
     largest[segments > 0] = np.maximum.reduceat(abs(numbers.reshape(-1)), starts[segments > 0])
-    units = np.where(np.isfinite(largest), largest / LEVELS[bits], np.nan).astype(numbers.dtype)
+    units = np.where(np.isfinite(largest), largest / LEVELS, np.nan).astype(numbers.dtype)
     each = np.repeat(units.reshape(-1), segments.reshape(-1)).reshape(numbers.shape)
     # Too small a unit could not be told from zero: such numbers travel as zeros.
     counted = each >= np.finfo(numbers.dtype).tiny

@@ -92,19 +92,15 @@ def exchange(
         asking = {name: matrix for name, matrix in matrices.items() if matrix.request is not None}
         means = {name: m.parts()[0] for name, m in asking.items() if isinstance(m.request, AllreduceMean)}
         gathers = {name: m.parts() for name, m in asking.items() if isinstance(m.request, Allgather)}
-        quantized: dict[int, dict[str, np.ndarray]] = {}
-        rows: dict[str, int | None] = {}
-        for name, m in asking.items():
-            if isinstance(m.request, QuantizedMean):
-                quantized.setdefault(m.request.bits, {})[name] = m.parts()[0]
-                rows[name] = m.request.row
+        quantized = {name: m.parts()[0] for name, m in asking.items() if isinstance(m.request, QuantizedMean)}
         answers: dict[str, Any] = {}
         if means or waiting:
             answers.update((yield AllreduceMean({**means, **{name: plain[name] for name in waiting}})))
         if gathers:
             answers.update((yield Allgather(gathers)))
-        for bits, matrices_of_bits in quantized.items():
-            answers.update((yield QuantizedMean(matrices_of_bits, bits, rows)))
+        if quantized:
+            rows = {name: asking[name].request.row for name in quantized}
+            answers.update((yield QuantizedMean(quantized, rows)))
         plain.update((name, answers[name]) for name in waiting)
         waiting = []
         for name, matrix in asking.items():
@@ -285,7 +281,7 @@ def _quantized_means(everyone: Sequence[Tensors], request: QuantizedMean) -> lis
         rows = [pair for name, m in matrices.items() for pair in quantization.rows_of(m.shape, request.row[name])]
         lengths = np.repeat([length for _, length in rows], [count for count, _ in rows])
         flat = [np.concatenate([theirs[name].reshape(-1) for name in matrices]) for theirs in everyone]
-        mean, parts = quantization.mean(flat, lengths, request.bits)
+        mean, parts = quantization.mean(flat, lengths)
         ends = np.cumsum([matrix.size for matrix in matrices.values()])[:-1]
         for answer, part in zip(answers, parts):
             for (name, matrix), *both in zip(matrices.items(), np.split(mean, ends), np.split(part, ends)):

@@ -51,7 +51,6 @@ CONFIGS = [
     PowerSGD(wire_dtype="float16"),
     PowerSGD(seed=7),
     PowerSGD(wire_dtype="int8"),
-    PowerSGD(rank=3, wire_dtype="int4", num_iters_per_step=1),
 ]
 
 DTYPES = ["float32", "float64"]
@@ -118,10 +117,9 @@ def tolerance(config, dtype, workers, steps):
         # digit, some round the other way. A rounding is 2^-11; it turns a basis by as much times the condition
         # number of its factor, which is about 10 here, and a later step starts from that.
         return 16 * 2**-11 if steps == 1 else 64 * 2**-11
-    bits = getattr(config.family, "wire_dtype", None)
-    if bits in ("int8", "int4") and dtype == "float32":
+    if getattr(config.family, "wire_dtype", None) == "int8" and dtype == "float32":
         # Where a number lies between two codes, up to a rounding, it travels as the one or the other.
-        return {"int8": 4 / 127, "int4": 4 / 7}[bits]
+        return 4 / 127
     # Atomo sends singular vectors one by one: those of the noise turn by a rounding over the gap between their values.
     if steps == 1 and not isinstance(config, Atomo):
         return {"float32": 1e-5, "float64": 1e-12}[dtype]
@@ -129,16 +127,16 @@ def tolerance(config, dtype, workers, steps):
 
 
 # What two rounds do that one does not.
-IN_FEW_BITS = [
+IN_8_BITS = [
     (PowerSGD(rank=3, wire_dtype="int8"), "float64"),
-    (PowerSGD(rank=2, wire_dtype="int4", num_iters_per_step=1), "float64"),
+    (PowerSGD(rank=2, wire_dtype="int8", num_iters_per_step=1), "float64"),
     (Accordion(PowerSGD(rank=3, wire_dtype="int8"), PowerSGD(rank=1, wire_dtype="int8"), interval=2), "float64"),
     (Int8(block=100), "float32"),
 ]
 
 
 def in_two_rounds():
-    """Averages in few bits take two rounds where it is entered, however few workers there are."""
+    """Averages in 8 bits take two rounds where it is entered, however few workers there are."""
     return mock.patch.object(quantization, "TWO_ROUNDS", 2)
 
 

@@ -58,7 +58,7 @@ def check_accordion_equals_the_reference():
 
 def check_averages_in_two_rounds_equal_the_reference():
     with cases.in_two_rounds():
-        equivalence.a_run_of_compressors(share(cases.IN_FEW_BITS, dict.fromkeys((1, 2, 4), (0, 1))), steps=5)
+        equivalence.a_run_of_compressors(share(cases.IN_8_BITS, dict.fromkeys((1, 2, 4), (0, 1))), steps=5)
 
 
 def check_any_shapes_equal_the_reference():

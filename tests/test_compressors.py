@@ -257,7 +257,7 @@ def counted(worker, counts, workers):
                 for count, length in quantization.rows_of(matrix.shape, request.row[name])
                 for _ in range(count)
             ]
-            counts += np.array(quantization.traffic(lengths, workers, request.bits, 4))
+            counts += np.array(quantization.traffic(lengths, workers, 4))
             answer = yield request
             continue
         for tensors in request.tensors.values():

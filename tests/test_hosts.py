@@ -32,7 +32,7 @@ def test_workers_of_a_host_need_not_be_neighbours():
         ([1, 2, 3], CONFIG, "no two workers"),
         ([1, 1, 2], CONFIG, "different numbers of workers: 2, 1"),
         ([1, 1, 2, 0], CONFIG, "has joined"),
-        ([1, 1, 2, 2], PowerSGD(hierarchical=True, wire_dtype="int4"), "4 bits"),
+        ([1, 1, 2, 2], PowerSGD(hierarchical=True, wire_dtype="int8"), "8 bits"),
     ],
 )
 def test_there_is_one_level_for_a_reason(keys, config, reason):

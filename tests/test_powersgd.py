@@ -46,7 +46,7 @@ def test_it_cannot_be_changed():
         ("warm_start", 1, TypeError),
         ("error_feedback", None, TypeError),
         ("wire_dtype", "bfloat16", ValueError),
-        ("wire_dtype", "int16", ValueError),
+        ("wire_dtype", "int4", ValueError),
         ("wire_dtype", np.float16, TypeError),
         ("seed", -1, ValueError),
         ("seed", 0.5, TypeError),

@@ -1,4 +1,4 @@
-"""Codes of 8 and 4 bits as PyTorch's tensors: compiled passes and PyTorch's operations do what numpy does."""
+"""Codes of 8 bits as PyTorch's tensors: compiled passes and PyTorch's operations do what numpy does."""
 
 import numpy as np
 import pytest
@@ -21,8 +21,8 @@ def codes(request):
         yield
 
 
-@given(ROWS, st.integers(1, 9), st.sampled_from([8, 4]), st.sampled_from(["float32", "float64"]), st.integers(0, 5))
-def test_codes_are_numpys(codes, rows, count, bits, dtype, seed):
+@given(ROWS, st.integers(1, 9), st.sampled_from(["float32", "float64"]), st.integers(0, 5))
+def test_codes_are_numpys(codes, rows, count, dtype, seed):
     rng = np.random.default_rng(seed)
     lengths = [length for number, length in rows for _ in range(number)]
     numbers = np.concatenate([10.0 ** rng.integers(-44, 30) * rng.standard_normal(n) for n in lengths]).astype(dtype)
@@ -31,11 +31,11 @@ def test_codes_are_numpys(codes, rows, count, bits, dtype, seed):
     slices = plain.Slices(lengths, count)
     padded = np.zeros((count, slices.size), dtype)
     padded.reshape(-1)[: len(numbers)] = numbers
-    units, expected = plain.encode(padded, slices.segments, bits)
+    units, expected = plain.encode(padded, slices.segments)
 
-    found = quantization.Slices(tuple(rows), count, bits, getattr(torch, dtype), torch.device("cpu"))
+    found = quantization.Slices(tuple(rows), count, getattr(torch, dtype), torch.device("cpu"))
     messages = found.encoded(torch.from_numpy(numbers))
-    assert messages.shape == (count, slices.nbytes(bits, np.dtype(dtype).itemsize))
+    assert messages.shape == (count, slices.nbytes(np.dtype(dtype).itemsize))
     decoded = plain.decode(units, expected, slices.segments)
     np.testing.assert_array_equal(found.decoded(messages).numpy(), decoded.reshape(-1))
     # One slice of three workers.

@@ -86,7 +86,7 @@ class CompressedGradient(PlainGradient):
 
     @property
     def rows(self) -> list[tuple[Number, Number]]:
-        """quantization.rows_of what is asked to be averaged in few bits."""
+        """quantization.rows_of what is asked to be averaged in 8 bits."""
         (part,) = self._parts
         known, found = part.shape.as_list(), tf.shape(part, tf.int64)
         assert isinstance(self.request, QuantizedMean)

@@ -232,11 +232,11 @@ class Exchange:
                 kinds[_kind_of_message(request)].append((gradient, request))
             for kind, senders in kinds.items():
                 message = Message([request.tensors for _, request in senders])
-                if isinstance(kind, int):
+                if kind == "quantized":
                     compressed = [sender for sender, _ in senders if isinstance(sender, CompressedGradient)]
                     rows = [pair for sender in compressed for pair in sender.rows]
                     with tf.control_dependencies([there()]):
-                        answers = message.averaged_in_bits(kind, rows, self._workers, f"{name}.{i}.{kind}")
+                        answers = message.averaged_in_8_bits(rows, self._workers, f"{name}.{i}.{kind}")
                 elif kind == "gathered":
                     with tf.control_dependencies([there()]):
                         answers = message.gathered(self._workers, f"{name}.{i}.{kind}")
@@ -255,10 +255,10 @@ class Exchange:
         return tf.cast(tf.reshape(update, gradient.state.layout.shape), gradient.state.variable_dtype)
 
 
-def _kind_of_message(request: AllreduceMean | QuantizedMean | Allgather) -> str | int:
-    """What the requests have in common that travel together: the dtype's name, or how many bits a number has."""
+def _kind_of_message(request: AllreduceMean | QuantizedMean | Allgather) -> str:
+    """What the requests have in common that travel together: the dtype's name, "quantized" or "gathered"."""
     if isinstance(request, QuantizedMean):
-        return request.bits
+        return "quantized"
     return request.tensors[0].dtype.name if isinstance(request, AllreduceMean) else "gathered"
 
 

@@ -38,18 +38,17 @@ class Message:
         parts = _split(everyones, as_bytes, 1)
         return self._by_sender([_from_bytes(part, sent.dtype) for part, sent in zip(parts, self._flat)])
 
-    def averaged_in_bits(
-        self, bits: int, rows: Sequence[tuple[Number, Number]], workers: Workers, name: str
+    def averaged_in_8_bits(
+        self, rows: Sequence[tuple[Number, Number]], workers: Workers, name: str
     ) -> list[list[tf.Tensor]]:
         """The averages of matrices of one dtype, and this worker's parts of them, each flat.
 
         Args:
-            bits: of a number.
             rows: of the senders' matrices, in their order.
             workers: that average.
             name: of the message.
         """
-        mean, own, self.traffic = quantized_mean(_joined(self._flat), rows, bits, workers, name)
+        mean, own, self.traffic = quantized_mean(_joined(self._flat), rows, workers, name)
         return [list(both) for both in zip(*(_split(part, self._flat, 0) for part in (mean, own)))]
 
     def _by_sender(self, answers: Sequence[tf.Tensor]) -> list[list[tf.Tensor]]:

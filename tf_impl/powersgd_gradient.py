@@ -62,8 +62,8 @@ class PowerSGDGradient(CompressedGradient):
             )
             is_q = _not(is_q)
             shape = [amount, self._columns(is_q)]
-            if config.bits is not None:
-                factor, own = yield QuantizedMean(tf.reshape(own, shape), config.bits)
+            if config.wire_dtype == "int8":
+                factor, own = yield QuantizedMean(tf.reshape(own, shape))
             elif step.sends_halves:
                 longer = tf.cast(tf.shape(last)[1] / tf.shape(own)[1], state.dtype)
                 scale = scale_of_halves(arrays, last, longer)

@@ -1,4 +1,4 @@
-"""Averages in 8 or 4 bits a number, as ops in a graph: horovod_powersgd.quantization, of tensors."""
+"""Averages in 8 bits a number, as ops in a graph: horovod_powersgd.quantization, of tensors."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -21,12 +21,11 @@ class Slices:
     Args:
         rows: for each matrix, how many there are, and how long they are.
         workers: how many average them.
-        bits: of a code.
         dtype: of the numbers.
     """
 
-    def __init__(self, rows: Sequence[tuple[Number, Number]], workers: Number, bits: int, dtype: tf.DType):
-        self._bits, self._dtype = bits, dtype
+    def __init__(self, rows: Sequence[tuple[Number, Number]], workers: Number, dtype: tf.DType):
+        self._dtype = dtype
         counts, lengths = zip(*rows)
         if all(isinstance(number, int) for number in (workers, *counts, *lengths)):
             slices = quantization.Slices(np.repeat(lengths, counts), quantization.slice_count(workers))
@@ -46,15 +45,12 @@ class Slices:
         infinite = tf.cast(~tf.math.is_finite(numbers), self._dtype)
         infinite = tf.math.unsorted_segment_max(infinite, segment_of, count * self._width) > 0
         # Of an empty segment, the largest is the least number there is.
-        units = tf.maximum(largest, 0) / LEVELS[self._bits]
+        units = tf.maximum(largest, 0) / LEVELS
         units = tf.where(infinite, tf.constant(np.nan, self._dtype), units)
         each = tf.gather(units, segment_of)
         counted = each >= np.finfo(self._dtype.as_numpy_dtype).tiny
         codes = tf.where(counted, tf.round(numbers / tf.where(counted, each, 1)), 0)
         codes = tf.bitcast(tf.cast(codes, tf.int8), tf.uint8)
-        if self._bits == 4:
-            lower, upper = tf.unstack(tf.reshape(codes, [-1, 2]), axis=1)
-            codes = tf.bitwise.bitwise_and(lower, 15) | tf.bitwise.left_shift(upper, tf.constant(4, tf.uint8))
         units = tf.bitcast(tf.reshape(units, [count, self._width]), tf.uint8)
         parts = [tf.reshape(part, [count, -1]) for part in (units, codes)]
         return tf.concat(parts, 1)
@@ -67,11 +63,6 @@ class Slices:
         units = tf.reshape(messages[:, : self._width * itemsize], [-1, itemsize])
         units = tf.bitcast(units, self._dtype) / tf.cast(divisor, self._dtype)
         codes = tf.reshape(tf.bitcast(messages[:, self._width * itemsize :], tf.int8), [-1])
-        if self._bits == 4:
-            four = tf.constant(4, tf.int8)
-            # The shift brings a sign to where it counts.
-            lower = tf.bitwise.right_shift(tf.bitwise.left_shift(codes, four), four)
-            codes = tf.reshape(tf.stack([lower, tf.bitwise.right_shift(codes, four)], 1), [-1])
         return tf.cast(codes, self._dtype) * tf.repeat(units, tf.reshape(segments, [-1]))
 
     def summed(self, messages: tf.Tensor, index: tf.Tensor, workers: tf.Tensor) -> tf.Tensor:
@@ -92,7 +83,7 @@ class Slices:
 def _cut(counts: tf.Tensor, lengths: tf.Tensor, workers: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """The segments and the size of quantization.Slices, where the rows are not known before the graph runs."""
     count = tf.where(workers >= quantization.TWO_ROUNDS, workers, 1)
-    size = -(-tf.reduce_sum(counts * lengths) // (2 * count)) * 2
+    size = -(-tf.reduce_sum(counts * lengths) // count)
     ends = tf.concat([tf.cumsum(tf.repeat(lengths, counts)), size * tf.range(1, count + 1)], 0)
     ends = tf.unique(tf.sort(ends))[0]
     slice_of = (ends - 1) // size
@@ -103,14 +94,13 @@ def _cut(counts: tf.Tensor, lengths: tf.Tensor, workers: tf.Tensor) -> tuple[tf.
 
 
 def quantized_mean(
-    flat: tf.Tensor, rows: Sequence[tuple[Number, Number]], bits: int, workers: Workers, name: str
+    flat: tf.Tensor, rows: Sequence[tuple[Number, Number]], workers: Workers, name: str
 ) -> tuple[tf.Tensor, tf.Tensor, Traffic]:
     """quantization.mean of this worker's rows and the others'.
 
     Args:
         flat: the rows, one after the other.
         rows: as Slices'.
-        bits: of a number.
         workers: that average.
         name: of the messages.
 
@@ -118,7 +108,7 @@ def quantized_mean(
         The mean and this worker's part of it, both flat, and what was sent.
     """
     count = workers.count(tf.int64) if elastic() else workers.process_set.size()
-    slices, total = Slices(rows, count, bits, flat.dtype), tf.size(flat, tf.int64)
+    slices, total = Slices(rows, count, flat.dtype), tf.size(flat, tf.int64)
     message = slices.encoded(flat)
     nbytes, own = tf.size(message, tf.int64), slices.decoded(message)
     if workers.alone:

@@ -38,20 +38,19 @@ class GeneratorBucket(Bucket):
                 answers = place((yield message), parts)
                 for gradient, some in zip(gradients, answers):
                     gradient.go_on(some)
-            by_bits = itertools.groupby(sorted(quantized, key=_bits), key=_bits)
-            for bits, gradients in by_bits:
-                yield from self._average_quantized(list(gradients), bits, f"{self._name}.{number}.{bits}", step)
+            if quantized:
+                yield from self._average_quantized(quantized, f"{self._name}.{number}.quantized", step)
         finite: bool | torch.Tensor = True
         for gradient in dense:
             finite = gradient.finite() & finite
         return finite
 
-    def _average_quantized(self, gradients: Sequence[GeneratorGradient], bits: int, name: str, step: Step):
-        """Averages what these ask for, in so many bits."""
+    def _average_quantized(self, gradients: Sequence[GeneratorGradient], name: str, step: Step):
+        """Averages what these ask for, in 8 bits a number."""
         parts = [gradient.parts()[0] for gradient in gradients]
         rows = tuple(itertools.chain(*(_rows_of(gradient, part) for gradient, part in zip(gradients, parts))))
         flat = joined([part.reshape(-1) for part in parts])
-        mean, own = yield from quantized_mean(flat, rows, bits, name, step, self._config)
+        mean, own = yield from quantized_mean(flat, rows, name, step, self._config)
         sizes = [part.numel() for part in parts]
         for gradient, part, *both in zip(gradients, parts, mean.split(sizes), own.split(sizes)):
             gradient.go_on([some.view(part.shape) for some in both])
@@ -83,11 +82,6 @@ class GeneratorBucket(Bucket):
 def _rows_of(gradient: GeneratorGradient, part: torch.Tensor) -> list[tuple[int, int]]:
     assert isinstance(gradient.request, QuantizedMean)
     return rows_of(part.shape, gradient.request.row)
-
-
-def _bits(gradient: GeneratorGradient) -> int:
-    assert isinstance(gradient.request, QuantizedMean)
-    return gradient.request.bits
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -53,10 +53,9 @@ class PowerSGDBucket(Bucket):
         return finite
 
     def _average(self, senders, sent, step, number, in_place, sizes=()):
-        """Bucket._average, of factors perhaps in few bits. Their senders come first, each with a tensor of its own; or
+        """Bucket._average, of factors perhaps in 8 bits. Their senders come first, each with a tensor of its own; or
         one tensor has them all."""
-        bits = self._family.bits
-        if bits is None:
+        if self._family.wire_dtype != "int8":
             return (yield from super()._average(senders, sent, step, number, in_place, sizes))
         matrices = [gradient for gradient in senders if isinstance(gradient, PowerSGDGradient)]
         plain = sent[len(sent) - len(senders) + len(matrices) :]
@@ -64,7 +63,7 @@ class PowerSGDBucket(Bucket):
         finite: bool | torch.Tensor = True
         if matrices:
             rows, flat = tuple(gradient.rows for gradient in matrices), joined(sent[: len(sent) - len(plain)])
-            flat, own = yield from quantized_mean(flat, rows, bits, f"{self._name}.{number}", step, self._config)
+            flat, own = yield from quantized_mean(flat, rows, f"{self._name}.{number}", step, self._config)
             sizes = [count * length for count, length in rows]
             for gradient, part in zip(matrices, own.split(sizes)):
                 gradient.made(part)

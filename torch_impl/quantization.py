@@ -1,4 +1,4 @@
-"""Averages in 8 or 4 bits a number, of tensors: horovod_powersgd.quantization, fast.
+"""Averages in 8 bits a number, of tensors: horovod_powersgd.quantization, fast.
 
 On a processor, codes are made and read by compiled passes (horovod_powersgd/kernels/quantization.cpp); elsewhere, and
 where those could not be compiled, by PyTorch's operations.
@@ -24,16 +24,13 @@ class Slices:
     Args:
         rows: for each matrix, how many there are, and how long they are.
         count: of slices.
-        bits: of a code.
         dtype, device: of the numbers.
     """
 
-    def __init__(
-        self, rows: tuple[tuple[int, int], ...], count: int, bits: int, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, rows: tuple[tuple[int, int], ...], count: int, dtype: torch.dtype, device: torch.device):
         plan = quantization.Slices(np.repeat([length for _, length in rows], [number for number, _ in rows]), count)
-        self.count, self.size, self.bits, self.dtype = plan.count, plan.size, bits, dtype
-        self.nbytes = plan.nbytes(bits, dtype.itemsize)
+        self.count, self.size, self.dtype = plan.count, plan.size, dtype
+        self.nbytes = plan.nbytes(dtype.itemsize)
         # On the host, for the compiled passes.
         self.segments = np.ascontiguousarray(plan.segments)
         self._device = device
@@ -56,20 +53,17 @@ class Slices:
             message = torch.empty(count, self.nbytes, dtype=torch.uint8)
             _codes.encode(
                 self.dtype == torch.float64, numbers.data_ptr(), len(numbers), self.segments[first].ctypes.data,
-                self.segments.shape[1], count, self.size, self.bits, message.data_ptr(), self.nbytes,
+                self.segments.shape[1], count, self.size, message.data_ptr(), self.nbytes,
             )
             return message
         numbers = torch.nn.functional.pad(numbers, (0, count * self.size - len(numbers))).view(count, self.size)
         segment_of = self._segment_of.narrow(0, first, count)
         largest = numbers.new_zeros(count, self.segments.shape[1])
         largest.scatter_reduce_(1, segment_of, numbers.abs(), "amax")
-        units = torch.where(torch.isfinite(largest), largest / LEVELS[self.bits], torch.nan)
+        units = torch.where(torch.isfinite(largest), largest / LEVELS, torch.nan)
         each = units.gather(1, segment_of)
         counted = each >= torch.finfo(self.dtype).tiny
         codes = torch.where(counted, (numbers / each).round(), 0).to(torch.int8)
-        if self.bits == 4:
-            lower, upper = codes.view(count, -1, 2).unbind(2)
-            codes = (lower & 15) | (upper << 4)
         return torch.cat([units.view(torch.uint8), codes.view(torch.uint8)], 1)
 
     def decoded(
@@ -88,15 +82,12 @@ class Slices:
             out = torch.empty(count * self.size, dtype=self.dtype) if out is None else out
             _codes.decode(
                 self.dtype == torch.float64, messages.data_ptr(), messages.stride(0), self.segments[first].ctypes.data,
-                self.segments.shape[1], count, self.size, self.bits, divisor, out.data_ptr(), adds,
+                self.segments.shape[1], count, self.size, divisor, out.data_ptr(), adds,
             )
             return out
-        units, codes = messages.split([self.segments.shape[1] * self.dtype.itemsize, self.size * self.bits // 8], 1)
+        units, codes = messages.split([self.segments.shape[1] * self.dtype.itemsize, self.size], 1)
         units = units.clone(memory_format=torch.contiguous_format).view(self.dtype)
         codes = codes.view(torch.int8)
-        if self.bits == 4:
-            # The shift brings a sign to where it counts.
-            codes = torch.stack([codes << 4 >> 4, codes >> 4], 2).view(count, self.size)
         found = (codes.to(self.dtype) * (units / divisor).gather(1, self._segment_of.narrow(0, first, count))).view(-1)
         return found if out is None else out.add_(found)
 
@@ -115,7 +106,6 @@ _slices = functools.lru_cache(1024)(Slices)
 def quantized_mean(
     flat: torch.Tensor,
     rows: tuple[tuple[int, int], ...],
-    bits: int,
     name: str,
     step: Step,
     compressor: Compressor,
@@ -125,7 +115,6 @@ def quantized_mean(
     Args:
         flat: the rows, one after the other.
         rows: for each matrix, how many there are, and how long they are.
-        bits: of a number.
         name: of the messages.
         step: that this belongs to.
         compressor: that asks for it.
@@ -134,7 +123,7 @@ def quantized_mean(
         The mean and this worker's part of it, both flat.
     """
     workers = step.workers
-    slices = _slices(rows, quantization.slice_count(workers.count), bits, flat.dtype, flat.device)
+    slices = _slices(rows, quantization.slice_count(workers.count), flat.dtype, flat.device)
     message = slices.encoded(flat)
     own = slices.decoded(message)
     if workers.count == 1:

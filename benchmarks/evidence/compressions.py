@@ -101,7 +101,7 @@ METHODS = {
     **{
         f"rank-{r}-{dtype}": Method(f"PowerSGD, rank {r}, {dtype}", rank(r, wire_dtype=dtype))
         for r in (2, 4, 8, 16)
-        for dtype in ("float16", "int8", "int4")
+        for dtype in ("float16", "int8")
     },
     "int8": Method("Int8", lambda model: powersgd.Int8()),
     # Medium compression: what rank 7 sends. High: what rank 2 sends.

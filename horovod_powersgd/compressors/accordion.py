@@ -64,7 +64,7 @@ class Accordion(Compressor):
             raise ValueError("Accordion: interval is required: how many steps there are in an epoch")
         self._check_integer("interval", at_least=1)
         # What low and high have in common is Accordion's, too.
-        for name in ("linear", "bits", "low_rank", "error_feedback", "warmup_steps", "seed"):
+        for name in ("linear", "low_rank", "error_feedback", "warmup_steps", "seed"):
             object.__setattr__(self, name, getattr(self.low, name))
 
     @property

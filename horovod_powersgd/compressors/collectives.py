@@ -13,7 +13,7 @@ class AllreduceMean:
 
 @dataclass(frozen=True)
 class QuantizedMean:
-    """The request to average over all workers in 8 or 4 bits a number: a matrix of floats, each row of which gets a
+    """The request to average over all workers in 8 bits a number: a matrix of floats, each row of which gets a
     unit of its own; or several, by name. It is answered with the mean and this worker's part of it: what is left of the
     matrix when the part is taken away is what rounding lost. The mean of all workers' parts is the mean.
 
@@ -21,7 +21,6 @@ class QuantizedMean:
     """
 
     tensors: Any
-    bits: int = 8
     row: Any = None
 
 

@@ -29,7 +29,6 @@ class Compressor:
         error_feedback: whether what one step left out is added to the next step's gradient.
         warmup_steps: this many first steps are exchanged uncompressed.
         low_rank: whether matrices travel as factors.
-        bits: of a number, where QuantizedMean averages what is sent of matrices. None: it does not.
         refresh_every: every that many steps a step is another one than the rest (PowerSGD.refresh_every). None: none.
         hierarchical: whether the exchange is to have two levels, where it can (PowerSGD.hierarchical).
     """
@@ -40,7 +39,6 @@ class Compressor:
     low_rank: bool = False
     refresh_every: int | None = None
     seed: int = 0
-    bits: int | None = None
     hierarchical: bool | None = None
     # A subclass's.
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -132,8 +130,7 @@ class Compressor:
         for shape in shapes if workers > 1 else ():
             layout = layout_of(shape, self, matrix_shape)
             if layout.compressed and step >= self.warmup_steps:
-                if self.bits is not None:
-                    of_matrix = self.quantized_rows(*layout.matrix, step)
+                if of_matrix := self.quantized_rows(*layout.matrix, step):
                     means = means or [[] for _ in of_matrix]
                     for lengths, more in zip(means, of_matrix, strict=True):
                         lengths[:0] = more  # the last gradient first, as in a bucket
@@ -144,8 +141,7 @@ class Compressor:
             else:
                 sent, received = (total + math.prod(shape) * itemsize for total in (sent, received))
         for lengths in means:
-            assert self.bits is not None
-            both = quantization.traffic(lengths, workers, self.bits, max(itemsize, 4))
+            both = quantization.traffic(lengths, workers, max(itemsize, 4))
             sent, received = sent + both[0], received + both[1]
         return Traffic(sent, received)
 

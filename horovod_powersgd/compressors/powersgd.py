@@ -12,7 +12,7 @@ from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.factors import initial_factor, orthogonalize, resized
 from horovod_powersgd.randomness import SPARE, random_factor
 
-WIRE_DTYPES = (None, "float16", "int8", "int4")
+WIRE_DTYPES = (None, "float16", "int8")
 # Half-steps of a step that renews the subspace: from a random Q, with two more than usual, the approximation is as good
 # as one from a warm start, and better. benchmarks/renewal.py measures it.
 RENEWAL = 4
@@ -37,11 +37,11 @@ class PowerSGD(Compressor):
             from a fresh random Q.
         error_feedback: add what one step's compression left out to the next step's gradient (paper, section 3).
             It costs memory of the gradients' size; without it the results are biased.
-        wire_dtype: None: factors travel in the precision that they are computed in. "float16", "int8", "int4": they
-            travel in half precision, or in 8 or 4 bits a number, each column divided by its largest entry
+        wire_dtype: None: factors travel in the precision that they are computed in. "float16" or "int8": they travel in
+            half precision, or in 8 bits a number, each column divided by its largest entry
             (horovod_powersgd.quantization); what rounding loses stays in the error-feedback memory. In half precision
             they are divided by a power of two near the largest entry of the factor before, and the first step travels
-            in full precision. In 8 or 4 bits they do not add up in Horovod's hands: hvd.join() is refused then.
+            in full precision. In 8 bits they do not add up in Horovod's hands: hvd.join() is refused then.
         seed: of the random starting Q, a non-negative integer.
         refresh_every: every that many steps the subspace is sought anew, from a fresh random Q and with at least four
             half-steps. A warm start can miss, for as long as training lasts, what is orthogonal to it (PowerSGD+, Xie,
@@ -83,9 +83,8 @@ class PowerSGD(Compressor):
         self._check_number("min_compression_rate", "0 or more", lambda rate: rate >= 0)
         if self.wire_dtype not in WIRE_DTYPES:
             error = ValueError if isinstance(self.wire_dtype, str) else TypeError
-            raise error(f"PowerSGD: wire_dtype must be None, 'float16', 'int8' or 'int4', not {self.wire_dtype!r}")
-        object.__setattr__(self, "bits", {"int8": 8, "int4": 4}.get(self.wire_dtype or ""))
-        object.__setattr__(self, "linear", self.bits is None)
+            raise error(f"PowerSGD: wire_dtype must be None, 'float16' or 'int8', not {self.wire_dtype!r}")
+        object.__setattr__(self, "linear", self.wire_dtype != "int8")
         if self.refresh_every is not None:
             self._check_integer("refresh_every", at_least=1)
         if self.hierarchical is not None:
@@ -158,8 +157,8 @@ class PowerSGD(Compressor):
                 factor = resized(factor, rank, spare())
             basis = orthogonal(factor, spare)                                   # Q^ (or P^)
             own = (delta if is_q else xp.transpose(delta)) @ basis              # delta_w Q^ (or delta_w^T P^)
-            if self.bits is not None:
-                parts = yield QuantizedMean(xp.transpose(own), self.bits)       # a unit for each column
+            if self.wire_dtype == "int8":
+                parts = yield QuantizedMean(xp.transpose(own))                  # a unit for each column
                 factor, own = (xp.transpose(part) for part in parts)            # P (or Q)
             elif self.sends_halves(state.step):
                 scale = scale_of_halves(xp, last, last.shape[0] / own.shape[0])
@@ -189,12 +188,12 @@ class PowerSGD(Compressor):
     def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
         lengths = self._lengths(rows, columns, step)
         numbers = self.amount(rows, columns) * sum(lengths)
-        if self.bits is not None:  # and a unit for each column
-            return numbers * self.bits // 8 + self.amount(rows, columns) * len(lengths) * itemsize
+        if self.wire_dtype == "int8":  # and a unit for each column
+            return numbers + self.amount(rows, columns) * len(lengths) * itemsize
         return numbers * (2 if self.sends_halves(step) else itemsize)
 
     def quantized_rows(self, rows: int, columns: int, step: int = 0) -> list[list[int]]:
-        if self.bits is None:
+        if self.wire_dtype != "int8":
             return []
         return [[length] * self.amount(rows, columns) for length in self._lengths(rows, columns, step)]
 

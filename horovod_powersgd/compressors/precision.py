@@ -73,7 +73,6 @@ class Int8(Compressor):
     block: int = 256
     error_feedback: bool = True
     linear = False
-    bits = 8
 
     def __post_init__(self) -> None:
         self._check_integer("block", at_least=1)
@@ -81,7 +80,7 @@ class Int8(Compressor):
 
     def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         flat = state.arrays.reshape(delta, (state.shape[0] * state.shape[1],))
-        mean, own = yield QuantizedMean(flat, self.bits, self.block)
+        mean, own = yield QuantizedMean(flat, self.block)
         return mean, own
 
     def quantized_rows(self, rows: int, columns: int, step: int = 0) -> list[list[int]]:

@@ -1,4 +1,4 @@
-// Numbers to codes of 8 or 4 bits, and back. horovod_powersgd/quantization.py says what they are; torch_impl's
+// Numbers to codes of 8 bits, and back. horovod_powersgd/quantization.py says what they are; torch_impl's
 // quantization.py calls this.
 //
 // Compiled so that products and sums are not rounded together (-ffp-contract=off): all workers are to come to the same
@@ -10,7 +10,6 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
-#include <vector>
 
 // Where the C library can choose between functions when they are loaded.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -58,34 +57,16 @@ FOR_EACH_PROCESSOR void multiply_add(const int8_t* codes, int64_t count, T unit,
     for (int64_t i = 0; i < count; i++) out[i] += codes[i] * unit;
 }
 
-// Two codes make a byte; the first is in its lower half.
-FOR_EACH_PROCESSOR void pack(const int8_t* codes, int64_t bytes, uint8_t* packed) {
-    for (int64_t i = 0; i < bytes; i++) packed[i] = (codes[2 * i] & 15) | (codes[2 * i + 1] << 4);
-}
-
-FOR_EACH_PROCESSOR void unpack(const uint8_t* packed, int64_t bytes, int8_t* codes) {
-    for (int64_t i = 0; i < bytes; i++) {
-        codes[2 * i] = static_cast<int8_t>(packed[i] << 4) >> 4;
-        codes[2 * i + 1] = static_cast<int8_t>(packed[i]) >> 4;
-    }
-}
-
 // Slices in a row, and their messages: for each slice the segments' units, then the codes.
 struct Slices {
     const int64_t* segments;  // (count, width): their lengths
     int64_t width, count, size;
-    int bits;
-
-    int64_t code_bytes() const { return size * bits / 8; }
 };
 
 template <typename T>
 void encode(const T* numbers, int64_t total, const Slices& slices, uint8_t* message, int64_t distance) {
-    const T levels = slices.bits == 8 ? 127 : 7;
-    std::vector<int8_t> unpacked(slices.bits == 8 ? 0 : slices.size);
     for (int64_t slice = 0; slice < slices.count; slice++, message += distance) {
-        uint8_t* packed = message + slices.width * sizeof(T);
-        int8_t* codes = slices.bits == 8 ? reinterpret_cast<int8_t*>(packed) : unpacked.data();
+        int8_t* codes = reinterpret_cast<int8_t*>(message + slices.width * sizeof(T));
         std::memset(codes, 0, slices.size);
         int64_t place = 0;
         for (int64_t k = 0; k < slices.width; k++) {
@@ -95,25 +76,18 @@ void encode(const T* numbers, int64_t total, const Slices& slices, uint8_t* mess
             T largest;
             std::memcpy(&largest, &bits, sizeof largest);
             const bool finite = largest <= std::numeric_limits<T>::max();
-            const T unit = finite ? largest / levels : std::numeric_limits<T>::quiet_NaN();
+            const T unit = finite ? largest / 127 : std::numeric_limits<T>::quiet_NaN();
             if (unit >= std::numeric_limits<T>::min()) divide(numbers + first, there, unit, codes + place);
             std::memcpy(message + k * sizeof(T), &unit, sizeof unit);
             place += length;
         }
-        if (slices.bits == 4) pack(codes, slices.code_bytes(), packed);
     }
 }
 
 template <typename T>
 void decode(const uint8_t* message, int64_t distance, const Slices& slices, T divisor, T* out, bool adds) {
-    std::vector<int8_t> unpacked(slices.bits == 8 ? 0 : slices.size);
     for (int64_t slice = 0; slice < slices.count; slice++, message += distance) {
-        const uint8_t* packed = message + slices.width * sizeof(T);
-        const int8_t* codes = reinterpret_cast<const int8_t*>(packed);
-        if (slices.bits == 4) {
-            unpack(packed, slices.code_bytes(), unpacked.data());
-            codes = unpacked.data();
-        }
+        const int8_t* codes = reinterpret_cast<const int8_t*>(message + slices.width * sizeof(T));
         for (int64_t k = 0; k < slices.width; k++) {
             const int64_t length = slices.segments[slice * slices.width + k];
             T unit;
@@ -131,14 +105,14 @@ T* at(unsigned long long address) {
 }
 
 PyObject* encode(PyObject*, PyObject* arguments) {
-    int is_double, bits;
+    int is_double;
     unsigned long long numbers, segments, message;
     long long total, width, count, size, distance;
-    if (!PyArg_ParseTuple(arguments, "pKLKLLLiKL", &is_double, &numbers, &total, &segments, &width, &count, &size,
-                          &bits, &message, &distance))
+    if (!PyArg_ParseTuple(arguments, "pKLKLLLKL", &is_double, &numbers, &total, &segments, &width, &count, &size,
+                          &message, &distance))
         return nullptr;
     Py_BEGIN_ALLOW_THREADS
-    const Slices slices{at<int64_t>(segments), width, count, size, bits};
+    const Slices slices{at<int64_t>(segments), width, count, size};
     if (is_double) encode(at<double>(numbers), total, slices, at<uint8_t>(message), distance);
     else encode(at<float>(numbers), total, slices, at<uint8_t>(message), distance);
     Py_END_ALLOW_THREADS
@@ -146,14 +120,14 @@ PyObject* encode(PyObject*, PyObject* arguments) {
 }
 
 PyObject* decode(PyObject*, PyObject* arguments) {
-    int is_double, bits, adds;
+    int is_double, adds;
     unsigned long long message, segments, out;
     long long distance, width, count, size, divisor;
-    if (!PyArg_ParseTuple(arguments, "pKLKLLLiLKp", &is_double, &message, &distance, &segments, &width, &count, &size,
-                          &bits, &divisor, &out, &adds))
+    if (!PyArg_ParseTuple(arguments, "pKLKLLLLKp", &is_double, &message, &distance, &segments, &width, &count, &size,
+                          &divisor, &out, &adds))
         return nullptr;
     Py_BEGIN_ALLOW_THREADS
-    const Slices slices{at<int64_t>(segments), width, count, size, bits};
+    const Slices slices{at<int64_t>(segments), width, count, size};
     if (is_double) decode<double>(at<uint8_t>(message), distance, slices, divisor, at<double>(out), adds);
     else decode<float>(at<uint8_t>(message), distance, slices, divisor, at<float>(out), adds);
     Py_END_ALLOW_THREADS

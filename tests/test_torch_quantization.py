@@ -34,14 +34,26 @@ def test_codes_are_numpys(codes, rows, count, dtype, seed):
     units, expected = plain.encode(padded, slices.segments)
 
     found = quantization.Slices(tuple(rows), count, getattr(torch, dtype), torch.device("cpu"))
-    messages = found.encoded(torch.from_numpy(numbers))
+    numbers = torch.from_numpy(numbers)
+    messages = found.encoded(numbers)
     assert messages.shape == (count, slices.nbytes(np.dtype(dtype).itemsize))
     decoded = plain.decode(units, expected, slices.segments)
-    np.testing.assert_array_equal(found.decoded(messages).numpy(), decoded.reshape(-1))
+    np.testing.assert_array_equal(found.decoded(messages[None]), decoded.reshape(-1)[: len(numbers)])
     # One slice of three workers.
     index = seed % count
     one = found.encoded(torch.from_numpy(padded[index]), index)
     assert torch.equal(one[0], messages[index])
-    total = found.summed(one.repeat(3, 1), index)
-    third = plain.decode(units / np.dtype(dtype).type(3), expected, slices.segments)[index]
-    np.testing.assert_array_equal(total.numpy(), third + third + third)
+    third = plain.decode(units / np.dtype(dtype).type(3), expected, slices.segments)
+    everyones = messages.repeat(3, 1, 1)
+    np.testing.assert_array_equal(found.decoded(everyones[:, [index]], 3, index), 3 * third[index])
+    # In parts, a matrix each, of which all is in the memory: what is not sent stays.
+    sizes, numbers = [number * length for number, length in rows], 2 * numbers
+    parts = [quantization.Part(torch.zeros_like(part), part / 2, 2.0) for part in numbers.split(sizes)]
+    messages, norms = found.encoded_parts(parts)
+    assert torch.equal(messages, found.encoded(numbers))
+    np.testing.assert_array_equal(torch.cat([part.delta for part in parts]), numbers - found.decoded(messages[None]))
+    np.testing.assert_allclose(norms, [np.linalg.norm(part.double()) for part in numbers.split(sizes)], 1e-12)
+    for write, part in zip(found.writers(messages[None], 3, sizes), parts):
+        write(part.delta)
+    mean = found.decoded(messages[None], 3)
+    np.testing.assert_array_equal(torch.cat([part.delta for part in parts]), mean)

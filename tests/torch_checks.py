@@ -9,7 +9,7 @@ import cases
 import horovod_powersgd.torch as hvd
 from documented import random_rows
 from equivalence import RUNS, Equivalence
-from horovod_powersgd import AllreduceMean, Custom, PowerSGD, reference
+from horovod_powersgd import AllreduceMean, Custom, Int8, PowerSGD, reference
 from horovod_powersgd.layout import leading_rows
 from trainee import DEVICE, Trainee
 
@@ -63,7 +63,8 @@ def running_mean(delta, state):
 
 
 def check_a_compressor_of_ones_own_is_a_generator_function():
-    for function in (random_rows, Custom(running_mean, error_feedback=False)):
+    in_8_bits = Custom(Int8(block=100).exchange, linear=False)
+    for function in (random_rows, Custom(running_mean, error_feedback=False), in_8_bits):
         trainee, states = Trainee(function), [reference.State() for _ in range(hvd.size())]
         for step in range(5):
             gradients = [cases.gradients(step, w, "float32") for w in range(hvd.size())]

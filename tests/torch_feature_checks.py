@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from horovod_powersgd import (
     Accordion,
     BestRank,
     GradiVeq,
+    Int8,
     PowerSGD,
     RandomK,
     SignNorm,
@@ -464,8 +466,8 @@ def check_a_checkpoint_is_the_wrapped_optimizers():
 
 
 def check_half_precision_parameters():
-    for dtype in (torch.float16, torch.bfloat16):
-        exact, half = Trainee(CONFIG), Trainee(CONFIG, str(dtype)[6:])
+    for dtype, config in itertools.product((torch.float16, torch.bfloat16), (CONFIG, Int8())):
+        exact, half = Trainee(config), Trainee(config, str(dtype)[6:])
         for step in range(4):
             gradients = cases.gradients(step, hvd.rank(), "float32")
             rounded = {name: torch.from_numpy(g).to(dtype) for name, g in gradients.items()}
@@ -476,7 +478,7 @@ def check_half_precision_parameters():
             hvd.assert_replicas_equal({name: p.grad for name, p in half.parameters.items()})
             updates = {name: p.grad.float().numpy() for name, p in half.parameters.items()}
             assert half.parameters["linear"].grad.dtype == dtype
-            cases.assert_close(updates, expected, 4 * torch.finfo(dtype).eps, (dtype, step))
+            cases.assert_close(updates, expected, 4 * torch.finfo(dtype).eps, (dtype, config, step))
             with half.optimizer.skip_synchronize():
                 half.optimizer.step()
     overflow = {name: np.full(shape, 4e4, "float32") for name, shape in cases.SHAPES.items()}
@@ -485,10 +487,11 @@ def check_half_precision_parameters():
     half.optimizer.step()
     assert all(torch.isfinite(p.grad).all() for p in half.parameters.values())
     # A sum that half precision cannot hold is a step that is not finite, and leaves no trace.
-    half = Trainee(CONFIG, "float16", op=hvd.Sum)
-    half.backward({name: g.astype("float16") for name, g in overflow.items()})
-    half.optimizer.step()
-    assert half.state().steps == 0 and not half.state().memory
+    for config in (CONFIG, Int8()):
+        half = Trainee(config, "float16", op=hvd.Sum)
+        half.backward({name: g.astype("float16") for name, g in overflow.items()})
+        half.optimizer.step()
+        assert half.state().steps == 0 and not half.state().memory
     with pytest.raises(ValueError, match="complex64"):
         Trainee(CONFIG, "complex64")
 
@@ -560,7 +563,7 @@ def check_replicas_that_differ_are_found():
 def check_mixed_precision_with_a_loss_scale_that_changes():
     scales = [2.0**16, 2.0**16, 2.0**10, 2.0**12, 2.0**12, 2.0**3]
     accordion_of_entries = Accordion(TopK(0.2), TopK(0.1), interval=2)
-    for config in (CONFIG, Signum(), GRADIVEQ, accordion_of_entries):
+    for config in (CONFIG, Signum(), GRADIVEQ, accordion_of_entries, Int8()):
         plain, scaled = network(), network()
         by_hand, optimizer = distribute(plain, config=config), distribute(scaled, config=config)
         scaler = torch.amp.GradScaler("cpu", growth_interval=10**6)
@@ -625,7 +628,8 @@ def check_a_step_with_infinity_on_one_worker_is_skipped_by_all():
 
 
 def check_a_loaded_state_goes_on_bit_for_bit():
-    others = ACCORDION, Accordion(TopK(0.2), TopK(0.1), interval=4), Signum(), GRADIVEQ, PowerSGD(2, refresh_every=4)
+    gathered = Accordion(TopK(0.2), TopK(0.1), interval=4), Signum(), Int8()
+    others = ACCORDION, *gathered, GRADIVEQ, PowerSGD(2, refresh_every=4)
     for config in (CONFIG, PowerSGD(rank=2, num_iters_per_step=1), PowerSGD(rank=1, warmup_steps=12), *others):
         whole = network()
         train(whole, distribute(whole, config=config), range(20))

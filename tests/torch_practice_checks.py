@@ -12,7 +12,7 @@ from torch import nn
 
 import cases
 import horovod_powersgd.torch as hvd
-from horovod_powersgd import Accordion, PowerSGD, RandomK, Signum, TopK
+from horovod_powersgd import Accordion, Int8, PowerSGD, RandomK, Signum, TopK
 from torch_feature_checks import CONFIG, batch, distribute, loss_of, network, train, values
 from trainee import Trainee
 
@@ -69,7 +69,7 @@ def check_gradients_that_share_memory_train_as_those_that_do_not():
 
 
 def check_gradients_that_are_parts_of_one_buffer_stay_there():
-    for config in (CONFIG, TopK(0.1), NONE):
+    for config in (CONFIG, TopK(0.1), Int8(), NONE):
         model, usual = network(), network()
         flat = torch.zeros(sum(p.numel() for p in model.parameters()))
         sizes = [p.numel() for p in model.parameters()]
@@ -209,6 +209,7 @@ COMPRESSORS = [
     TopK(0.1),
     RandomK(0.1),
     Signum(),
+    Int8(),
 ]
 
 

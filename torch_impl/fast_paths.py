@@ -8,12 +8,15 @@ from typing import NamedTuple
 from horovod_powersgd.buckets import BUCKET_BYTES, GPU_BUCKET_BYTES, bucket_name, sort_into_buckets
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
+from horovod_powersgd.compressors.precision import Int8
 from horovod_powersgd.hosts import Host
 from horovod_powersgd.torch.bucket import Bucket
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient
 from horovod_powersgd.torch.generator_bucket import GeneratorBucket
 from horovod_powersgd.torch.generator_gradient import GeneratorGradient
 from horovod_powersgd.torch.gradient import PlainGradient
+from horovod_powersgd.torch.int8_bucket import Int8Bucket
+from horovod_powersgd.torch.int8_gradient import Int8Gradient
 from horovod_powersgd.torch.powersgd_bucket import PowerSGDBucket
 from horovod_powersgd.torch.powersgd_gradient import PowerSGDGradient
 from horovod_powersgd.torch.two_level_bucket import TwoLevelBucket
@@ -33,7 +36,7 @@ class Path(NamedTuple):
     bucket: type[Bucket]
 
 
-FAST = {PowerSGD: Path(PowerSGDGradient, PowerSGDBucket)}
+FAST = {PowerSGD: Path(PowerSGDGradient, PowerSGDBucket), Int8: Path(Int8Gradient, Int8Bucket)}
 # Of PowerSGD, where it may have two levels.
 HIERARCHICAL = Path(TwoLevelGradient, PowerSGDBucket)
 GENERAL = Path(GeneratorGradient, GeneratorBucket)

@@ -17,8 +17,8 @@ from horovod_powersgd.randomness import SPARE, random_factor
 from horovod_powersgd.statistics import residual
 from horovod_powersgd.torch import arrays as tensors
 from horovod_powersgd.torch.clipping import Sample
-from horovod_powersgd.torch.compressed_gradient import CompressedGradient, sum_of_memories
 from horovod_powersgd.torch.gradient import Copies
+from horovod_powersgd.torch.in_place_gradient import InPlaceGradient
 from horovod_powersgd.torch.kernels import HalfStep, Memory, Product, half_step, product
 from horovod_powersgd.torch.profiling import profiled
 
@@ -50,7 +50,7 @@ class Kept:
         return replace(self, factor=self.factor.to(device), memory=memory, own=None)
 
 
-class PowerSGDGradient(CompressedGradient):
+class PowerSGDGradient(InPlaceGradient):
     """A gradient that travels as PowerSGD's factors, with its error-feedback memory and its last factor.
 
     An n x m matrix; factors are kept transposed, P as (r, n) and Q as (r, m), which lets every product with the
@@ -60,7 +60,6 @@ class PowerSGDGradient(CompressedGradient):
     """
 
     # Of a step, which lets go of them in the end.
-    _delta: Any
     _basis: Any
     _own: Any
     _scale_of_halves: torch.Tensor | None = None  # where the next factor travels in half precision
@@ -78,16 +77,7 @@ class PowerSGDGradient(CompressedGradient):
         self._config, self._rank = config.family, layout.amount
         starting = initial_factor(name, self._matrix_shape[1], self._rank, config.seed)
         self._kept = Kept(self._transposed(starting).to(self.dtype), True)
-        self._spare_storage: torch.Tensor | None = None
         self._spares: dict[bool, torch.Tensor] = {}
-
-    @property
-    def memory(self) -> torch.Tensor | None:
-        return None if self._kept.memory is None else self._kept.memory.tensor()
-
-    @property
-    def memory_scale(self) -> float:
-        return self._kept.scale
 
     @property
     def factor(self) -> torch.Tensor:
@@ -146,21 +136,7 @@ class PowerSGDGradient(CompressedGradient):
             self._mean = torch.from_numpy(factor).t().contiguous().to(self._mean.device)
 
     def begin(self, scale: float) -> None:
-        """The gradient becomes delta, in its own storage where that can become the memory."""
         super().begin(scale)
-        if self.is_sparse:
-            return
-        assert self.parameter.grad is not None
-        gradient, self._dense = self._dense, None
-        self._in_place = (
-            not self.parameter.grad.is_sparse
-            and not self._shared
-            and gradient.dtype == self.dtype
-            and gradient.is_contiguous()
-        )
-        if not self._in_place:
-            gradient = gradient.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
-        self._delta, self._scale = gradient.view(self._matrix_shape), scale
         self._added = self._kept.memory
 
     def half_step(self, basis: torch.Tensor) -> HalfStep:
@@ -247,46 +223,8 @@ class PowerSGDGradient(CompressedGradient):
             self.accordion.end(update.out, 1 / (factor * self._scale))
             if self._undoable and self._config.error_feedback:
                 self._sample = Sample.of_product(update.p, update.q)
-        assert self.parameter.grad is not None
-        written = update.out.view(self.parameter.shape)
-        if self._in_place:
-            self.parameter.grad.set_(written)  # type: ignore[call-overload]  # PyTorch names storages only
-        else:
-            self._put(written, copies)
-        self._delta = self._basis = self._mean = self._own = None
-
-    def _room(self) -> torch.Tensor:
-        """(n, m) to write the update to: the old memory's, unless that may still be needed."""
-        memory, spare, self._spare_storage = self._kept.memory, self._spare_storage, None
-        if memory is not None and not self._undoable:
-            return memory.storage()
-        return torch.empty_like(self._delta) if spare is None else spare
-
-    def _set_aside(self, memory: Memory | None) -> None:
-        """Keeps a memory's storage for the next update, where that is cheaper than to allocate it."""
-        if memory is not None and self.parameter.device.type == "cpu":
-            self._spare_storage = memory.storage()
-
-    def _mixed(self, old: Kept, new: Kept, weight: float) -> Kept:
-        assert new.memory is not None
-        memory = new.memory.tensor().mul_(weight)
-        if old.memory is not None:
-            memory.add_(old.memory.tensor(), alpha=(1 - weight) * new.scale / old.scale)
-        return replace(new, memory=Memory(memory))
-
-    def commit(self, clipped: float | None = None) -> None:
-        old = self._kept.memory if self._next is not None and self._undoable else None
-        super().commit(clipped)
-        self._set_aside(old)
-
-    def discard(self) -> None:
-        if self._next is not None:
-            self._set_aside(self._next.memory)
-        super().discard()
-
-    def scaled_by(self, scale: float) -> None:
-        if self._next is not None:
-            self._next = replace(self._next, scale=scale)
+        self._hand_over(update.out, copies)
+        self._basis = self._mean = self._own = None
 
     def _p_and_q(self, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The last half-step's factors, of which the basis is one."""
@@ -310,8 +248,5 @@ class PowerSGDGradient(CompressedGradient):
         self.accordion.load_state_dict(state, self.factor)
 
     def load_state_dict(self, state: Mapping, memories: Sequence[Mapping], weight: float) -> None:
-        self.load_shared_state(state)
-        self._usual_clipping = state.get("usual_clipping")
-        scale = state["memory_scale"]
-        memory = sum_of_memories(memories, weight * scale, self.factor)
-        self._kept = replace(self._kept, memory=None if memory is None else Memory(memory), scale=scale, own=None)
+        super().load_state_dict(state, memories, weight)
+        self._kept = replace(self._kept, own=None)

@@ -5,8 +5,8 @@ where those could not be compiled, by PyTorch's operations.
 """
 
 import functools
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,33 @@ from horovod_powersgd import quantization
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.kernels import codes as _codes
 from horovod_powersgd.quantization import LEVELS
+from horovod_powersgd.torch.bucket import joined
 from horovod_powersgd.torch.step import Step
+
+
+class Part(NamedTuple):
+    """What of a gradient is averaged: delta and `scale` times the memory.
+
+    Attributes:
+        delta: flat, contiguous.
+        memory: the same; None adds nothing.
+    """
+
+    delta: torch.Tensor
+    memory: torch.Tensor | None
+    scale: float
+
+
+class Span(NamedTuple):
+    """Segments in a row, from the first up to the last, which is not one of them, counted over all slices.
+
+    Attributes:
+        place: where the first one begins in its slice.
+    """
+
+    first: int
+    last: int
+    place: int
 
 
 class Slices:
@@ -29,18 +55,34 @@ class Slices:
 
     def __init__(self, rows: tuple[tuple[int, int], ...], count: int, dtype: torch.dtype, device: torch.device):
         plan = quantization.Slices(np.repeat([length for _, length in rows], [number for number, _ in rows]), count)
+        self.numbers = sum(number * length for number, length in rows)
         self.count, self.size, self.dtype = plan.count, plan.size, dtype
         self.nbytes = plan.nbytes(dtype.itemsize)
         # On the host, for the compiled passes.
         self.segments = np.ascontiguousarray(plan.segments)
+        self._width = self.segments.shape[1]
+        self._starts = np.cumsum(self.segments) - self.segments.reshape(-1)
         self._device = device
+        self._compiled = _codes is not None and device.type == "cpu"
 
     @functools.cached_property
     def _segment_of(self) -> torch.Tensor:
         """(slices, size): which of a slice's segments each number is in."""
-        count, width = self.segments.shape
-        columns = np.repeat(np.tile(np.arange(width), count), self.segments.reshape(-1))
-        return torch.from_numpy(columns.reshape(count, self.size)).to(self._device)
+        columns = np.repeat(np.tile(np.arange(self._width), self.count), self.segments.reshape(-1))
+        return torch.from_numpy(columns.reshape(self.count, self.size)).to(self._device)
+
+    def _span_of_slices(self, index: int | None) -> Span:
+        """Of all slices, or of the one with this index."""
+        first, count = (0, self.count) if index is None else (index, 1)
+        return Span(first * self._width, (first + count) * self._width, 0)
+
+    def _spans_of_parts(self, sizes: Sequence[int]) -> list[Span]:
+        """Of parts of the numbers, each of which has whole rows; zeros after the last row are the last part's."""
+        firsts = np.searchsorted(self._starts, np.cumsum(sizes) - sizes).tolist()
+        return [
+            Span(first, last, int(self._starts[first]) - first // self._width * self.size)
+            for first, last in zip(firsts, [*firsts[1:], self.segments.size])
+        ]
 
     def encoded(self, numbers: torch.Tensor, index: int | None = None) -> torch.Tensor:
         """The messages (slices, bytes) of all slices, or of the one with this index.
@@ -48,17 +90,14 @@ class Slices:
         Args:
             numbers: theirs, flat; what is missing at the end is zeros.
         """
-        first, count = (0, self.count) if index is None else (index, 1)
-        if _codes is not None and self._device.type == "cpu":
-            message = torch.empty(count, self.nbytes, dtype=torch.uint8)
-            _codes.encode(
-                self.dtype == torch.float64, numbers.data_ptr(), len(numbers), self.segments[first].ctypes.data,
-                self.segments.shape[1], count, self.size, message.data_ptr(), self.nbytes,
-            )
-            return message
+        count = self.count if index is None else 1
+        if self._compiled:
+            messages = torch.empty(count, self.nbytes, dtype=torch.uint8)
+            self._encode(Part(numbers, None, 1), self._span_of_slices(index), messages, leaves=False)
+            return messages
         numbers = torch.nn.functional.pad(numbers, (0, count * self.size - len(numbers))).view(count, self.size)
-        segment_of = self._segment_of.narrow(0, first, count)
-        largest = numbers.new_zeros(count, self.segments.shape[1])
+        segment_of = self._segment_of.narrow(0, index or 0, count)
+        largest = numbers.new_zeros(count, self._width)
         largest.scatter_reduce_(1, segment_of, numbers.abs(), "amax")
         units = torch.where(torch.isfinite(largest), largest / LEVELS, torch.nan)
         each = units.gather(1, segment_of)
@@ -66,80 +105,161 @@ class Slices:
         codes = torch.where(counted, (numbers / each).round(), 0).to(torch.int8)
         return torch.cat([units.view(torch.uint8), codes.view(torch.uint8)], 1)
 
-    def decoded(
-        self, messages: torch.Tensor, index: int | None = None, divisor: int = 1, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The numbers, flat, that the messages of all slices, or of the one with this index, hold.
+    def encoded_parts(self, parts: Sequence[Part]) -> tuple[torch.Tensor, list[Any]]:
+        """The messages (slices, bytes) of all slices, and each part's norm, a number or a scalar. In the deltas stays
+        what the messages do not say."""
+        deltas = [part.delta for part in parts]
+        sizes = [len(delta) for delta in deltas]
+        if self._compiled:
+            messages = torch.empty(self.count, self.nbytes, dtype=torch.uint8)
+            spans = self._spans_of_parts(sizes)
+            return messages, [
+                self._encode(part, span, messages[span.first // self._width], leaves=True) ** 0.5
+                for part, span in zip(parts, spans)
+            ]
+        for delta, memory, scale in parts:
+            if memory is not None:
+                delta.add_(memory, alpha=scale)
+        norms = [torch.linalg.vector_norm(delta, dtype=torch.float64) for delta in deltas]
+        messages = self.encoded(joined(deltas))
+        torch._foreach_sub_(deltas, self.decoded(messages.unsqueeze(0)).split(sizes))
+        return messages, norms
 
-        Args:
-            messages: (slices, bytes).
-            divisor: of the numbers.
-            out: what to add them to.
-        """
-        first, count = (0, self.count) if index is None else (index, 1)
-        if _codes is not None and self._device.type == "cpu":
-            adds = out is not None
-            out = torch.empty(count * self.size, dtype=self.dtype) if out is None else out
-            _codes.decode(
-                self.dtype == torch.float64, messages.data_ptr(), messages.stride(0), self.segments[first].ctypes.data,
-                self.segments.shape[1], count, self.size, divisor, out.data_ptr(), adds,
-            )
+    def _encode(self, part: Part, span: Span, messages: torch.Tensor, leaves: bool) -> float:
+        """Writes the messages from the first segment's slice on."""
+        delta, memory, scale = part
+        return _codes.encode(
+            self.dtype == torch.float64, delta.data_ptr(), len(delta), 0 if memory is None else memory.data_ptr(),
+            scale, leaves, self.segments.ctypes.data, self._width, *span, self.nbytes, messages.data_ptr(),
+        )
+
+    def decoded(self, messages: torch.Tensor, divisor: int = 1, index: int | None = None) -> torch.Tensor:
+        """The sum of what all senders' messages (senders, slices, bytes) say, over a divisor, flat: of all numbers, or
+        of the slice with this index."""
+        if self._compiled:
+            out = torch.empty(self.numbers if index is None else self.size, dtype=self.dtype)
+            self._decode(messages, divisor, self._span_of_slices(index), out)
             return out
-        units, codes = messages.split([self.segments.shape[1] * self.dtype.itemsize, self.size], 1)
-        units = units.clone(memory_format=torch.contiguous_format).view(self.dtype)
-        codes = codes.view(torch.int8)
-        found = (codes.to(self.dtype) * (units / divisor).gather(1, self._segment_of.narrow(0, first, count))).view(-1)
-        return found if out is None else out.add_(found)
+        units, codes = self._units(messages) / divisor, messages.narrow(2, self.nbytes - self.size, self.size)
+        segment_of = self._segment_of if index is None else self._segment_of.narrow(0, index, 1)
+        total = torch.zeros(segment_of.shape, dtype=self.dtype, device=self._device)
+        for unit, code in zip(units, codes.view(torch.int8)):
+            total += code.to(self.dtype) * unit.gather(1, segment_of)
+        return total.view(-1) if index is not None else total.view(-1).narrow(0, 0, self.numbers)
 
-    def summed(self, messages: torch.Tensor, index: int) -> torch.Tensor:
-        """The mean of what all workers' messages (W, bytes) say of one slice, in the workers' order."""
-        total = torch.zeros(self.size, dtype=self.dtype, device=self._device)
-        for worker in range(len(messages)):
-            self.decoded(messages.narrow(0, worker, 1), index, len(messages), total)
-        return total
+    def writers(
+        self, messages: torch.Tensor, divisor: int, sizes: Sequence[int]
+    ) -> list[Callable[[torch.Tensor], object]]:
+        """For each part of so many numbers, what writes it of what `decoded` would give to a flat tensor."""
+        if self._compiled:
+            spans = self._spans_of_parts(sizes)
+            return [
+                functools.partial(self._decode, messages[:, span.first // self._width :], divisor, span)
+                for span in spans
+            ]
+        parts = self.decoded(messages, divisor).split(list(sizes))
+        return [functools.partial(_copy, part) for part in parts]
+
+    def finite(self, messages: torch.Tensor, divisor: int) -> torch.Tensor:
+        """Whether what `decoded` would give is finite, up to rounding; a boolean on the device."""
+        return torch.isfinite((self._units(messages) / divisor).sum(0) * (LEVELS + 1)).all()
+
+    def _units(self, messages: torch.Tensor) -> torch.Tensor:
+        """(senders, slices, segments of a slice)."""
+        units = messages.narrow(2, 0, self._width * self.dtype.itemsize)
+        return units.clone(memory_format=torch.contiguous_format).view(self.dtype)
+
+    def _decode(self, messages: torch.Tensor, divisor: int, span: Span, out: torch.Tensor) -> None:
+        """Writes what the messages (senders, slices, bytes) say, which begin with the first segment's slice."""
+        _codes.decode(
+            self.dtype == torch.float64, messages.data_ptr(), len(messages), messages.stride(0),
+            self.segments.ctypes.data, self._width, *span, messages.stride(1), divisor, out.data_ptr(), len(out),
+        )
+
+
+class CodedMean(NamedTuple):
+    """All workers' mean, as it has come.
+
+    Attributes:
+        messages: (senders, slices, bytes): what they say sums to the mean,
+        divisor: over this.
+        first, more: what this worker is to add to its part of the mean, flat, and from which number on.
+    """
+
+    messages: torch.Tensor
+    divisor: int
+    first: int
+    more: torch.Tensor
+
+
+def _copy(part: torch.Tensor, out: torch.Tensor) -> None:
+    # Not copy_, which PyTorch's fake tensors refuse where there is no such device.
+    torch._foreach_copy_([out], [part])
 
 
 # A model's buckets, each with its factors; with Accordion, of both ranks.
 _slices = functools.lru_cache(1024)(Slices)
 
 
+def slices_of(rows: Sequence[tuple[int, int]], workers: int, like: torch.Tensor) -> Slices:
+    """Those of rows, as Slices takes them, that so many workers average; the numbers are of the kind of `like`."""
+    return _slices(tuple(rows), quantization.slice_count(workers), like.dtype, like.device)
+
+
+def coded_mean(
+    slices: Slices, message: torch.Tensor, name: str, step: Step, compressor: Compressor
+) -> Generator[Any, Any, CodedMean]:
+    """quantization.mean of what all workers' messages say. Yields what it waits for.
+
+    Args:
+        message: this worker's, of all slices.
+        name: of the messages.
+        step: that this belongs to.
+        compressor: that asks for it.
+    """
+    workers = step.workers
+    nothing = torch.empty(0, dtype=slices.dtype, device=message.device)
+    if workers.count == 1:
+        return CodedMean(message.unsqueeze(0), 1, 0, nothing)
+    step.count(message.nbytes, message.nbytes if slices.count > 1 else message.nbytes * workers.count)
+    if slices.count == 1:
+        messages = yield workers.gather(message[0], f"{name}.gather", step.parity, compressor)
+        return CodedMean(messages.unsqueeze(1), workers.count, 0, nothing)
+    messages = yield workers.exchange(message, f"{name}.alltoall", step.parity, compressor)
+    index = workers.index
+    mine = slices.decoded(messages.unsqueeze(1), workers.count, index)
+    message = slices.encoded(mine, index)
+    rounded = slices.decoded(message.unsqueeze(0), index=index)
+    step.count(message.nbytes, message.nbytes * workers.count)
+    messages = yield workers.gather(message[0], f"{name}.gather", step.parity, compressor)
+    return CodedMean(messages.unsqueeze(0), 1, index * slices.size, (rounded - mine) * workers.count)
+
+
 def quantized_mean(
-    flat: torch.Tensor,
-    rows: tuple[tuple[int, int], ...],
-    name: str,
-    step: Step,
-    compressor: Compressor,
+    flat: torch.Tensor, rows: Sequence[tuple[int, int]], name: str, step: Step, compressor: Compressor
 ) -> Generator[Any, Any, tuple[torch.Tensor, torch.Tensor]]:
     """quantization.mean of this worker's rows and the others'. Yields what it waits for.
 
     Args:
         flat: the rows, one after the other.
         rows: for each matrix, how many there are, and how long they are.
-        name: of the messages.
-        step: that this belongs to.
-        compressor: that asks for it.
+        (the others): as coded_mean's.
 
     Returns:
         The mean and this worker's part of it, both flat.
     """
-    workers = step.workers
-    slices = _slices(rows, quantization.slice_count(workers.count), flat.dtype, flat.device)
+    slices = slices_of(rows, step.workers.count, flat)
     message = slices.encoded(flat)
-    own = slices.decoded(message)
-    if workers.count == 1:
-        own = own.narrow(0, 0, len(flat))
-        return own, own
-    step.count(message.nbytes, message.nbytes if slices.count > 1 else message.nbytes * workers.count)
-    if slices.count == 1:
-        messages = yield workers.gather(message[0], f"{name}.gather", step.parity, compressor)
-        mean = slices.summed(messages, 0)
-    else:
-        messages = yield workers.exchange(message, f"{name}.alltoall", step.parity, compressor)
-        index, mine = workers.index, slices.summed(messages, workers.index)
-        message = slices.encoded(mine, index)
-        step.count(message.nbytes, message.nbytes * workers.count)
-        messages = yield workers.gather(message[0], f"{name}.gather", step.parity, compressor)
-        mean = slices.decoded(messages)
-        rounded = mean.narrow(0, index * slices.size, slices.size)
-        own.narrow(0, index * slices.size, slices.size).add_(rounded - mine, alpha=workers.count)
-    return mean.narrow(0, 0, len(flat)), own.narrow(0, 0, len(flat))
+    own = slices.decoded(message.unsqueeze(0))
+    mean = yield from coded_mean(slices, message, name, step, compressor)
+    add_from([own], mean.first, mean.more, 1)
+    return slices.decoded(mean.messages, mean.divisor), own
+
+
+def add_from(parts: Sequence[torch.Tensor], first: int, numbers: torch.Tensor, sign: int) -> None:
+    """Adds numbers, from the first one's place on, to flat tensors that stand for one; what is too many is dropped."""
+    for part in parts:
+        start, end = max(first, 0), min(first + len(numbers), len(part))
+        if start < end:
+            part.narrow(0, start, end - start).add_(numbers.narrow(0, start - first, end - start), alpha=sign)
+        first -= len(part)

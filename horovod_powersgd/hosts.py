@@ -9,23 +9,23 @@ import os
 import socket
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from horovod_powersgd.compressors.compressor import Compressor
 
 
 class RowShare(NamedTuple):
-    """A worker's part of the rows of every matrix.
+    """A worker's part of the rows of every matrix. Integers, or in TensorFlow's graphs int64 tensors.
 
     Attributes:
         place: which part, from 0.
         parts: into how many the rows are divided: so many workers share a host.
     """
 
-    place: int
-    parts: int
+    place: Any
+    parts: Any
 
-    def rows(self, n: int, place: int | None = None) -> tuple[int, int]:
+    def rows(self, n: int, place: Any = None) -> tuple[Any, Any]:
         """The first of a matrix's n rows that are of this part, or of another place's, and how many they are."""
         place = self.place if place is None else place
         first, end = n * place // self.parts, n * (place + 1) // self.parts
@@ -37,13 +37,11 @@ class Host(NamedTuple):
 
     Attributes:
         peers: the workers that share it, by their numbers, in ascending order.
-        share: this worker's.
-        hosts: how many there are; all have as many workers.
+        share: this worker's; all hosts have as many workers.
     """
 
-    peers: tuple[int, ...]
+    peers: Any
     share: RowShare
-    hosts: int
 
 
 def host_key() -> int:
@@ -74,4 +72,4 @@ def host_of(keys: Sequence[int], worker: int, config: Compressor) -> Host | str:
     if len(set(counts)) > 1:
         return f"the hosts have different numbers of workers: {', '.join(map(str, counts))}"
     mine = peers[keys[worker]]
-    return Host(tuple(mine), RowShare(mine.index(worker), len(mine)), len(counts))
+    return Host(tuple(mine), RowShare(mine.index(worker), len(mine)))

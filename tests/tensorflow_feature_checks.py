@@ -803,12 +803,6 @@ def check_a_checkpoint_serves_another_number_of_workers():
         hvd.load_compression_state_dict(states, [variable("other")])
 
 
-def check_an_exchange_of_two_levels_has_one_here():
-    trainee = EagerTrainee(PowerSGD(hierarchical=True))
-    trainee.exchange(cases.gradients(0, hvd.rank(), "float32"))
-    assert trainee.stats().flat_because == "TensorFlow exchanges in one level"
-
-
 def check_misuse_is_told():
     def tape(**options):
         return hvd.DistributedGradientTape(tf.GradientTape(), **options)

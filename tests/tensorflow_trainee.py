@@ -46,6 +46,14 @@ class Trainee:
         self.start(gradients)
         return self.finish()
 
+    def saved(self):
+        """This worker's compression state."""
+        return hvd.compression_state_dict(self.variables.values())
+
+    def load(self, states):
+        """Goes on where a state, or all workers' states, were saved."""
+        hvd.load_compression_state_dict(states, self.variables.values(), compression=self._config)
+
     def stats(self):
         return hvd.compression_stats(self.variables.values())
 

@@ -21,8 +21,8 @@ def test_shares_are_all_rows_once_and_differ_by_one(n, parts):
 
 
 def test_workers_of_a_host_need_not_be_neighbours():
-    assert host_of([5, 3, 5, 3], 2, CONFIG) == Host(peers=(0, 2), share=RowShare(1, 2), hosts=2)
-    assert host_of([5, 3, 5, 3], 1, CONFIG) == Host(peers=(1, 3), share=RowShare(0, 2), hosts=2)
+    assert host_of([5, 3, 5, 3], 2, CONFIG) == Host(peers=(0, 2), share=RowShare(1, 2))
+    assert host_of([5, 3, 5, 3], 1, CONFIG) == Host(peers=(1, 3), share=RowShare(0, 2))
 
 
 @pytest.mark.parametrize(

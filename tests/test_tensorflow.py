@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ import horovod_powersgd
 from horovod_powersgd.activation import REPLACED
 from job import COMPARING, Launch, assert_passed, launched
 
-CHECKS, FEATURES, KERAS, CALLBACKS, ACTIVATED = (
-    f"{name}_checks" for name in ("tensorflow", "tensorflow_feature", "keras", "keras_callback", "keras_activated")
+CHECKS, FEATURES, TWO_LEVELS, KERAS, CALLBACKS, ACTIVATED = (
+    f"{name}_checks"
+    for name in (
+        "tensorflow", "tensorflow_feature", "tensorflow_two_level", "keras", "keras_callback", "keras_activated"
+    )
 )
 KERAS_2, AS_BUILT = ("TF_USE_LEGACY_KERAS", "1"), ("GRAPHS", "as-built")
 # Of Keras: where workers meet. One worker runs the others.
@@ -30,12 +34,12 @@ LAUNCHES = [
     Launch(None, 1, (CHECKS,), partly=(KERAS,), pattern=OF_ONE, variables=(AS_BUILT,)),
     Launch(None, 1, partly=(KERAS,), pattern=OF_ONE, variables=(KERAS_2,)),
     Launch("horovodrun --gloo", 2, (CHECKS, CALLBACKS, ACTIVATED), variables=(AS_BUILT,), compression=ACTIVE),
-    Launch("horovodrun --gloo", 3, partly=(CHECKS, KERAS), pattern=OF_THREE),
-    Launch("horovodrun --gloo", 4, partly=(CHECKS, KERAS), pattern=OF_FOUR, variables=(KERAS_2, AS_BUILT)),
-    Launch("mpirun", 2, (FEATURES,), partly=(CHECKS, KERAS), pattern=OF_TWO, variables=(AS_BUILT,)),
+    Launch("horovodrun --gloo", 3, partly=(CHECKS, KERAS, TWO_LEVELS), pattern=OF_THREE),
+    Launch("horovodrun --gloo", 4, (TWO_LEVELS,), (CHECKS, KERAS), pattern=OF_FOUR, variables=(KERAS_2, AS_BUILT)),
+    Launch("mpirun", 2, (FEATURES,), partly=(CHECKS, KERAS, TWO_LEVELS), pattern=OF_TWO, variables=(AS_BUILT,)),
     Launch("mpirun", 2, (CALLBACKS,), partly=(KERAS,), pattern=OF_TWO, variables=(KERAS_2, AS_BUILT)),
     Launch("mpirun", 3, partly=(FEATURES, CHECKS, KERAS), pattern=THREE_MPI, variables=(AS_BUILT,)),
-    Launch("mpirun", 4, partly=(CHECKS, KERAS), pattern=OF_FOUR, variables=(AS_BUILT,)),
+    Launch("mpirun", 4, partly=(CHECKS, KERAS, TWO_LEVELS), pattern=OF_FOUR, variables=(AS_BUILT,)),
 ]
 
 
@@ -46,6 +50,11 @@ def test_tensorflow(launch, check):
 
 @pytest.mark.parametrize("launch, check", launched(FEATURES, LAUNCHES))
 def test_tensorflow_features(launch, check):
+    assert_passed(launch, check)
+
+
+@pytest.mark.parametrize("launch, check", launched(TWO_LEVELS, LAUNCHES))
+def test_tensorflow_in_two_levels(launch, check):
     assert_passed(launch, check)
 
 
@@ -97,6 +106,14 @@ def test_everything_that_horovod_exports_is_there_with_horovods_signatures():
     for name in ("callbacks", "elastic"):
         for exported in (n for n in vars(getattr(horovod.tensorflow.keras, name)) if n[0].isupper()):
             assert hasattr(getattr(hvd_keras, name), exported) or exported == "K", exported
+
+
+def test_factors_in_8_bits_go_the_way_of_one_level():
+    from horovod_powersgd.tensorflow.fast_paths import gradient_class_of
+    from horovod_powersgd.tensorflow.powersgd_gradient import PowerSGDGradient
+
+    config = horovod_powersgd.PowerSGD(hierarchical=True, wire_dtype="int8")
+    assert gradient_class_of(config) is PowerSGDGradient is not gradient_class_of(replace(config, wire_dtype=None))
 
 
 def test_slices_that_are_cut_in_a_graph_are_the_others():

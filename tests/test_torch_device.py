@@ -31,7 +31,7 @@ CONFIGS = [
 # A job of one, without Horovod.
 ALONE = SimpleNamespace(process_set_id=0, size=lambda: 1, rank=lambda: 0)
 # Two workers share its host, both with what this one has.
-HOST = Host((0, 1), RowShare(0, 2), hosts=1)
+HOST = Host((0, 1), RowShare(0, 2))
 
 
 class Exchanged:

@@ -37,6 +37,14 @@ class Trainee:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
+    def saved(self):
+        """This worker's compression state."""
+        return self.optimizer.compression_state_dict()
+
+    def load(self, states):
+        """Goes on where a state, or all workers' states, were saved."""
+        self.optimizer.load_compression_state_dict(states)
+
     def stats(self):
         return self.optimizer.compression_stats()
 

@@ -14,6 +14,7 @@ from tensorflow.python.eager import context
 from horovod_powersgd.agreement import MOST_WORKERS, Description, ballot, configuration, differences
 from horovod_powersgd.tensorflow.order import Order
 from horovod_powersgd.tensorflow.settings import Settings
+from horovod_powersgd.tensorflow.shared_host import SharedHost
 from horovod_powersgd.tensorflow.variable import make_variable, plain_name
 from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import Workers
@@ -55,6 +56,7 @@ class Agreement:
         description: gives what must be the same on all workers.
         states: of the variables.
         workers: that exchange.
+        host: what is to be found then where two levels are asked for, else None.
         prefix: of the messages' names; the same for workers that may not agree.
         in_session: whether it is in a graph of TensorFlow 1.
 
@@ -68,10 +70,11 @@ class Agreement:
         description: Callable[[], Description],
         states: Sequence[VariableState],
         workers: Workers,
+        host: SharedHost | None,
         prefix: str,
         in_session: bool,
     ):
-        self._description, self._states, self._workers = description, states, workers
+        self._description, self._states, self._workers, self._host = description, states, workers, host
         self._before = replace(workers, prefix=prefix)
         self._order = Order("powersgd", in_session)
         self.agreed = make_variable(workers.alone)
@@ -83,7 +86,9 @@ class Agreement:
         return tf.constant(True) if self._workers.alone else tf.cond(self.agreed, lambda: True, self._reach)
 
     def _reach(self) -> tf.Tensor:
-        with tf.control_dependencies([self._order.end([self._compare()])]):
+        with tf.control_dependencies([self._compare()]):
+            compared = tf.no_op() if self._host is None else self._host.look()
+        with tf.control_dependencies([self._order.end([compared])]):
             with tf.control_dependencies([self.agreed.assign(True, read_value=False)]):
                 return tf.constant(True)
 

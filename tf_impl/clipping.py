@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from horovod_powersgd.clipping import SPIKE
 from horovod_powersgd.tensorflow.graph_function import graph_function
+from horovod_powersgd.tensorflow.snapshot import Snapshot
 from horovod_powersgd.tensorflow.variable_state import VariableState
 
 
@@ -18,7 +19,7 @@ def after_clipping(factor: tf.Tensor, usual: tf.Tensor):
     return of_memory, tf.where(known, usual * tf.sqrt(tf.clip_by_value(ratio, 1 / SPIKE, SPIKE)), factor)
 
 
-def clip_memory(state: VariableState, factor: tf.Tensor, before: tf.Variable | None) -> None:
+def clip_memory(state: VariableState, factor: tf.Tensor, snapshot: Snapshot | None) -> None:
     """Clips what the last step left in the memory, as its update is; adds ops to a graph.
 
     Where the memory before the step is still there, it comes back in the place of what is cut off.
@@ -26,11 +27,15 @@ def clip_memory(state: VariableState, factor: tf.Tensor, before: tf.Variable | N
     Args:
         state: of the variable.
         factor: what the update is multiplied by, float64, 0 or more. Where it is not finite the step is none.
-        before: the memory before the step; None where nobody kept it.
+        snapshot: has the memory before the step; None where nobody kept it.
     """
-
     assert state.memory is not None and state.usual_clipping is not None
     of_last_step, usual_clipping = state.memory, state.usual_clipping
+    before = None if snapshot is None else snapshot.copy_of(state.memory)
+    comparable = tf.constant(True)
+    if snapshot is not None and state.memory_share is not None:
+        # A memory before of another division of the rows is in the last step's gradient.
+        comparable = tf.reduce_all(tf.equal(state.memory_share, snapshot.copy_of(state.memory_share)))
 
     def clip():
         of_memory, usual = after_clipping(factor, tf.convert_to_tensor(usual_clipping))
@@ -42,7 +47,7 @@ def clip_memory(state: VariableState, factor: tf.Tensor, before: tf.Variable | N
             of_last_step.assign(memory if before is None else memory + (1 - part) * before)
             return True
 
-        return tf.cond(of_memory < 1, cut, lambda: False)
+        return tf.cond((of_memory < 1) & comparable, cut, lambda: False)
 
     tf.cond(tf.math.is_finite(factor), clip, lambda: False)
 

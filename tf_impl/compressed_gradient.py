@@ -25,9 +25,7 @@ class CompressedGradient(PlainGradient):
 
     def begin(self, step: Step) -> None:
         state, amount = self.state, self.state.layout.amount
-        self._delta = tf.reshape(tf.cast(self._tensor, state.dtype), state.layout.matrix_shape)
-        if state.memory is not None:
-            self._delta += state.memory
+        self._delta = self._with_memory(tf.reshape(tf.cast(self._tensor, state.dtype), state.layout.matrix_shape))
         if state.accordion is not None:
             self._decision = state.accordion.decide(step.number, step.learning_rate)
             amount = state.accordion.amount(self._decision)
@@ -48,7 +46,7 @@ class CompressedGradient(PlainGradient):
     def commit(self) -> list[tf.Operation]:
         state, ops = self.state, []
         if state.memory is not None:
-            memory = self._delta - tf.reshape(self._sent, state.layout.matrix_shape)
+            memory = self._delta - tf.reshape(self._sent, [-1, state.layout.matrix[1]])
             ops.append(state.memory.assign(memory, read_value=False))
         if state.accordion is not None:
             ops += state.accordion.keep(self._decision, self.mean)
@@ -58,6 +56,10 @@ class CompressedGradient(PlainGradient):
     def prepare(state: VariableState) -> None:
         """Makes the variables that this kind of gradient keeps."""
         raise NotImplementedError
+
+    def _with_memory(self, gradient: tf.Tensor) -> tf.Tensor:
+        """Delta."""
+        return gradient if self.state.memory is None else gradient + self.state.memory
 
     def _exchange(self, step: Step, amount: int | tf.Tensor) -> Generator[Any, Any, Any]:
         """Yields requests; returns the mean, and this worker's part of it, which leaves the memory."""

@@ -180,5 +180,6 @@ class CompressionState(tf.Module):
         self.steps = states[0].counters.steps
         self.tensors = {}
         for state in states:
-            memory = {} if state.memory is None else {"memory": state.memory}
-            self.tensors[state.name] = {**memory, **state.shared()}
+            own = {"memory": state.memory, "memory_share": state.memory_share}
+            own = {name: variable for name, variable in own.items() if variable is not None}
+            self.tensors[state.name] = {**own, **state.shared()}

@@ -17,9 +17,11 @@ from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.tensorflow.agreement import Agreement, describe
 from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
 from horovod_powersgd.tensorflow.gradient import PlainGradient, Step
+from horovod_powersgd.tensorflow.host_mean import HostMean
 from horovod_powersgd.tensorflow.message import Message, nbytes
 from horovod_powersgd.tensorflow.order import Order
 from horovod_powersgd.tensorflow.settings import Settings
+from horovod_powersgd.tensorflow.shared_host import SharedHost
 from horovod_powersgd.tensorflow.snapshot import Snapshot
 from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import Workers, transportable
@@ -56,7 +58,10 @@ class Exchange:
             settings.device,
             settings.device_sparse,
         )
-        self._agreement = Agreement(description, self.states, self._workers, name_of_agreement, self._in_session)
+        self._host = SharedHost(self._workers, self._config) if self._config.family.hierarchical else None
+        self._agreement = Agreement(
+            description, self.states, self._workers, self._host, name_of_agreement, self._in_session
+        )
         self._order = Order(name, self._in_session)
         self._eagerly = tf.function(self._build, autograph=False, reduce_retracing=True)
 
@@ -100,7 +105,7 @@ class Exchange:
                 )
                 for state, sparse in zip(self.states, self._sparse)
             ),
-            flat_because="TensorFlow exchanges in one level" if self._config.family.hierarchical else None,
+            flat_because=None if self._host is None else self._host.flat_because,
         )
 
     def _build(
@@ -115,13 +120,14 @@ class Exchange:
         # Horovod's ops are known by their names: without a scope, TensorFlow makes them differ in one graph.
         with graph.name_scope(None), tf.control_dependencies([self._prepare(snapshots)]):
             number = tf.identity(self.counters.steps)
+            host = None if self._host is None else self._host.now()
             dense = [i for i, is_sparse in enumerate(self._sparse) if not is_sparse]
             sparse = {i: self._exchange_sparse(i, gradients[i]) for i, s in enumerate(self._sparse) if s}
             finite = [tf.reduce_all(tf.math.is_finite(update.values)) for update, _ in sparse.values()]
 
             def exchange(branch, renews=False, sends_halves=False):
                 who = self._workers.number(), self._workers.count(tf.int64)
-                step = Step(number, *who, learning_rate, renews, sends_halves)
+                step = Step(number, *who, learning_rate, renews, sends_halves, host)
                 return self._exchange_dense(branch, dense, [gradients[i] for i in dense], step, finite)
 
             updates, finite, traffic = self._by_branch(number, exchange)
@@ -165,7 +171,8 @@ class Exchange:
         if self._in_session:
             ready = []
             kept = itertools.chain(*(state.variables().values() for state in self.states))
-            for variable in (self._agreement.agreed, *self.counters.variables().values(), *kept):
+            found = () if self._host is None else (self._host.peers,)
+            for variable in (self._agreement.agreed, *found, *self.counters.variables().values(), *kept):
                 there = tf.compat.v1.is_variable_initialized(variable)
                 ready.append(tf.cond(there, tf.no_op, functools.partial(_initialise, variable)))
         else:
@@ -198,7 +205,7 @@ class Exchange:
         if isinstance(groups, list):
             by_index = dict(zip(indices, gradients))
             groups = [[by_index[i] for i in group if i in by_index] for group in groups]
-        there = functools.cache(lambda: self._workers.all_there("all_there", self._config))
+        there = functools.cache(lambda: self._all_there(step))
         messages = []
         for i, bucket in enumerate(sort_into_buckets(gradients, groups)):
             messages += self._exchange_bucket(f"{branch}.{bucket_name(i, bucket)}", bucket, step, there)
@@ -215,6 +222,17 @@ class Exchange:
         committed = tf.cond(finite, commit, lambda: tf.constant(False))
         return updates, committed, _total([message.traffic for message in messages])
 
+    def _all_there(self, step: Step) -> tf.Operation:
+        """Workers.all_there, before this step gathers. In two levels the workers of a host do."""
+
+        def asked():
+            with tf.control_dependencies([self._workers.all_there("all_there", self._config)]):
+                return tf.constant(True)
+
+        if step.host is None or not self._config.linear:
+            return asked().op
+        return tf.cond(step.host.share.parts > 1, asked, lambda: tf.constant(True)).op
+
     def _exchange_bucket(
         self, name: str, bucket: Sequence[PlainGradient], step: Step, there: Callable[[], tf.Operation]
     ) -> list[Message]:
@@ -228,6 +246,8 @@ class Exchange:
             if not asking:
                 break
             kinds = defaultdict(list)
+            # What is averaged as it is travels with the factors, not before them.
+            asking = [sender for sender in asking if isinstance(sender[1], HostMean)] or asking
             for gradient, request in asking:
                 kinds[_kind_of_message(request)].append((gradient, request))
             for kind, senders in kinds.items():
@@ -240,6 +260,10 @@ class Exchange:
                 elif kind == "gathered":
                     with tf.control_dependencies([there()]):
                         answers = message.gathered(self._workers, f"{name}.{i}.{kind}")
+                elif in_host := [request for _, request in senders if isinstance(request, HostMean)]:
+                    assert step.host is not None
+                    with tf.control_dependencies([there()]):
+                        answers = message.averaged_in_host(in_host, step.host, self._workers, f"{name}.{i}.{kind}")
                 else:
                     answers = message.averaged(self._workers, f"{name}.{i}.{kind}")
                 for (sender, _), answer in zip(senders, answers):
@@ -255,11 +279,14 @@ class Exchange:
         return tf.cast(tf.reshape(update, gradient.state.layout.shape), gradient.state.variable_dtype)
 
 
-def _kind_of_message(request: AllreduceMean | QuantizedMean | Allgather) -> str:
-    """What the requests have in common that travel together: the dtype's name, "quantized" or "gathered"."""
+def _kind_of_message(request: AllreduceMean | QuantizedMean | Allgather | HostMean) -> str:
+    """What the requests have in common that travel together: the dtype's name, with "host." before it where they stay
+    in the host; "quantized" or "gathered"."""
     if isinstance(request, QuantizedMean):
         return "quantized"
-    return request.tensors[0].dtype.name if isinstance(request, AllreduceMean) else "gathered"
+    if isinstance(request, Allgather):
+        return "gathered"
+    return f"{'host.' if isinstance(request, HostMean) else ''}{request.tensors[0].dtype.name}"
 
 
 def _bytes_uncompressed(gradients: Sequence[Tensor]) -> tf.Tensor:

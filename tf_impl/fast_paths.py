@@ -5,6 +5,7 @@ from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
 from horovod_powersgd.tensorflow.generator_gradient import GeneratorGradient
 from horovod_powersgd.tensorflow.powersgd_gradient import PowerSGDGradient
+from horovod_powersgd.tensorflow.two_level_gradient import TwoLevelGradient
 
 FAST = {PowerSGD: PowerSGDGradient}
 
@@ -12,4 +13,6 @@ FAST = {PowerSGD: PowerSGDGradient}
 def gradient_class_of(config: Compressor) -> type[CompressedGradient]:
     """What a compressed gradient of this compressor goes through: the fast path where there is one, otherwise the
     compressor's generator."""
+    if config.family.hierarchical and config.linear:
+        return TwoLevelGradient
     return next((path for cls, path in FAST.items() if isinstance(config.family, cls)), GeneratorGradient)

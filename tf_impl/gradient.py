@@ -6,6 +6,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean, QuantizedMean
+from horovod_powersgd.hosts import Host
+from horovod_powersgd.tensorflow.host_mean import HostMean
 from horovod_powersgd.tensorflow.variable import plain_name
 from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import transportable
@@ -21,6 +23,7 @@ class Step(NamedTuple):
         learning_rate: float64; None where it is not known.
         renews: whether it renews PowerSGD's subspaces.
         sends_halves: whether PowerSGD's factors travel in half precision, where they are to.
+        host: this worker's, of int64 tensors, where two levels are asked for: SharedHost.now.
     """
 
     number: tf.Tensor
@@ -29,6 +32,7 @@ class Step(NamedTuple):
     learning_rate: tf.Tensor | None
     renews: bool
     sends_halves: bool
+    host: Host | None
 
 
 class PlainGradient:
@@ -45,7 +49,7 @@ class PlainGradient:
     """
 
     compressed = False
-    request: AllreduceMean | QuantizedMean | Allgather | None
+    request: AllreduceMean | QuantizedMean | Allgather | HostMean | None
 
     def __init__(self, state: VariableState, tensor: tf.Tensor):
         self.state = state

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from horovod_powersgd.compressors.compressor import Traffic
+from horovod_powersgd.hosts import Host
+from horovod_powersgd.tensorflow.host_mean import HostMean
 from horovod_powersgd.tensorflow.quantization import Number, quantized_mean
 from horovod_powersgd.tensorflow.workers import Workers
 
@@ -50,6 +52,43 @@ class Message:
         """
         mean, own, self.traffic = quantized_mean(_joined(self._flat), rows, workers, name)
         return [list(both) for both in zip(*(_split(part, self._flat, 0) for part in (mean, own)))]
+
+    def averaged_in_host(
+        self, requests: Sequence[HostMean], host: Host, workers: Workers, name: str
+    ) -> list[list[tf.Tensor]]:
+        """The averages of tensors of one dtype over the workers of a host, each flat. Nothing leaves the host.
+
+        Args:
+            requests: for the senders' tensors, in their order.
+            host: this worker's, of tensors.
+            workers: that exchange.
+            name: of the message.
+        """
+        self.traffic = Traffic(tf.constant(0, tf.int64), tf.constant(0, tf.int64))
+        if workers.alone:
+            return self._by_sender(self._flat)
+        share = host.share
+
+        def sizes(place):
+            return [request.numbers_of(share, place)[1] for request in requests]
+
+        def add(place, messages):
+            numbers = [request.numbers_of(share, place) for request in requests]
+            found = [part[first : first + size] for part, (first, size) in zip(self._flat, numbers)]
+            return place + 1, messages.write(tf.cast(place, tf.int32), _joined(found))
+
+        def exchanged():
+            dtype, count = self._flat[0].dtype, tf.cast(share.parts, tf.int32)
+            messages = tf.TensorArray(dtype, count, infer_shape=False, element_shape=[None])
+            start = tf.constant(0, tf.int64), messages
+            messages = tf.while_loop(lambda place, _: place < share.parts, add, start)[1]
+            places = tf.range(share.parts)
+            to_each = tf.zeros_like(places) + sum(sizes(places))
+            received = workers.exchange(messages.concat(), host.peers, to_each, name)
+            mean = tf.reduce_mean(tf.reshape(received, tf.stack([share.parts, -1])), 0)
+            return tf.split(mean, sizes(share.place))
+
+        return self._by_sender(tf.cond(share.parts > 1, exchanged, lambda: self._flat))
 
     def _by_sender(self, answers: Sequence[tf.Tensor]) -> list[list[tf.Tensor]]:
         remaining = iter(answers)

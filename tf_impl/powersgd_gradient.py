@@ -40,6 +40,12 @@ class PowerSGDGradient(CompressedGradient):
         return tf.float16 if _powersgd(self.state).wire_dtype == "float16" else self.state.dtype
 
     def _exchange(self, step: Step, amount: int | tf.Tensor) -> Generator[Any, Any, Any]:
+        yield from self._half_steps(step, amount)
+        # Error feedback from this worker's own last factor: delta_w - P^ Q_w^T.
+        return self._update(), _product(self._basis, self._own, self._factor_is_q)
+
+    def _half_steps(self, step: Step, amount: int | tf.Tensor) -> Generator[Any, Any, None]:
+        """Yields a request for each."""
         state, config, key = self.state, _powersgd(self.state), tf.convert_to_tensor(self.state.key)
         # delta is finite where the small factor is that comes of it.
         factor, is_q = tf.convert_to_tensor(state.factor), state.factor_is_q
@@ -55,11 +61,7 @@ class PowerSGDGradient(CompressedGradient):
             factor = found
         for _ in range(config.half_steps(step.renews)):
             basis = _basis(factor, key)
-            own = _choose(
-                is_q,
-                lambda: tf.matmul(basis, self._delta, transpose_b=True),
-                lambda: tf.matmul(basis, self._delta),
-            )
+            own = self._multiply(basis, is_q)
             is_q = _not(is_q)
             shape = [amount, self._columns(is_q)]
             if config.wire_dtype == "int8":
@@ -75,10 +77,23 @@ class PowerSGDGradient(CompressedGradient):
             else:
                 mean = yield AllreduceMean(tf.reshape(own, [-1]))
                 factor = tf.reshape(mean, shape)
-            last = factor
-        self._factor, self._factor_is_q, self._own = factor, is_q, own
-        # Error feedback from this worker's own last factor: delta_w - P^ Q_w^T.
-        return _product(basis, marked(factor, self.finite), is_q), _product(basis, own, is_q)
+            last = factor = self._over_hosts(factor)
+        self._basis, self._factor, self._factor_is_q, self._own = basis, factor, is_q, own
+
+    def _multiply(self, basis: tf.Tensor, is_q: Flag) -> tf.Tensor:
+        """A half-step: (r, n) from a basis of Q, or (r, m)."""
+        return choose(
+            is_q,
+            lambda: tf.matmul(basis, self._delta, transpose_b=True),
+            lambda: tf.matmul(basis, self._delta),
+        )
+
+    def _over_hosts(self, mean: tf.Tensor) -> tf.Tensor:
+        """The mean of factors over the hosts, from that over the workers."""
+        return mean
+
+    def _update(self) -> tf.Tensor:
+        return _product(self._basis, marked(self._factor, self.finite), self._factor_is_q)
 
     def _marked_part(self, part: tf.Tensor) -> tf.Tensor:
         return part  # a factor is not finite where delta is not
@@ -90,8 +105,12 @@ class PowerSGDGradient(CompressedGradient):
         if isinstance(state.factor_is_q, tf.Variable):
             ops.append(state.factor_is_q.assign(self._factor_is_q, read_value=False))
         if state.norm is not None:
-            ops.append(state.norm.assign(tf.norm(tf.cast(self._own, tf.float64)), read_value=False))
+            ops.append(state.norm.assign(self._norm_of_sent(), read_value=False))
         return ops
+
+    def _norm_of_sent(self) -> tf.Tensor:
+        """VariableState.norm."""
+        return tf.norm(tf.cast(self._own, tf.float64))
 
     def _random(self, key: tf.Tensor, columns, rank, step) -> tf.Tensor:
         drawn = random_factor(arrays, key, step, columns, rank)
@@ -145,18 +164,20 @@ def _resized(factor: tf.Tensor, rank: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
 
 def _product(basis: tf.Tensor, factor: tf.Tensor, is_q: Flag) -> tf.Tensor:
     """P^ Q^T, or P Q^^T where the last half-step made P."""
-    return _choose(
-        is_q,
-        lambda: tf.matmul(basis, factor, transpose_a=True),
-        lambda: tf.matmul(factor, basis, transpose_a=True),
-    )
+    return tf.matmul(*p_and_q(basis, factor, is_q), transpose_a=True)
+
+
+def p_and_q(basis: tf.Tensor, factor: tf.Tensor, is_q: Flag) -> tuple[tf.Tensor, tf.Tensor]:
+    """The last half-step's factors, both transposed, of which the basis is one."""
+    return choose(is_q, lambda: (basis, factor), lambda: (factor, basis))
 
 
 def _not(flag: Flag) -> Flag:
     return not flag if isinstance(flag, bool) else tf.logical_not(flag)
 
 
-def _choose(flag: Flag, yes: Callable[[], tf.Tensor], no: Callable[[], tf.Tensor]) -> tf.Tensor:
+def choose(flag: Flag, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """What the one function gives, or the other."""
     if isinstance(flag, bool):
         return yes() if flag else no()
     return tf.cond(flag, yes, no)

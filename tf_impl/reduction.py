@@ -162,8 +162,7 @@ class Reduction:
             state = state_in(self.training, variable, self.compressor, self._process_set)
             if state is not None and state.memory is not None:
                 kept = self.discardable and state.snapshot in self._snapshots
-                before = state.snapshot.copy_of(state.memory) if kept else None
-                clip_memory(state, tf.cast(factor, tf.float64), before)
+                clip_memory(state, tf.cast(factor, tf.float64), state.snapshot if kept else None)
 
     def state_dict(self, variables: Sequence) -> dict[str, object]:
         """hvd.compression_state_dict, of this training.

@@ -10,6 +10,7 @@ from horovod.tensorflow.mpi_ops import ProcessSet
 
 from horovod_powersgd.compressors.accordion import Accordion
 from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.hosts import RowShare
 from horovod_powersgd.layout import layout_of, trailing_columns
 from horovod_powersgd.randomness import key_of
 from horovod_powersgd.statistics import residual
@@ -38,7 +39,9 @@ class VariableState:
             false.
         factor_is_q: True, or a boolean variable where P and Q alternate.
         kept: the other compressors': variables, by the key that the compressor keeps them under.
-        memory: (n, m) variable, zeros at first; this worker's own.
+        memory: (n, m) variable, zeros at first; this worker's own. In an exchange that may have two levels it is a
+            variable of (rows, m), none at first: of a share of the rows.
+        memory_share: int64 variable (2,): that share, a RowShare's numbers.
         usual_clipping: float64 variable: the usual factor of horovod_powersgd.clipping; 0 at first.
         accordion: Accordion's.
         norm: float64 variable: of the part of delta that was sent in the last step, for PowerSGD; of delta, for the
@@ -64,6 +67,7 @@ class VariableState:
         self.factor: tf.Variable | None = None
         self.factor_is_q: Literal[True] | tf.Variable | None = None
         self.memory: tf.Variable | None = None
+        self.memory_share: tf.Variable | None = None
         self.usual_clipping: tf.Variable | None = None
         self.accordion: AccordionState | None = None
         self.norm: tf.Variable | None = None
@@ -73,7 +77,8 @@ class VariableState:
         self.key = make_variable(np.int64(key_of(name, config.seed)))
         gradient_class.prepare(self)
         if config.keeps_memory:
-            self.memory = make_variable(np.zeros(self.layout.matrix_shape, self.dtype.as_numpy_dtype))
+            if self.memory is None:
+                self.memory = make_variable(np.zeros(self.layout.matrix_shape, self.dtype.as_numpy_dtype))
             self.usual_clipping = make_variable(np.float64(0))
         if config.error_feedback:
             self.norm = make_variable(np.float64("nan"))
@@ -138,6 +143,8 @@ class VariableState:
         state["memory"] = None
         if self.memory is not None and self.usual_clipping is not None:
             state.update(memory=self.memory.numpy(), usual_clipping=float(self.usual_clipping))
+        if self.memory_share is not None:
+            state["memory_share"] = [*self.memory_share.numpy().tolist(), self.layout.matrix[0]]
         if self.factor is not None:
             state.update(factor=self.factor.numpy(), factor_is_q=bool(self.factor_is_q))
         else:
@@ -162,6 +169,33 @@ class VariableState:
         if self.norm is not None:
             self.norm.assign(np.nan)
         if self.memory is not None and self.usual_clipping is not None:
-            memory = sum(saved["memory"] for saved in memories) if memories else 0
-            self.memory.assign(np.broadcast_to(memory * weight, self.memory.shape))
+            self._load_memory(memories, weight)
             self.usual_clipping.assign(state.get("usual_clipping", 0))
+
+    def _load_memory(self, memories: Sequence[Mapping], weight: float) -> None:
+        assert self.memory is not None
+        rows, whole = self.layout.matrix[0], (0, 1)
+        if self.memory_share is not None and weight == 1 and len(memories) == 1:
+            # As it is: the exchange may go on with the same share.
+            self.memory.assign(memories[0]["memory"])
+            self.memory_share.assign(memories[0].get("memory_share", whole)[:2])
+            return
+        parts = [of_all_rows(saved["memory"], saved.get("memory_share", whole)[:2], rows) for saved in memories]
+        self.memory.assign(np.broadcast_to(sum(parts) * weight, self.layout.matrix))
+        if self.memory_share is not None:
+            self.memory_share.assign(whole)
+
+
+def of_all_rows(memory, share: Sequence, rows: int) -> tf.Tensor:
+    """What a worker's memory would be in an exchange of one level: so that the mean over all workers is that over the
+    hosts, a share of the rows becomes as many times itself as workers share a host, and other rows zeros.
+
+    Args:
+        memory: of the rows of the share.
+        share: a RowShare's numbers, int64 tensors or integers.
+        rows: how many there are.
+    """
+    share = RowShare(*share)
+    first, count = share.rows(rows)
+    padded = tf.pad(memory * tf.cast(share.parts, memory.dtype), [[first, rows - first - count], [0, 0]])
+    return tf.ensure_shape(padded, (rows, memory.shape[1]))

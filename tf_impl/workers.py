@@ -78,6 +78,19 @@ class Workers:
             sent = mpi_ops.alltoall(_not_constant(messages), None, self._full_name(name), True, self.process_set)
         return tf.ensure_shape(sent, messages.shape)
 
+    def exchange(self, tensor: tf.Tensor, peers: tf.Tensor, sizes: tf.Tensor, name: str) -> tf.Tensor:
+        """What some workers, this one among them, have sent to this one, of flat tensors, in their order.
+
+        Args:
+            tensor: what this one sends them, in their order.
+            peers: their numbers, ascending, int64.
+            sizes: how much each of them is sent, int64.
+            name: of the message.
+        """
+        splits = tf.scatter_nd(peers[:, None], tf.cast(sizes, tf.int32), self.count(tf.int64)[None])
+        with tf.device(self.device):
+            return mpi_ops.alltoall(_not_constant(tensor), splits, self._full_name(name), True, self.process_set)[0]
+
     def all_there(self, name: str, compressor: Compressor | None) -> tf.Operation:
         """An op that fails with an InvalidArgumentError where a worker has joined (hvd.join). Horovod's allgather would
         then break down, and the job with it. Costs one small allreduce.

@@ -32,15 +32,21 @@ class Allgather:
     tensors: Any
 
 
-def refusal_of_join(compressor: object | None) -> str:
+def refusal_of_join(compressor: Any) -> str:
     """What to tell users where a worker has joined and the others gather.
 
     Args:
-        compressor: that gathers; None where it is sparse gradients that are gathered.
+        compressor: that gathers, or exchanges in two levels; None where it is sparse gradients that are gathered.
     """
-    who = "sparse gradients are gathered" if compressor is None else f"{compressor!r} gathers what the workers send"
-    instead = "Use a compressor whose attribute `linear` is true, such as PowerSGD or RandomK"
+    if compressor is None:
+        who, instead = "sparse gradients are gathered", "Set sparse_as_dense=True"
+    elif compressor.linear:
+        who = f"with {compressor!r} the workers of a host send each other their gradients"
+        instead = "Leave out hierarchical=True"
+    else:
+        who = f"{compressor!r} gathers what the workers send"
+        instead = "Use a compressor whose attribute `linear` is true, such as PowerSGD or RandomK"
     return (
         f"A worker has called hvd.join(), and {who}, which Horovod cannot do then. "
-        f"{'Set sparse_as_dense=True' if compressor is None else instead}, or give all workers as many steps."
+        f"{instead}, or give all workers as many steps."
     )

@@ -1,0 +1,185 @@
+"""An exchange in two levels, by workers that are told that they share hosts, beside the reference; the same for every
+framework."""
+
+import copy
+import functools
+import os
+from unittest import mock
+
+import numpy as np
+
+import cases
+from horovod_powersgd import Accordion, PowerSGD, reference
+
+# How many workers share each host: as many on all, or not.
+HOSTS = {2: (1, 1), 3: (2, 1), 4: (2, 2), 6: (3, 3)}
+REASONS = {2: "no two workers share a host", 3: "the hosts have different numbers of workers: 2, 1"}
+CONFIGS = [
+    PowerSGD(rank=2, min_compression_rate=1, hierarchical=True),
+    PowerSGD(rank=3, num_iters_per_step=1, hierarchical=True),
+    PowerSGD(3, num_iters_per_step=3, min_compression_rate=0, warmup_steps=2, refresh_every=3, hierarchical=True),
+    PowerSGD(rank=2, wire_dtype="float16", hierarchical=True),
+    PowerSGD(rank=2, error_feedback=False, hierarchical=True),
+    Accordion(PowerSGD(rank=3, hierarchical=True), PowerSGD(rank=1, hierarchical=True), interval=2),
+]
+CONFIG, FLAT = CONFIGS[0], PowerSGD(rank=2, min_compression_rate=1)
+
+
+class TwoLevels:
+    """Compares trainees in this worker's place among the others. What they do is told in equivalence.py, but that they
+    have saved(), this worker's compression state, and load(states).
+
+    Args:
+        hvd: the framework's.
+        trainee: makes one, of a configuration and a dtype.
+        shapes: of its parameters, by name.
+        matrix_shape: how the framework's tensors are seen as matrices.
+        next_generation: begins one, as hvd.init() does in an elastic job.
+    """
+
+    def __init__(self, hvd, trainee, shapes, matrix_shape, next_generation):
+        self._hvd, self._trainee, self._shapes = hvd, trainee, shapes
+        self._matrix_shape, self._next_generation = matrix_shape, next_generation
+
+    def on_hosts(self):
+        """Lets the workers find themselves on hosts, as Horovod's launcher would tell them."""
+        size = self._hvd.size()
+        host = np.repeat(range(len(HOSTS[size])), HOSTS[size])[self._hvd.rank()]
+        return mock.patch.dict(os.environ, HOROVOD_HOSTNAME=f"host{host}")
+
+    def flat_because(self):
+        """Why the exchange has one level; None where it has two."""
+        return REASONS.get(self._hvd.size())
+
+    @functools.cached_property
+    def trained(self):
+        """A trainee of CONFIG that goes on from check to check, and the hosts' states."""
+        return self._trainee(CONFIG, "float64"), self._hosts()
+
+    def _per_host(self):
+        """How many workers share a host in the exchange: one each where it has one level."""
+        return 1 if self.flat_because() else HOSTS[self._hvd.size()][0]
+
+    def own_rows(self, array):
+        """Of a host's memory, those that this worker has."""
+        n, parts = len(array), self._per_host()
+        place = self._hvd.rank() % parts
+        return array[n * place // parts : n * (place + 1) // parts]
+
+    def gradients(self, step, dtype="float64"):
+        """All workers'."""
+        return [cases.gradients(step, worker, dtype, self._shapes) for worker in range(self._hvd.size())]
+
+    def mine(self, step, dtype="float64"):
+        """This worker's gradients."""
+        return cases.gradients(step, self._hvd.rank(), dtype, self._shapes)
+
+    def simulate(self, everyone, states, config, rate=None):
+        """The updates of one step; `states` are the hosts', and changed."""
+        per_host = self._hvd.size() // len(states)
+        return reference.simulate(everyone, states, config, self._matrix_shape, rate, per_host)[0]
+
+    def compare(self, trainee, states, config, dtype, steps):
+        """Goes on for so many steps, with the reference beside it; `states` are the hosts'."""
+        for step in range(states[0].steps, states[0].steps + steps):
+            everyone, rate = self.gradients(step, dtype), cases.learning_rate(step)
+            expected = self.simulate(everyone, states, config, rate)
+            trainee.set_rate(rate)
+            updates = trainee.exchange(everyone[self._hvd.rank()])
+            largest = cases.tolerance(config, dtype, self._hvd.size(), step + 1)
+            cases.assert_close(updates, expected, largest, (config, dtype, step))
+            memory = states[self._hvd.rank() // self._per_host()].memory
+            rows = {name: self.own_rows(array) for name, array in memory.items()}
+            cases.assert_close(trainee.state().memory, rows, largest, (config, dtype, step, "memory"), expected)
+
+    def _hosts(self):
+        return [reference.State() for _ in range(self._hvd.size() // self._per_host())]
+
+    def _divide(self, hosts, shared, memories):
+        """Gives the hosts' states what is shared of a state, and the means of their workers' memories."""
+        per_host = self._per_host()
+        for host, state in enumerate(hosts):
+            sharing = memories[host * per_host : (host + 1) * per_host]
+            state.steps, state.factors = shared.steps, dict(shared.factors)
+            state.memory = {name: np.mean([memory[name] for memory in sharing], axis=0) for name in sharing[0]}
+
+    def equal_the_reference(self, runs):
+        """Each (configuration, dtype) of these."""
+        for config, dtype in runs:
+            with self.on_hosts():
+                trainee = self._trainee(config, dtype)
+                self.compare(trainee, self._hosts(), config, dtype, 9)
+                assert trainee.stats().flat_because == self.flat_because()
+
+    def a_state_goes_on_as_it_was(self, config, ways):
+        """Each way is a function that saves a trainee's state, and one that loads that into another."""
+        with self.on_hosts():
+            whole, resumed = (self._trainee(config, "float32") for _ in range(2))
+            for number, (save, load) in enumerate(ways):
+                for step in range(4):
+                    whole.exchange(self.mine(step, "float32"))
+                    if number:
+                        resumed.exchange(self.mine(step + 9, "float32"))
+                load(resumed, save(whole))
+                for step in range(4, 7):
+                    mine = self.mine(step, "float32")
+                    expected = whole.exchange(mine)
+                    largest = cases.largest_error_of_a_repetition(self._hvd.size())
+                    cases.assert_close(resumed.exchange(mine), expected, largest, (config, number, step))
+
+    def a_state_of_one_level_goes_on_in_two_and_back(self, alone):
+        """The workers load all states, or each its own alone."""
+        (trainee, hosts), rank = self.trained, self._hvd.rank()
+        flat, states = self._trainee(FLAT, "float64"), [reference.State() for _ in range(self._hvd.size())]
+
+        def saved(trainee):
+            return trainee.saved() if alone else self._hvd.allgather_object(trainee.saved(), name="saved")
+
+        for step in range(3):
+            everyone = self.gradients(step)
+            self.simulate(everyone, states, FLAT)
+            flat.exchange(everyone[rank])
+        with self.on_hosts():
+            trainee.load(saved(flat))
+            self._divide(hosts, states[0], [state.memory for state in states])
+            self.compare(trainee, hosts, CONFIG, "float64", 3)
+        flat.load(saved(trainee))
+        everyone, copied = self.gradients(6), copy.deepcopy(hosts)
+        # Whatever the division: the mean of delta is what counts in the first half-step.
+        expected = self.simulate(everyone, copied, FLAT)
+        cases.assert_close(flat.exchange(everyone[rank]), expected, 1e-9, "back")
+
+    def what_memories_hold_stays_when_hosts_change(self, exchange):
+        """`exchange` gives a trainee's updates in the step after the change."""
+        trainee, hosts = self.trained
+        with self.on_hosts():
+            self.compare(trainee, hosts, CONFIG, "float64", 3)
+        self._next_generation()
+        # None of them shares a host with another one now.
+        with mock.patch.dict(os.environ, HOROVOD_HOSTNAME=f"other{self._hvd.rank()}"):
+            everyone = self.gradients(3)
+            updates = exchange(trainee, everyone[self._hvd.rank()])
+            # In the first half-step the mean of the memories is what counts, whoever has which.
+            expected = self.simulate(everyone, hosts, CONFIG)
+            cases.assert_close(updates, expected, 1e-9, "one level")
+            memories = self._hvd.allgather_object(trainee.state().memory, name="memories")
+            for name in memories[0]:
+                found = np.mean([memory[name] for memory in memories], axis=0)
+                assert cases.error(found, np.mean([host.memory[name] for host in hosts], axis=0)) < 1e-9, name
+        self._next_generation()
+        with self.on_hosts():
+            self._divide(hosts, hosts[0], memories)
+            self.compare(trainee, hosts, CONFIG, "float64", 2)
+
+    def steps_that_are_not_finite_or_not_taken_leave_no_trace(self, start_and_discard):
+        """`start_and_discard` exchanges a trainee's gradients, and does not take the step."""
+        trainee, hosts = self.trained
+        with self.on_hosts():
+            for step in range(3):
+                start_and_discard(trainee, self.mine(step + 99))
+                spoiled = {
+                    name: np.where(self._hvd.rank() == 1, np.nan, array) for name, array in self.mine(step).items()
+                }
+                assert np.isnan(trainee.exchange(spoiled)["linear"]).any()
+                self.compare(trainee, hosts, CONFIG, "float64", 1)
+            assert trainee.stats().steps == hosts[0].steps

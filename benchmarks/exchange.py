@@ -31,7 +31,7 @@ TENSORFLOW_METHODS = ["no-exchange", "hvd", "hvd-fp16", "rank-4"]
 LONGEST_STEP = 30  # seconds; what would take longer is left out
 # Memory that a launch needs, in sizes of the model: what all methods share, and for each method of a library.
 SHARED_MEMORY, METHOD_MEMORY = 2, {None: 0, "horovod": 1, "ddp": 3, "ours": 2.5}
-ROW = "{:<12}{:<13}{:<10}{:>6}  {:<32}{:>12}{:>22}{:>14}"
+ROW = "{:<12}{:<13}{:<10}{:>6}  {:<32}{:>12}{:>22}{:>14}{:>12}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def selection(rounds, launcher):
     def job(framework, model, rate, hosts, methods, rounds=1):
         return Job(framework, model, rate, hosts, tuple(methods), rounds, launcher)
 
-    on_one_level = [key for key in METHODS if key != "rank-4-two-levels"]
+    on_one_level = [key for key in METHODS if key not in ("rank-4-two-levels", "auto")]
     yield from (job("torch", model, "1gbit", 2, on_one_level, rounds) for model in MODELS)
     for rate in ("100mbit", "10gbit", "unshaped"):
         yield from (job("torch", model, rate, 2, ["hvd", "hvd-fp16", "rank-4", "rank-8-int8"]) for model in MODELS)
@@ -149,11 +149,12 @@ def rows(job):
 
 def print_row(row):
     found = row.get("left_out") or row.get("error")
-    columns = [found, "", ""]
+    columns = [found, "", "", ""]
     if found is None:
         low, high = row["quartiles_ms"]
         wire = f"{row['wire_bytes'] / 1e6:.2f} MB"
-        columns = f"{row['median_ms']:.1f} ms", f"{low:.1f} to {high:.1f}", wire
+        predicted = f"{row['predicted_ms']:.1f} ms" if "predicted_ms" in row else ""
+        columns = f"{row['median_ms']:.1f} ms", f"{low:.1f} to {high:.1f}", wire, predicted
     place = row["framework"], row["model"], row["rate"], row["hosts"], METHODS[row["method"]].title
     print(ROW.format(*place, *columns), flush=True)
 
@@ -182,7 +183,8 @@ def main():
     context = {"obstacle": obstacle, "cores": len(os.sched_getaffinity(0))}
     if obstacle is not None:
         jobs = on_loopback(jobs)
-    print(ROW.format("framework", "model", "links", "hosts", "method", "median", "quartiles", "sent a step"))
+    columns = "framework", "model", "links", "hosts", "method", "median", "quartiles", "sent a step", "predicted"
+    print(ROW.format(*columns))
     begin, found = time.time(), []
     args.results.parent.mkdir(exist_ok=True)
     for job in jobs:

@@ -5,6 +5,8 @@ import torch.distributed
 
 import horovod_powersgd.torch as hvd
 from distribution import distribute
+from horovod_powersgd import cost
+from horovod_powersgd.torch.calibration import Calibration
 from methods import METHODS
 from models import MODELS
 from rounds import run_worker
@@ -84,5 +86,20 @@ def exchanges(model, methods):
     return {key: Exchange(key, tensors, gradients) for key in methods}
 
 
+def predict(model, methods):
+    """What is predicted of Horovod's and this package's methods, {method: a Prediction}."""
+    torch.set_num_threads(1)
+    calibration, found = Calibration(hvd.global_process_set), {}
+    shapes, network = [shape for _, shape in MODELS[model]()], calibration.network()
+    for key in methods:
+        method = METHODS[key]
+        if method.library == "horovod":
+            casts = calibration.casts() if method.compression == "fp16" else None
+            found[key] = cost.predict_plain(shapes, network, casts)
+        elif method.library == "ours":
+            found[key] = cost.predict(shapes, method.config, network, calibration.work(method.config))
+    return found
+
+
 if __name__ == "__main__":
-    run_worker(__doc__, exchanges, hvd)
+    run_worker(__doc__, exchanges, hvd, predict)

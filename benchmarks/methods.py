@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from horovod_powersgd import Compressor, Int8, PowerSGD
+from horovod_powersgd import Auto, Compressor, Float16, Int8, PowerSGD
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,8 @@ class Method:
         compression: Horovod's or DDP's: "none", "fp16" or "powersgd".
         rank: of DDP's PowerSGD.
         config: this package's compressor.
+        first_steps: that come before those that are timed: compressors allocate their memory, DDP's begins to compress
+            in the third, and Auto tries what it has.
     """
 
     title: str
@@ -22,6 +24,7 @@ class Method:
     compression: str = "none"
     rank: int = 0
     config: Compressor | None = None
+    first_steps: int = 1
 
     @property
     def uses_horovod(self):
@@ -52,7 +55,7 @@ METHODS = {
     "hvd-fp16": Method("Horovod, fp16", "horovod", "fp16"),
     "ddp": Method("DDP", "ddp"),
     "ddp-fp16": Method("DDP, fp16", "ddp", "fp16"),
-    "ddp-rank-4": Method("DDP, PowerSGD rank 4", "ddp", "powersgd", rank=4),
+    "ddp-rank-4": Method("DDP, PowerSGD rank 4", "ddp", "powersgd", rank=4, first_steps=4),
     "rank-4": Method("PowerSGD rank 4", "ours", config=PowerSGD(4)),
     "rank-4-alternating": Method("PowerSGD rank 4, one half-step", "ours", config=PowerSGD(4, num_iters_per_step=1)),
     "rank-4-two-levels": Method("PowerSGD rank 4, two levels", "ours", config=PowerSGD(4, hierarchical=True)),
@@ -64,4 +67,5 @@ METHODS = {
     "rank-2": Method("PowerSGD rank 2", "ours", config=PowerSGD(2)),
     "rank-32": Method("PowerSGD rank 32", "ours", config=PowerSGD(32)),
     "int8": Method("Int8", "ours", config=Int8()),
+    "auto": Method("Auto", "ours", config=Auto(Float16(error_feedback=False), PowerSGD(4)), first_steps=40),
 }

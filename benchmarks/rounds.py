@@ -22,13 +22,14 @@ SECONDS = 2.0  # that a method gets in a round
 MOST_STEPS = 10  # of a method in a round
 
 
-def run_worker(description, exchanges_of, hvd):
+def run_worker(description, exchanges_of, hvd, predict=lambda model, methods: {}):
     """A worker of exchange.py.
 
     Args:
         description: of the program.
         exchanges_of: (model, methods) to what measure_rounds takes.
         hvd: Horovod for the framework.
+        predict: (model, methods) to what is predicted of some methods, a cost.Prediction.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", choices=MODELS, required=True)
@@ -37,7 +38,12 @@ def run_worker(description, exchanges_of, hvd):
     parser.add_argument("--results", type=Path, required=True)
     args = parser.parse_args()
     hvd.init()
+    predictions = predict(args.model, args.methods)
     rows = measure_rounds(exchanges_of(args.model, args.methods), args.rounds, hvd)
+    backward = next((row["median_ms"] / 1e3 for row in rows if row["method"] == "no-exchange"), 0.0)
+    for row in rows:
+        if row["method"] in predictions:
+            row["predicted_ms"] = round(1e3 * predictions[row["method"]].step(backward), 2)
     if hvd.rank() == 0:
         args.results.write_text(json.dumps(rows))
 
@@ -92,8 +98,7 @@ def _switch(hvd, on):
 def _warm_up(key, exchange, hvd):
     """The seconds of a step after the first ones."""
     _switch(hvd, on=METHODS[key].uses_horovod)
-    # Compressors allocate their memory in the first steps, and DDP's begins to compress in the third.
-    for _ in range(4 if METHODS[key].compression == "powersgd" else 1):
+    for _ in range(METHODS[key].first_steps):
         last = _seconds(exchange)
     exchange.pause()
     return last

@@ -12,6 +12,7 @@ __path__ = extend_path(__path__, __name__)
 __version__ = "0.1.0"
 
 from horovod_powersgd.compressors.accordion import Accordion  # after the path is set
+from horovod_powersgd.compressors.auto import Auto
 from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean, QuantizedMean
 from horovod_powersgd.compressors.compressor import Compressor, Traffic
 from horovod_powersgd.compressors.custom import Custom
@@ -28,6 +29,7 @@ __all__ = [
     "Allgather",
     "AllreduceMean",
     "Atomo",
+    "Auto",
     "BestRank",
     "CompressionStats",
     "Compressor",

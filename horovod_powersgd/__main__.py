@@ -1,5 +1,5 @@
-"""The command line, python -m horovod_powersgd: install Horovod, examine what is installed, and run programs
-that import Horovod, with compression."""
+"""The command line, python -m horovod_powersgd: install Horovod, examine what is installed, plan a job, and run
+programs that import Horovod, with compression."""
 
 import argparse
 import importlib
@@ -10,7 +10,7 @@ import sys
 if sys.version_info < (3, 10):  # before what follows fails with a SyntaxError or worse
     sys.exit(f"error: Python 3.10 or later is needed, and this is {sys.version.split()[0]}.")
 
-from horovod_powersgd import activation
+from horovod_powersgd import activation, planning
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.environment import doctor, horovod_build
 from horovod_powersgd.environment.horovod_patches import missing_patches
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a build's compilers must end with it
     try:
         return options.run(options)
-    except BuildError as error:
+    except (BuildError, planning.Refused) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -81,6 +81,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     examine.add_argument("--json", action="store_true", help="print one JSON object")
     examine.set_defaults(run=lambda options: doctor.main(as_json=options.json))
+
+    plan = commands.add_parser(
+        "plan",
+        help="predict what each way of exchanging a model's gradients takes, and recommend one",
+        description="Predict what a step takes with each setting of compression=, and recommend one. Under a launcher, "
+        "as in horovodrun -np 8 -H ... python -m horovod_powersgd plan --model mine:make, messages and passes are "
+        "measured, in some seconds; alone, --link and --workers say what the network is.",
+    )
+    model = plan.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", metavar="MODULE:FUNCTION", help="a function that makes a model of PyTorch or Keras")
+    model.add_argument("--checkpoint", metavar="FILE", help=".pt (weights only), .safetensors or .keras")
+    model.add_argument("--shapes", metavar="FILE", help=".json: {name: [sides]}, or a list of shapes")
+    plan.add_argument("--link", metavar="RATE", help="of each worker, as 1gbit: in place of measuring")
+    plan.add_argument("--latency", metavar="TIME", default="50us", help="with --link, to the next worker (50us)")
+    plan.add_argument("--workers", type=int, metavar="N", help="with --link")
+    plan.add_argument("--backward", metavar="TIME", default="0s", help="that computing takes in a step, as 80ms (0s)")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.add_argument("--plot", metavar="FILE", help="draw the steps' times, as a .png, .svg or .pdf")
+    plan.set_defaults(run=planning.main)
 
     run = commands.add_parser(
         "run",

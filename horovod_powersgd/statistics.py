@@ -24,6 +24,9 @@ class TensorStats:
             what is sent approximates delta; 0 where the tensor is not compressed, None before the first step and
             without error feedback.
         decisions: Accordion's, each (step, "low" or "high"): the compression from that step on.
+        chosen: by Auto: "none", or the compressor in words; None without it.
+        predicted_step, measured_step: seconds that Auto predicted, and measured, of a whole step with what it has
+            chosen; None where it has not yet.
     """
 
     name: str
@@ -34,6 +37,9 @@ class TensorStats:
     reason: str | None
     residual: float | None
     decisions: tuple[tuple[int, str], ...] = ()
+    chosen: str | None = None
+    predicted_step: float | None = None
+    measured_step: float | None = None
 
     @classmethod
     def of(

@@ -17,8 +17,9 @@ hypothesis.settings.load_profile("suite")
 # A file's tests; where some need more than the others, a mark at the function says so.
 TIERS = {
     "core": """
-        accordion agreement clipping command_line compressors cuda_toolkit expression factors horovod_build hosts
-        installation launcher memory powersgd powersgd_exchange quantization reference renewal setup
+        accordion agreement choosing clipping command_line compressors cost cuda_toolkit expression factors
+        horovod_build hosts installation launcher memory plan powersgd powersgd_exchange quantization reference renewal
+        setup
     """,
     "framework": """
         arrays kernels orthogonalization packaging tensorflow tensorflow_arrays torch torch_device torch_quantization

@@ -9,12 +9,12 @@ from horovod_powersgd.activation import REPLACED
 from job import COMPARING, Launch, assert_passed, launched
 
 CHECKS, FEATURES = "torch_checks", ("torch_feature_checks", "torch_practice_checks")
-TWO_LEVELS, ACTIVATED = "torch_two_level_checks", "torch_activated_checks"
+TWO_LEVELS, ACTIVATED, AUTO = "torch_two_level_checks", "torch_activated_checks", "torch_auto_checks"
 # What a third worker, or MPI, takes part in: who waits for whom, and who is named.
-OF_THREE = COMPARING + "|worker|algorithm_2|sparse|join|process_set|order|broadcast|line_search|closure"
+OF_THREE = COMPARING + "|worker|algorithm_2|sparse|join|process_set|order|broadcast|line_search|closure|is_lost"
 LAUNCHES = [
     Launch(None, 1, (CHECKS,)),
-    Launch("horovodrun --gloo", 2, (CHECKS, *FEATURES, TWO_LEVELS)),
+    Launch("horovodrun --gloo", 2, (CHECKS, *FEATURES, TWO_LEVELS, AUTO)),
     Launch(
         "horovodrun --gloo",
         3,
@@ -25,7 +25,7 @@ LAUNCHES = [
     ),
     Launch("horovodrun --gloo", 4, (TWO_LEVELS,), partly=(CHECKS,)),
     Launch("mpirun", 2, (CHECKS,)),
-    Launch("mpirun", 3, (CHECKS,), partly=(*FEATURES, TWO_LEVELS), pattern=OF_THREE),
+    Launch("mpirun", 3, (CHECKS,), partly=(*FEATURES, TWO_LEVELS, AUTO), pattern=OF_THREE),
     Launch("mpirun", 4, partly=(CHECKS, TWO_LEVELS)),
     Launch("mpirun", 6, partly=(TWO_LEVELS,)),
 ]
@@ -53,6 +53,11 @@ def test_torch_features(launch, check):
 
 @pytest.mark.parametrize("launch, check", launched(TWO_LEVELS, LAUNCHES))
 def test_torch_in_two_levels(launch, check):
+    assert_passed(launch, check)
+
+
+@pytest.mark.parametrize("launch, check", launched(AUTO, LAUNCHES))
+def test_torch_auto(launch, check):
     assert_passed(launch, check)
 
 

@@ -284,15 +284,18 @@ def check_sparse_gradients_travel_as_horovods_or_compressed():
         expected[3] -= 1 / hvd.size()
         torch.testing.assert_close(embedding.weight.detach(), expected)
         hvd.assert_replicas_equal(embedding)
-    # And that in the very first step.
-    for dtype in (torch.float32, torch.bfloat16):
+    # And that in the very first step, and in the first one after a warm-up.
+    warm = PowerSGD(rank=2, warmup_steps=1)
+    for dtype, config in ((torch.float32, CONFIG), (torch.bfloat16, CONFIG), (torch.float32, warm)):
         embedding = nn.Embedding(50, 16, sparse=True, dtype=dtype)
         hvd.broadcast_parameters(embedding.state_dict(), root_rank=0)
-        optimizer = distribute(embedding, lambda p: torch.optim.SGD(p, lr=1.0))
+        optimizer = distribute(embedding, lambda p: torch.optim.SGD(p, lr=1.0), config=config)
         start = embedding.weight.detach().clone()
-        if hvd.rank() == 0:
-            embedding(torch.tensor([3])).sum().backward()
-        optimizer.step()
+        for _ in range(1 + config.warmup_steps):
+            optimizer.zero_grad()
+            if hvd.rank() == 0:
+                embedding(torch.tensor([3])).sum().backward()
+            optimizer.step()
         assert (start != embedding.weight).any(dim=1).nonzero().tolist() == [[3]]
         hvd.assert_replicas_equal(embedding)
         stats = optimizer.compression_stats()

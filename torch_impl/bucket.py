@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.torch.finite import all_finite
 from horovod_powersgd.torch.futures import Future, Mean, SparseMean
 from horovod_powersgd.torch.gradient import Copies, PlainGradient
 from horovod_powersgd.torch.step import Step, Verdict
@@ -28,7 +29,7 @@ class Bucket:
         for gradient, gathered in sparse.items():
             average = yield gathered
             step.count(0, gathered.nbytes)
-            finite = torch.isfinite(average.values()).all() & finite
+            finite = all_finite(average.values()) & finite
             gradient.receive_sparse(average)
         for gradient in self.gradients:
             if gradient.parameter.dtype == torch.float16:
@@ -95,7 +96,7 @@ class Bucket:
 
     def _is_finite(self, flat: torch.Tensor) -> torch.Tensor:
         """Whether an average is finite, on the device."""
-        return torch.isfinite(flat).all()
+        return all_finite(flat)
 
 
 def joined(flat: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -8,7 +8,9 @@ import torch
 from horovod.torch.mpi_ops import Sum
 
 from horovod_powersgd.compressors.accordion import Accordion
+from horovod_powersgd.compressors.auto import Auto
 from horovod_powersgd.statistics import CompressionStats
+from horovod_powersgd.torch.auto_engine import AutoEngine
 from horovod_powersgd.torch.distributed import DistributedMethods, Horovods
 from horovod_powersgd.torch.engine import Engine
 
@@ -25,7 +27,8 @@ class CompressingMethods(DistributedMethods):
     def _register_hooks(self):
         self._start_hooking()
         ref = weakref.ref(self)
-        self._party = self._engine = Engine(
+        engine = AutoEngine if isinstance(self._compression, Auto) else Engine
+        self._party = self._engine = engine(
             self._compression,
             self._workers,
             agreement=self._agreement(),

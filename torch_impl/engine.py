@@ -1,5 +1,6 @@
 """The exchange of one optimizer's gradients, step by step, while backward computes them."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -78,7 +79,12 @@ class Engine:
         self._host: Host | None = None
         self._flat_because: str | None = None
         self._warming_up = False
+        # Names of those that are averaged as they are, whatever the compressor would do: Auto's choice.
+        self._as_they_are: set[str] = set()
         self._waiting: dict[Generator[Future, Any, None], Future] = {}
+        # Of these, who waits for a gradient, by the gradient; and who for other workers, in the order of sending.
+        self._by_gradient: dict[PlainGradient, Generator[Future, Any, None]] = {}
+        self._sent: dict[Generator[Future, Any, None], None] = {}
         self._arriving: dict[torch.nn.Parameter, PlainGradient] = {}
         # Those whose gradients were there before the workers had agreed.
         self._early: set[torch.nn.Parameter] = set()
@@ -168,7 +174,7 @@ class Engine:
                     self._watch.note(parameter, incoming)
                 self._streams.wait_for_current(parameter.device)
                 gradient.arrived, gradient.incoming = True, incoming
-                self._resume()
+                self._resume_with(gradient)
                 gradient.incoming = None
             except BaseException as error:  # Ctrl-C, too
                 self._fail(error)
@@ -247,7 +253,7 @@ class Engine:
         (gradients, finite), self._pending = self._pending, None
         if finite:
             self.steps += 1
-            factors = self._clipping(gradients) if self._step.undoable else {}
+            factors = self._clipping(gradients) if gradients and self._step.undoable else {}
             for gradient in gradients:
                 gradient.commit(factors.get(gradient))
         self._watch.clear()
@@ -278,7 +284,7 @@ class Engine:
         """Forgets an exchange that was begun."""
         for gradient in self._arriving.values():
             gradient.arrived, gradient.incoming = False, None
-        self._arriving, self._waiting = {}, {}
+        self._arriving, self._waiting, self._by_gradient, self._sent = {}, {}, {}, {}
         self._early.clear()
         self._streams.release()
 
@@ -331,7 +337,11 @@ class Engine:
         gradients = tuple(gradient for gradient in self._gradients if gradient.parameter.requires_grad)
         if self.steps < self._config.warmup_steps:
             return tuple(self._plain[gradient] for gradient in gradients)
-        return gradients
+        return tuple(self._plain[g] if g.name in self._as_they_are else g for g in gradients)
+
+    def _ways(self) -> Iterable[PlainGradient]:
+        """All that the parameters' gradients may go through in some step."""
+        return itertools.chain(self._plain, self._plain.values())
 
     @torch.no_grad()
     def _begin(self) -> None:
@@ -354,13 +364,13 @@ class Engine:
         )
         for bucket in self._buckets:
             exchange = bucket.exchange(self._step)
-            self._waiting[exchange] = next(exchange)
+            self._wait(exchange, next(exchange))
 
     def _agree(self) -> None:
         if self.workers.count > 1:
             agreement_of_workers.agree(self)
         else:
-            self.generation = generation()
+            self.generation, self._flat_because = generation(), None
             self.share_host(None)
 
     def names(self) -> list[str]:
@@ -387,9 +397,10 @@ class Engine:
             self._look_for_hosts()
         # A worker that computed no gradient cannot know that it is sparse.
         gradients = self._trainable()
-        dims = largest(self.workers, [sparse_dim(gradient.parameter) for gradient in gradients], "sparse")
-        for gradient, dim in zip(gradients, dims):
-            gradient.sparse_dim = 0 if self._sparse_as_dense else dim
+        found = largest(self.workers, [sparse_dim(gradient.parameter) for gradient in gradients], "sparse")
+        dims = {gradient.name: dim for gradient, dim in zip(gradients, found)}
+        for gradient in self._ways():
+            gradient.sparse_dim = 0 if self._sparse_as_dense else dims.get(gradient.name, 0)
         self.generation, self._failures, self._bucketed = generation(), 0, ()
         for parameter in tuple(self._early):
             if parameter.requires_grad:
@@ -448,18 +459,45 @@ class Engine:
 
     def _resume(self) -> None:
         """Lets every exchange go on that has what it waits for."""
-        for exchange, first in list(self._waiting.items()):
-            awaited: Future | None = first
-            while awaited is not None and awaited.done():
-                awaited = self._go_on(exchange, awaited)
+        for exchange in list(self._waiting):
+            self._run(exchange)
+
+    def _resume_with(self, gradient: PlainGradient) -> None:
+        """Lets the exchange go on that waits for this gradient, and then those that other workers have answered, in the
+        order in which they were sent: there may be hundreds, and asking each for each gradient would take long."""
+        exchange = self._by_gradient.get(gradient)
+        if exchange is not None:
+            self._run(exchange)
+        while self._sent:
+            exchange = next(iter(self._sent))
+            if not self._waiting[exchange].done():
+                return
+            self._run(exchange)
+
+    def _run(self, exchange: Generator[Future, Any, None]) -> None:
+        """Lets an exchange go on as far as it can."""
+        awaited: Future | None = self._waiting[exchange]
+        while awaited is not None and awaited.done():
+            awaited = self._go_on(exchange, awaited)
+
+    def _wait(self, exchange: Generator[Future, Any, None], awaited: Future) -> Future:
+        self._waiting[exchange] = awaited
+        if isinstance(awaited, PlainGradient):
+            self._by_gradient[awaited] = exchange
+        elif not isinstance(awaited, Verdict):
+            self._sent[exchange] = None
+        return awaited
 
     @torch.no_grad()
     def _go_on(self, exchange: Generator[Future, Any, None], awaited: Future) -> Future | None:
         """Resumes an exchange with what it waits for; returns what it waits for next, or None at its end."""
+        if isinstance(awaited, PlainGradient):
+            self._by_gradient.pop(awaited, None)
+        self._sent.pop(exchange, None)
         try:
             with self._streams.current():
-                self._waiting[exchange] = exchange.send(awaited.result())
-            return self._waiting[exchange]
+                following = exchange.send(awaited.result())
+            return self._wait(exchange, following)
         except StopIteration:
             del self._waiting[exchange]
             return None

@@ -8,13 +8,14 @@ from typing import NamedTuple
 from horovod_powersgd.buckets import BUCKET_BYTES, GPU_BUCKET_BYTES, bucket_name, sort_into_buckets
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
-from horovod_powersgd.compressors.precision import Int8
+from horovod_powersgd.compressors.precision import Float16, Int8
 from horovod_powersgd.hosts import Host
 from horovod_powersgd.torch.bucket import Bucket
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient
 from horovod_powersgd.torch.generator_bucket import GeneratorBucket
 from horovod_powersgd.torch.generator_gradient import GeneratorGradient
 from horovod_powersgd.torch.gradient import PlainGradient
+from horovod_powersgd.torch.half_gradient import HalfGradient
 from horovod_powersgd.torch.int8_bucket import Int8Bucket
 from horovod_powersgd.torch.int8_gradient import Int8Gradient
 from horovod_powersgd.torch.powersgd_bucket import PowerSGDBucket
@@ -32,13 +33,14 @@ class Path(NamedTuple):
         bucket: what those of a bucket go through together.
     """
 
-    gradient: type[CompressedGradient]
+    gradient: type[CompressedGradient] | type[HalfGradient]
     bucket: type[Bucket]
 
 
 FAST = {PowerSGD: Path(PowerSGDGradient, PowerSGDBucket), Int8: Path(Int8Gradient, Int8Bucket)}
 # Of PowerSGD, where it may have two levels.
 HIERARCHICAL = Path(TwoLevelGradient, PowerSGDBucket)
+HALVES = Path(HalfGradient, Bucket)
 GENERAL = Path(GeneratorGradient, GeneratorBucket)
 
 
@@ -46,6 +48,8 @@ def path_of(config: Compressor) -> Path:
     """The fast path of a compressor where there is one, otherwise its generator's."""
     if config.family.hierarchical:
         return HIERARCHICAL
+    if isinstance(config, Float16) and not config.error_feedback:
+        return HALVES
     return next((path for cls, path in FAST.items() if isinstance(config.family, cls)), GENERAL)
 
 

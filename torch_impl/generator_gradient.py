@@ -14,6 +14,7 @@ from horovod_powersgd.layout import Layout
 from horovod_powersgd.torch import arrays
 from horovod_powersgd.torch.clipping import Sample
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient, sum_of_memories
+from horovod_powersgd.torch.finite import all_finite
 from horovod_powersgd.torch.gradient import Copies
 from horovod_powersgd.torch.workers import Workers
 
@@ -86,7 +87,7 @@ class GeneratorGradient(CompressedGradient):
             delta = delta / scale
         # Never the gradient itself: what a generator is given, it may change.
         delta = delta.clone() if self.memory is None else delta + self.memory
-        self._finite = self._state.finite = _all_finite(delta)
+        self._finite = self._state.finite = all_finite(delta)
         self._delta = _if(self._finite, delta, 0)
         self._failed = torch.zeros_like(self._finite)
         self._generator = self._config.family.exchange(self._delta, self._state)
@@ -104,7 +105,7 @@ class GeneratorGradient(CompressedGradient):
         step is discarded."""
         for i, part in enumerate(answers):
             if part.is_floating_point():
-                finite = _all_finite(part)
+                finite = all_finite(part)
                 self._failed = torch.logical_or(self._failed, torch.logical_not(finite))
                 answers[i] = _if(finite, part, 0)
         self._resume(answers[0] if isinstance(self.request, AllreduceMean) else answers)
@@ -124,11 +125,11 @@ class GeneratorGradient(CompressedGradient):
     def fits(self, factor: float) -> torch.Tensor:
         if self.is_sparse:
             return super().fits(factor)
-        return torch.isfinite((self._mean * (factor * self._scale)).half()).all()
+        return all_finite((self._mean * (factor * self._scale)).half())
 
     def finite(self) -> torch.Tensor:
         """Whether the update is; a boolean on the device, the same on every worker."""
-        return _all_finite(self._mean)
+        return all_finite(self._mean)
 
     def end(self, finite: bool, factor: float, undoable: bool, copies: Copies) -> None:
         """Puts the update, times `factor`, into the gradient."""
@@ -186,11 +187,6 @@ class GeneratorGradient(CompressedGradient):
         self._usual_clipping = state.get("usual_clipping")
         like = torch.empty(0, dtype=self.dtype, device=self.parameter.device)
         self._kept = replace(self._kept, memory=sum_of_memories(memories, weight, like), norm=None)
-
-
-def _all_finite(tensor: torch.Tensor) -> torch.Tensor:
-    """Whether all its numbers are; in one pass, that writes nothing."""
-    return torch.isfinite(torch.stack(torch.aminmax(tensor))).all() if tensor.numel() else torch.tensor(True)
 
 
 def _if(condition: torch.Tensor, tensor: torch.Tensor, otherwise: float) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.torch.clipping import Sample
+from horovod_powersgd.torch.finite import all_finite
 from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.ownership import owns_storage
 from horovod_powersgd.torch.workers import Workers
@@ -106,7 +107,7 @@ class PlainGradient:
     def fits(self, factor: float) -> torch.Tensor:
         """Whether the average, times `factor`, is finite in half precision; a boolean on the device."""
         update = self._mean if self._mean.layout == torch.strided else self._mean.values()
-        return torch.isfinite(update * factor).all()
+        return all_finite(update * factor)
 
     def uncompressed_bytes(self) -> int:
         """What Horovod would have been handed."""

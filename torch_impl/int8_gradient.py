@@ -11,6 +11,7 @@ from horovod_powersgd.compressors.precision import Int8
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.quantization import rows_of
 from horovod_powersgd.torch.clipping import Sample
+from horovod_powersgd.torch.finite import all_finite
 from horovod_powersgd.torch.gradient import Copies
 from horovod_powersgd.torch.in_place_gradient import InPlaceGradient
 from horovod_powersgd.torch.kernels import Memory
@@ -73,7 +74,7 @@ class Int8Gradient(InPlaceGradient):
             return super().fits(factor)
         mean = self._delta.new_empty(self._delta.numel())
         self._write(mean)
-        return torch.isfinite((mean * factor).half()).all()
+        return all_finite((mean * factor).half())
 
     def end(self, finite: bool, factor: float, undoable: bool, copies: Copies) -> None:
         """Puts the average, times `factor`, into the gradient."""

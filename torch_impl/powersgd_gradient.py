@@ -17,6 +17,7 @@ from horovod_powersgd.randomness import SPARE, random_factor
 from horovod_powersgd.statistics import residual
 from horovod_powersgd.torch import arrays as tensors
 from horovod_powersgd.torch.clipping import Sample
+from horovod_powersgd.torch.finite import all_finite
 from horovod_powersgd.torch.gradient import Copies
 from horovod_powersgd.torch.in_place_gradient import InPlaceGradient
 from horovod_powersgd.torch.kernels import HalfStep, Memory, Product, half_step, product
@@ -189,14 +190,14 @@ class PowerSGDGradient(InPlaceGradient):
         if self.is_sparse:
             return super().fits(factor)
         p, q = self._p_and_q(self._mean)
-        return torch.isfinite((p.t() @ (q * factor)).half()).all()
+        return all_finite((p.t() @ (q * factor)).half())
 
     def end(self, finite: bool, factor: float, undoable: bool, copies: Copies) -> None:
         """Puts the update P^ Q^T, times `factor`, into the gradient."""
         if self.is_sparse:
             return super().end(finite, factor, undoable, copies)
         update = self.update(finite, factor, undoable)
-        if finite or torch.isfinite(self._mean).all():
+        if finite or all_finite(self._mean):
             with profiled("update"):
                 product(update)
         else:

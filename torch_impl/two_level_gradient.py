@@ -79,16 +79,18 @@ class TwoLevelGradient(PowerSGDGradient):
         return task._replace(basis=_columns(task.basis, *self._rows()))
 
     def multiply(self, basis: torch.Tensor) -> torch.Tensor:
-        """With two levels: what the mean over all workers is to be made of, a host's factor in as many parts as it has
-        workers."""
+        """With two levels: this worker's part of the host's factor."""
         sent = super().multiply(basis)
-        if self.share is None:
+        if self.share is None or not self._mean_is_q:  # Q's parts are sums over the rows of each
             return sent
-        own = self._own * self.share.parts
-        if not self._mean_is_q:  # Q's parts are sums over the rows of each
-            return own.view(-1)
         first, rows = self._rows()
-        return torch.nn.functional.pad(own, (first, self._matrix_shape[0] - first - rows)).view(-1)
+        return torch.nn.functional.pad(self._own, (first, self._matrix_shape[0] - first - rows)).view(-1)
+
+    def receive(self, mean: torch.Tensor) -> None:
+        if self.share is not None:
+            # A host's factor is the sum of its workers' parts. Not before they travel: halves would be rounded twice.
+            mean = mean.to(self.dtype).mul_(self.share.parts)
+        super().receive(mean)
 
     def update(self, finite: bool, factor: float, undoable: bool) -> Product:
         if self.share is None:

@@ -15,7 +15,7 @@ from runs import CROWDED, HERE, Hosts
 
 MATRICES = 8
 WIDTHS = [32, 64, 128, 256, 512, 1024]
-METHODS = ["hvd", "hvd-fp16", "rank-1", "rank-4"]
+METHODS = ["hvd", "hvd-fp16", "rank-1", "rank-4", "auto"]
 RATES = ["100mbit", "1gbit", "10gbit", "unshaped"]
 HOSTS = [2, 4]
 TIMEOUT = 300  # seconds, of the measurements at one place

@@ -85,6 +85,10 @@ class Accordion(Compressor):
         """With low compression. With high compression it is what `high` says, of the matrices that `low` compresses."""
         return self.low.message_bytes(rows, columns, itemsize, step)
 
+    def round_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> list[int]:
+        """As message_bytes."""
+        return self.low.round_bytes(rows, columns, itemsize, step)
+
     def quantized_rows(self, rows: int, columns: int, step: int = 0) -> list[list[int]]:
         """As message_bytes."""
         return self.low.quantized_rows(rows, columns, step)

@@ -96,6 +96,10 @@ class Compressor:
         """
         raise NotImplementedError
 
+    def round_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> list[int]:
+        """message_bytes, by the messages of which one waits for the other; the same number of them for all matrices."""
+        return [self.message_bytes(rows, columns, itemsize, step)]
+
     def quantized_rows(self, rows: int, columns: int, step: int = 0) -> list[list[int]]:
         """For each QuantizedMean of one matrix in one step, the lengths of the rows that it averages; then nothing else
         is sent of it.

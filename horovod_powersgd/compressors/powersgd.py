@@ -186,11 +186,13 @@ class PowerSGD(Compressor):
         return [rows if half_step % 2 != makes_p else columns for half_step in range(half_steps)]
 
     def message_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> int:
-        lengths = self._lengths(rows, columns, step)
-        numbers = self.amount(rows, columns) * sum(lengths)
+        return sum(self.round_bytes(rows, columns, itemsize, step))
+
+    def round_bytes(self, rows: int, columns: int, itemsize: int, step: int = 0) -> list[int]:
+        lengths, rank = self._lengths(rows, columns, step), self.amount(rows, columns)
         if self.wire_dtype == "int8":  # and a unit for each column
-            return numbers + self.amount(rows, columns) * len(lengths) * itemsize
-        return numbers * (2 if self.sends_halves(step) else itemsize)
+            return [rank * (length + itemsize) for length in lengths]
+        return [rank * length * (2 if self.sends_halves(step) else itemsize) for length in lengths]
 
     def quantized_rows(self, rows: int, columns: int, step: int = 0) -> list[list[int]]:
         if self.wire_dtype != "int8":

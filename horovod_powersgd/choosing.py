@@ -1,0 +1,155 @@
+"""Which exchange makes steps fastest: decisions of hvd.Auto, from numbers that all workers have alike.
+
+Predictions only say what is worth a try, and in which order; what stays is what was faster. So a prediction that is
+wrong costs some steps, and never the job.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from horovod_powersgd.compressors.auto import Auto
+from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.compressors.precision import Float16
+from horovod_powersgd.cost import ITEMSIZE, Network, Prediction, Work, predict, predict_plain
+from horovod_powersgd.layout import layout_of
+
+# A try is over after so many seconds, and after some steps at least and at most. The first of them does not count:
+# it makes buckets and memories.
+TRY_SECONDS, LEAST_STEPS, MOST_STEPS = 0.3, 4, 10
+# A later candidate has to save this part of a step.
+MARGIN = 0.03
+# Once it has chosen, steps' times are compared so often; and it looks again where they have twice in a row been so
+# many times longer or shorter than they were.
+PERIOD, CHANGE = 50, 1.5
+
+
+class Choice(NamedTuple):
+    """What is exchanged how.
+
+    Attributes:
+        number: of the candidate; None: all gradients travel as they are.
+        plain: the names of the tensors that travel as they are, though the candidate would compress them.
+    """
+
+    number: int | None = None
+    plain: frozenset[str] = frozenset()
+
+
+class Chooser:
+    """Decides what the next steps exchange.
+
+    Args:
+        auto: the configuration.
+        shapes: of all tensors, by name.
+        matrix_shape: as layout_of's.
+
+    Attributes:
+        choice: of the next step.
+        predicted: seconds of a step, by choices.
+        measured: the same, of those that were tried.
+    """
+
+    def __init__(self, auto: Auto, shapes: Mapping[str, tuple[int, ...]], matrix_shape: Callable):
+        self._auto, self._shapes, self._matrix_shape = auto, shapes, matrix_shape
+        self.choice = Choice()
+        self.predicted: dict[Choice, float] = {}
+        self.measured: dict[Choice, float] = {}
+        self._times: list[float] = []
+        self._untried: list[Choice] | None = None  # None: nothing is predicted yet
+        self._expected: float | None = None
+        self._odd = 0
+
+    @property
+    def interval(self) -> int:
+        """After how many steps to `report`."""
+        return 1 if self._expected is None else PERIOD
+
+    def settle(self, choice: Choice) -> None:
+        """Begins with a choice that was made before, perhaps elsewhere."""
+        self.choice = choice
+
+    def report(self, seconds: float, calibrate: Callable[[], tuple[Network, Sequence[Work]]]) -> Choice:
+        """Takes what a step took since the last report, and gives the choice for the next ones.
+
+        Args:
+            seconds: of the slowest worker: its median of several steps.
+            calibrate: measures the network, and the work of each candidate (of Float16 without error feedback, of the
+                casts); is called now and then.
+        """
+        if self._expected is not None:
+            changed = not 1 / CHANGE < seconds / self._expected < CHANGE
+            self._odd = self._odd + 1 if changed else 0
+            if self._odd < 2:
+                return self.choice
+            self.measured, self._expected, self._odd = {self.choice: seconds}, None, 0
+            self._look(*calibrate())
+        else:
+            self._times.append(seconds)
+            counted = self._times[1:]
+            if len(self._times) < LEAST_STEPS or (sum(counted) < TRY_SECONDS and len(self._times) < MOST_STEPS):
+                return self.choice
+            self.measured[self.choice] = statistics.median(counted)
+            if self._untried is None:
+                self._look(*calibrate())
+        self._go_on()
+        return self.choice
+
+    def _go_on(self) -> None:
+        """Tries the most promising one that is left, or settles for the best."""
+        assert self._untried is not None
+        self._times = []
+        if self._untried and self.predicted[self._untried[0]] < min(self.measured.values()) * (1 - MARGIN):
+            self.choice = self._untried.pop(0)
+            return
+        self._untried = []
+        # In the order of care.
+        order = sorted(self.measured, key=lambda choice: -1 if choice.number is None else choice.number)
+        best = order[0]
+        for choice in order[1:]:
+            if self.measured[choice] < self.measured[best] * (1 - MARGIN):
+                best = choice
+        self.choice, self._expected = best, self.measured[best]
+
+    def _look(self, network: Network, works: Sequence[Work]) -> None:
+        """Predicts all choices, from what this one's steps have taken."""
+        choices = {self.choice, Choice(), *self.measured}
+        for number, compressor in enumerate(self._auto.candidates):
+            choices |= self._promising(number, compressor, network, works[number])
+        predictions = {choice: self._prediction(choice, network, works) for choice in choices}
+        measured, exchange = self.measured[self.choice], predictions[self.choice].step(0.0)
+        # What a step takes beside the exchange is backward; where it takes less, so will the others' exchanges.
+        backward, scale = max(0.0, measured - exchange), min(1.0, measured / exchange)
+        self.predicted = {choice: scale * prediction.step(backward) for choice, prediction in predictions.items()}
+        self._untried = sorted(choices - self.measured.keys(), key=self.predicted.__getitem__)
+
+    def _promising(self, number: int, compressor: Compressor, network: Network, work: Work) -> set[Choice]:
+        """The best choice with a candidate; none where it would compress nothing."""
+        if _is_halves(compressor):
+            return {Choice(number)}
+        # What a byte more costs beside others.
+        per_byte = (network.allreduce(2e8) - network.allreduce(1e8)) / 1e8
+        layouts = {name: layout_of(shape, compressor, self._matrix_shape) for name, shape in self._shapes.items()}
+        compressed = {name: layout for name, layout in layouts.items() if layout.compressed}
+        plain = set()
+        for name, layout in compressed.items():
+            sent = compressor.message_bytes(*layout.matrix, ITEMSIZE, compressor.warmup_steps + 1)
+            if work.seconds([layout.matrix]) > (ITEMSIZE * math.prod(layout.shape) - sent) * per_byte:
+                plain.add(name)
+        return {Choice(number, frozenset(plain))} if len(plain) < len(compressed) else set()
+
+    def _prediction(self, choice: Choice, network: Network, works: Sequence[Work]) -> Prediction:
+        shapes = list(self._shapes.values())
+        if choice.number is None:
+            return predict_plain(shapes, network)
+        compressor, work = self._auto.candidates[choice.number], works[choice.number]
+        if _is_halves(compressor):
+            return predict_plain(shapes, network, work)
+        places = [i for i, name in enumerate(self._shapes) if name in choice.plain]
+        return predict(shapes, compressor, network, work, self._matrix_shape, places)
+
+
+def _is_halves(compressor: Compressor) -> bool:
+    """Whether all gradients travel in half precision, as Horovod's Compression.fp16 sends them."""
+    return isinstance(compressor, Float16) and not compressor.error_feedback

@@ -1,0 +1,68 @@
+"""A choice among compressors that is made while the job runs."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+from horovod_powersgd.compressors.accordion import Accordion
+from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.compressors.powersgd import PowerSGD
+from horovod_powersgd.compressors.precision import Float16, NoCompression
+
+
+@dataclass(frozen=True, init=False)
+class Auto(Compressor):
+    """Takes what makes steps fastest: gradients as they are, or one of these compressors for those that it pays for.
+
+    The first steps are exchanged as they are, and timed. Then messages and passes are measured, which takes some
+    seconds once, and every candidate's step is predicted; those that promise to be faster are tried for some steps, and
+    the fastest stays (horovod_powersgd.choosing). All workers choose alike. When steps become slower or faster, it
+    looks again. PyTorch only so far.
+
+    Args:
+        candidates: compressors, or Horovod's Compression.none or Compression.fp16, the more careful ones first: a later
+            one has to be faster to be taken. Gradients as they are always are one of them. By default Compression.fp16
+            and PowerSGD(rank=8).
+
+    Raises:
+        TypeError: a candidate is none of these.
+        ValueError: a candidate that has phases of its own: Accordion, warm-up steps, or two levels.
+
+    Example:
+        >>> Auto(PowerSGD(rank=8, wire_dtype="int8"))
+    """
+
+    candidates: tuple[Compressor, ...]
+
+    def __init__(self, *candidates: Any):
+        found = tuple(map(_candidate, candidates or (Float16(error_feedback=False), PowerSGD(rank=8))))
+        object.__setattr__(self, "candidates", tuple(c for c in found if not isinstance(c, NoCompression)))
+        for name, value in {
+            "linear": all(c.linear for c in found),
+            "error_feedback": any(c.error_feedback for c in found),
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def description(self) -> dict[str, Any]:
+        numbered = {f"candidate {i}": candidate.description() for i, candidate in enumerate(self.candidates)}
+        return {"compressor": "Auto", **numbered}
+
+    def exchange(self, delta, state) -> Generator[Any, Any, Any]:
+        """Not to be called: a step is one of the candidates'."""
+        raise NotImplementedError("Auto exchanges as one of its candidates does")
+
+
+def _candidate(given: Any) -> Compressor:
+    if isinstance(given, Compressor):
+        if isinstance(given, (Accordion, Auto)) or given.warmup_steps or given.hierarchical:
+            raise ValueError(
+                f"Auto: {given!r} has phases of its own: give compressors without Accordion, warmup_steps or "
+                "hierarchical"
+            )
+        return given
+    # Horovod's own, of either framework; this package imports neither.
+    known = {"NoneCompressor": NoCompression(), "FP16Compressor": Float16(error_feedback=False)}
+    name = getattr(given, "__name__", "")
+    if hasattr(given, "decompress") and name in known:
+        return known[name]
+    raise TypeError(f"Auto: a candidate is a compressor, or Horovod's Compression.none or .fp16, not {given!r}")

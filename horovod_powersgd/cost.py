@@ -1,0 +1,257 @@
+"""What one exchange takes, predicted from what a calibration has measured, in plain numpy.
+
+An exchange is two kinds of work that go on side by side: a processor's, which is passes over the gradients and what
+each tensor costs, and the network's, which is messages one after the other. A bucket's factors are computed before they
+are sent, and so the shorter kind is hidden behind the longer one but for one bucket's part.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from horovod_powersgd.buckets import BUCKET_BYTES, sort_into_buckets
+from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.compressors.precision import Float16
+from horovod_powersgd.layout import Layout, layout_of, leading_rows
+from horovod_powersgd.quantization import Slices, slice_count
+
+ITEMSIZE = 4  # gradients are float32 here
+# What a calibration measures: messages of so many bytes, up to the first that takes longer than so many seconds; and
+# steps of a compressor with these matrices.
+SIZES = [2**10, 2**14, 2**18, 2**20, 2**22, 2**24]
+LONG_MESSAGE = 0.05
+SAMPLES = [[(48, 48)] * 24, [(1024, 2048)] * 2, [(16384, 48)] * 2]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds of a message by its bytes: straight lines between what was measured, and beyond it.
+
+    Attributes:
+        points: (bytes, seconds), with different bytes. Where more bytes took less time, less would have taken no more:
+            what disturbs a measurement makes it longer.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        sizes, seconds = np.array(sorted(self.points), float).T
+        seconds = np.minimum.accumulate(seconds[::-1])[::-1]
+        object.__setattr__(self, "points", tuple(zip(sizes.tolist(), seconds.tolist(), strict=True)))
+
+    def __call__(self, nbytes: float) -> float:
+        (sizes, seconds), last = zip(*self.points, strict=True), self.points[-1]
+        if nbytes <= last[0] or len(self.points) == 1:
+            return float(np.interp(nbytes, sizes, seconds))
+        before = self.points[-2]
+        return last[1] + (nbytes - last[0]) * (last[1] - before[1]) / (last[0] - before[0])
+
+
+class Network(NamedTuple):
+    """What messages between the workers take.
+
+    Attributes:
+        workers: W.
+        allreduce: seconds by the bytes that each worker hands over, in single precision.
+        halves: the same in half precision.
+        allgather: seconds by the bytes that each worker hands over to all.
+    """
+
+    workers: int
+    allreduce: Curve
+    halves: Curve
+    allgather: Curve
+
+    @classmethod
+    def of_links(cls, workers: int, bytes_per_second: float, latency: float) -> "Network":
+        """Of workers in a ring, each with one link, without what processors do to messages.
+
+        Args:
+            workers: W.
+            bytes_per_second: of a link, in each direction.
+            latency: seconds from one worker to the next.
+        """
+
+        def ring(rounds: int, share: float) -> Curve:
+            seconds = [rounds * (latency + nbytes * share / bytes_per_second) for nbytes in (0, 1e9)]
+            return Curve(((0, seconds[0]), (1e9, seconds[1])))
+
+        around = workers - 1
+        mean = ring(2 * around, 1 / workers)
+        return cls(workers, mean, mean, ring(around, 1))
+
+
+class Work(NamedTuple):
+    """What a compressor's step takes of a processor, without messages.
+
+    Attributes:
+        per_tensor: seconds for each tensor that is compressed.
+        per_byte: seconds for each of its bytes.
+        per_side: seconds for each of a matrix's rows and columns: what is done to factors.
+    """
+
+    per_tensor: float
+    per_byte: float
+    per_side: float = 0.0
+
+    @classmethod
+    def fitted(cls, samples: Iterable[tuple[Sequence[tuple[int, int]], float]]) -> "Work":
+        """From what steps of some matrices have taken.
+
+        Args:
+            samples: three or more (shapes, seconds), of few and of many, of small and large, of square and narrow ones.
+        """
+        rows, seconds = zip(*((_amounts(shapes), taken) for shapes, taken in samples), strict=True)
+        # Each sample counts by its part of what it took; no part may be negative, which noise would make it.
+        weighted = np.array(rows) / np.array(seconds)[:, None]
+        used = [0, 1, 2]
+        while used:
+            found = np.linalg.lstsq(weighted[:, used], np.ones(len(seconds)), rcond=None)[0]
+            if (found >= 0).all():
+                break
+            del used[int(np.argmin(found * weighted[:, used].max(0)))]
+        parts = dict(zip(used, found.tolist(), strict=True))
+        return cls(*(parts.get(i, 0.0) for i in range(3)))
+
+    def seconds(self, shapes: Sequence[tuple[int, int]]) -> float:
+        """Of a step of these matrices."""
+        return float(np.dot(_amounts(shapes), self))
+
+
+def _amounts(shapes: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
+    return len(shapes), ITEMSIZE * sum(n * m for n, m in shapes), sum(n + m for n, m in shapes)
+
+
+class Prediction(NamedTuple):
+    """What one exchange is predicted to take.
+
+    Attributes:
+        seconds: from the last gradient's arrival to the last update, where all gradients come at once.
+        processor: seconds of it that a processor works; network: that messages take.
+        compressed: how many tensors travel compressed.
+        buckets: how many.
+        bytes_sent: that a worker hands to Horovod.
+        memory: bytes of error feedback that a worker keeps.
+    """
+
+    seconds: float
+    processor: float
+    network: float
+    compressed: int
+    buckets: int
+    bytes_sent: int
+    memory: int
+
+    def step(self, backward: float) -> float:
+        """Seconds of a step whose backward takes so long: a processor does one thing at a time, messages travel
+        meanwhile, and the last bucket's begin when backward is over."""
+        return max(backward + self.processor + self.network / max(self.buckets, 1), self.network)
+
+
+@dataclass
+class _Tensor:
+    """A gradient, as buckets see it (buckets.Sendable)."""
+
+    name: str
+    kind: Hashable
+    nbytes: int
+    compressed: bool
+    layout: Layout
+
+
+def predict(
+    shapes: Sequence[tuple[int, ...]],
+    compressor: Compressor,
+    network: Network,
+    work: Work,
+    matrix_shape: Callable = leading_rows,
+    plain: Collection[int] = (),
+) -> Prediction:
+    """What an exchange of gradients of these shapes takes, in single precision, in an ordinary step.
+
+    Args:
+        shapes: of all tensors.
+        compressor: of those that it compresses.
+        network: between the workers.
+        work: of the compressor.
+        matrix_shape: as layout_of's.
+        plain: which tensors, by their places, travel as they are though it would compress them.
+    """
+    layouts = [layout_of(shape, compressor, matrix_shape) for shape in shapes]
+    tensors = [
+        _Tensor(str(i), "", ITEMSIZE * math.prod(layout.shape), layout.compressed and i not in plain, layout)
+        for i, layout in enumerate(layouts)
+    ]
+    buckets = sort_into_buckets(tensors, bucket_bytes=BUCKET_BYTES)
+    at_once, on_network = 0, 0.0
+    for bucket in buckets:
+        as_it_is = sum(tensor.nbytes for tensor in bucket if not tensor.compressed)
+        matrices = [tensor.layout.matrix for tensor in bucket if tensor.compressed]
+        if matrices:
+            on_network += _messages(matrices, as_it_is, compressor, network)
+        else:
+            at_once += as_it_is
+    # What is averaged as it is, and is there at once, Horovod puts into one message.
+    on_network += network.allreduce(at_once) if at_once else 0.0
+    compressed = [tensor.layout.matrix for tensor in tensors if tensor.compressed]
+    on_processor = work.seconds(compressed) if compressed else 0.0
+    hidden = min(on_network, on_processor) * (1 - 1 / max(len(buckets), 1))
+    step, workers = compressor.warmup_steps + 1, network.workers
+    of_these = [tensor.layout.shape for tensor in tensors if tensor.compressed]
+    sent = compressor.traffic(of_these, workers, ITEMSIZE, step, matrix_shape).sent
+    sent += sum(tensor.nbytes for tensor in tensors if not tensor.compressed) if workers > 1 else 0
+    memory = ITEMSIZE * sum(n * m for n, m in compressed) if compressor.keeps_memory else 0
+    seconds = on_network + on_processor - hidden
+    return Prediction(seconds, on_processor, on_network, len(compressed), len(buckets), sent, memory)
+
+
+def predict_plain(shapes: Sequence[tuple[int, ...]], network: Network, casts: Work | None = None) -> Prediction:
+    """What an exchange by Horovod's own code takes: all gradients as they are, or in half precision.
+
+    Args:
+        shapes: of all tensors.
+        network: between the workers.
+        casts: to half precision and back. None: as they are.
+    """
+    nbytes = ITEMSIZE * sum(map(math.prod, shapes))
+    if casts is None:
+        on_network, on_processor, sent = network.allreduce(nbytes), 0.0, nbytes
+    else:
+        on_network, sent = network.halves(nbytes // 2), nbytes // 2
+        on_processor = casts.per_tensor * len(shapes) + casts.per_byte * nbytes
+    # Horovod sends what is there.
+    buckets = max(1, math.ceil(nbytes / BUCKET_BYTES))
+    hidden = min(on_network, on_processor) * (1 - 1 / buckets)
+    return Prediction(on_network + on_processor - hidden, on_processor, on_network, 0, buckets, sent, 0)
+
+
+def _messages(
+    matrices: Sequence[tuple[int, int]], plain: int, compressor: Compressor, network: Network
+) -> float:
+    """Seconds that a bucket's messages take, one after the other.
+
+    Args:
+        plain: bytes of what travels as it is, with the first of them.
+    """
+    step, seconds = compressor.warmup_steps + 1, 0.0
+    rounds = list(zip(*(compressor.quantized_rows(n, m, step) for n, m in matrices), strict=True))
+    if rounds:
+        count = slice_count(network.workers)
+        for lengths in rounds:
+            nbytes = Slices(list(itertools.chain(*lengths)), count).nbytes(ITEMSIZE)
+            # Of an alltoall each link carries as much as of an allgather of its slices.
+            seconds += network.allgather(nbytes) * (1 if count == 1 else 2)
+        return seconds + (network.allreduce(plain) if plain else 0.0)
+    halves = compressor.sends_halves(step) or isinstance(compressor.family, Float16)
+    collective = (network.halves if halves else network.allreduce) if compressor.linear else network.allgather
+    by_matrix = [compressor.round_bytes(n, m, ITEMSIZE, step) for n, m in matrices]
+    sizes = [sum(some) for some in zip(*by_matrix, strict=True)]
+    if plain and collective is network.allreduce:
+        sizes[0] += plain
+    elif plain:
+        seconds += network.allreduce(plain)
+    return seconds + sum(map(collective, sizes))

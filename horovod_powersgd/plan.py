@@ -1,0 +1,227 @@
+"""What each way of exchanging a model's gradients would take, and which to choose."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.compressors.powersgd import PowerSGD
+from horovod_powersgd.compressors.precision import Int8
+from horovod_powersgd.cost import Network, Prediction, Work, predict, predict_plain
+from horovod_powersgd.layout import layout_of
+from horovod_powersgd.shapes import Tensors, numbers
+
+# By the argument that users write. None is Horovod's own code.
+SETTINGS: dict[str, Compressor | None] = {
+    "hvd.Compression.none": None,
+    "hvd.Compression.fp16": None,
+    "hvd.Int8()": Int8(),
+    "hvd.PowerSGD(rank=1)": PowerSGD(1),
+    "hvd.PowerSGD(rank=4)": PowerSGD(4),
+    "hvd.PowerSGD(rank=8)": PowerSGD(8),
+    'hvd.PowerSGD(rank=8, wire_dtype="int8")': PowerSGD(8, wire_dtype="int8"),
+}
+PLAIN, HALVES = list(SETTINGS)[:2]
+# Those that end trainings as well as plain SGD (docs/evidence.md), the more careful first: one of them is recommended.
+CAREFUL = [PLAIN, HALVES, "hvd.Int8()", "hvd.PowerSGD(rank=8)", 'hvd.PowerSGD(rank=8, wire_dtype="int8")']
+# A faster one has to save this part of the exchange to be recommended in place of a more careful one.
+WORTH = 0.1
+# What PyTorch's steps take of one core of an AMD Zen 4 server (torch_impl/calibration.py), for where there is no PyTorch
+# to measure with.
+TYPICAL_WORK = {
+    HALVES: Work(7.5e-6, 2.1e-10),
+    "hvd.Int8()": Work(9e-5, 4.5e-10, 1e-8),
+    "hvd.PowerSGD(rank=1)": Work(1.8e-4, 3.6e-10, 4e-8),
+    "hvd.PowerSGD(rank=4)": Work(1.9e-4, 4.2e-10, 1.1e-7),
+    "hvd.PowerSGD(rank=8)": Work(2.2e-4, 5.6e-10, 1.6e-7),
+    'hvd.PowerSGD(rank=8, wire_dtype="int8")': Work(2.1e-4, 5.5e-10, 1.3e-7),
+}
+
+
+class Option(NamedTuple):
+    """A setting, and what it is predicted to take.
+
+    Attributes:
+        setting: as users write it.
+        prediction: of one exchange.
+        step: seconds of a step with the backward that was asked for.
+    """
+
+    setting: str
+    prediction: Prediction
+    step: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options, the recommended one, and why.
+
+    Attributes:
+        tensors: of the model.
+        network: between the workers.
+        backward: seconds of a step's computing.
+        options: all of SETTINGS.
+    """
+
+    tensors: Tensors
+    network: Network
+    backward: float
+    options: Sequence[Option]
+
+    @classmethod
+    def of(cls, tensors: Tensors, network: Network, works: dict[str, Work], backward: float = 0.0) -> "Plan":
+        """From what was measured.
+
+        Args:
+            works: of each setting; PLAIN's is not asked for.
+        """
+        shapes, options = list(tensors.shapes.values()), []
+        for setting, compressor in SETTINGS.items():
+            if compressor is None:
+                prediction = predict_plain(shapes, network, None if setting == PLAIN else works[setting])
+            else:
+                prediction = predict(shapes, compressor, network, works[setting], tensors.matrix_shape)
+            options.append(Option(setting, prediction, prediction.step(backward)))
+        return cls(tensors, network, backward, options)
+
+    def option(self, setting: str) -> Option:
+        """The one of a setting."""
+        return next(option for option in self.options if option.setting == setting)
+
+    @property
+    def recommended(self) -> Option:
+        """The most careful one that is not much slower than the fastest of the careful ones."""
+        careful = [self.option(setting) for setting in CAREFUL]
+        least = min(option.step for option in careful)
+        saved = max(option.step for option in careful) - least
+        return next(option for option in careful if option.step <= least + WORTH * max(saved, least))
+
+    def reason(self) -> str:
+        """Why that is recommended, in a sentence."""
+        best, plain = self.recommended, self.option(PLAIN)
+        if self.network.workers == 1:
+            return "one worker exchanges nothing: compression only takes time"
+        if best.setting == PLAIN:
+            return "no setting that keeps quality saves a tenth of plain Horovod's step"
+        saved = 1 - best.step / plain.step
+        return (
+            f"a step takes {_ms(best.step)} ms in place of plain Horovod's {_ms(plain.step)}, {saved:.0%} less, "
+            "and trainings end as well (docs/evidence.md)"
+        )
+
+    def compressed(self, setting: str) -> list[str]:
+        """Names of the tensors that travel compressed."""
+        compressor = SETTINGS[setting]
+        if compressor is None:
+            return []
+        layouts = {n: layout_of(s, compressor, self.tensors.matrix_shape) for n, s in self.tensors.shapes.items()}
+        return [name for name, layout in layouts.items() if layout.compressed]
+
+    def as_json(self) -> str:
+        """All of it; seconds and bytes."""
+        plain, halves = self.option(PLAIN), self.option(HALVES)
+        options = [
+            {
+                "setting": option.setting,
+                "step_seconds": option.step,
+                "times_faster_than_horovod": plain.step / option.step if option.step else 1.0,
+                "times_faster_than_fp16": halves.step / option.step if option.step else 1.0,
+                "compressed_tensors": self.compressed(option.setting),
+                **option.prediction._asdict(),
+            }
+            for option in self.options
+        ]
+        whole = {
+            "workers": self.network.workers,
+            "parameters": numbers(self.tensors),
+            "tensors": len(self.tensors.shapes),
+            "backward_seconds": self.backward,
+            "options": options,
+            "recommended": self.recommended.setting,
+            "reason": self.reason(),
+        }
+        return json.dumps(whole, indent=1)
+
+    def as_table(self) -> str:
+        """For people."""
+        plain, halves = self.option(PLAIN), self.option(HALVES)
+        line = "{:<42}{:>8}{:>12}{:>12}{:>10}{:>10}{:>12}"
+        head = line.format("compression=", "tensors", "MB sent", "step, ms", "faster", "than fp16", "memory, MB")
+        rows = [
+            line.format(
+                option.setting,
+                option.prediction.compressed or "",
+                f"{option.prediction.bytes_sent / 1e6:.2f}",
+                _ms(option.step),
+                _times(plain.step, option.step),
+                _times(halves.step, option.step),
+                f"{option.prediction.memory / 1e6:.0f}" if option.prediction.memory else "",
+            )
+            for option in self.options
+        ]
+        kept = [name for name in self.tensors.shapes if name not in self.compressed(self.recommended.setting)]
+        some = ", ".join(kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
+        lines = [
+            f"{numbers(self.tensors):,} parameters in {len(self.tensors.shapes)} tensors, "
+            f"{self.network.workers} workers, a backward of {_ms(self.backward)} ms",
+            "", head, *rows, "", f"compression={self.recommended.setting}: {self.reason()}.",
+        ]  # fmt: skip
+        if SETTINGS[self.recommended.setting] is not None and kept:
+            lines.append(f"Averaged as they are: {some}.")
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """Draws the steps' times as bars.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(8, 0.45 * len(self.options) + 1.2), layout="constrained")
+        best = self.recommended.setting
+        colors = ["#0072B2" if option.setting == best else "#999999" for option in self.options]
+        settings, steps = [option.setting for option in self.options], [1e3 * option.step for option in self.options]
+        axes.barh(settings, steps, color=colors)
+        axes.invert_yaxis()
+        axes.set_xlabel(f"predicted milliseconds of a step, {self.network.workers} workers")
+        figure.savefig(path)
+        pyplot.close(figure)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.1f}" if seconds < 0.1 else f"{1e3 * seconds:,.0f}"
+
+
+def _times(theirs: float, mine: float) -> str:
+    return f"{theirs / mine:.2f}x" if mine else ""
+
+
+def bytes_per_second(link: str) -> float:
+    """Of a rate such as 100mbit, 1gbit or 25Gbit.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"([\d.]+)\s*([kmg])bit(?:/s|ps)?", link.strip().lower())
+    if found is None or not float(found[1]):
+        raise ValueError(f"{link!r} is no rate of a link: say 100mbit, 1gbit or 25gbit")
+    return float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]] / 8
+
+
+def seconds(duration: str) -> float:
+    """Of a duration such as 50us, 0.1ms or 2s.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"([\d.]+)\s*(us|ms|s)", duration.strip().lower())
+    if found is None:
+        raise ValueError(f"{duration!r} is no duration: say 50us, 0.1ms or 2s")
+    return float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[found[2]]

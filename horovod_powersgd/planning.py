@@ -1,0 +1,75 @@
+"""The command plan: finds the model, measures or is told what the network is, and prints the plan."""
+
+import argparse
+import importlib
+import sys
+from typing import Any
+
+from horovod_powersgd.cost import Network
+from horovod_powersgd.environment.installation import TORCH, horovod_problem
+from horovod_powersgd.plan import SETTINGS, TYPICAL_WORK, Plan, bytes_per_second, seconds
+from horovod_powersgd.shapes import Tensors, Unreadable, of_file, of_function
+
+
+class Refused(Exception):
+    """What was asked for cannot be done; says why, and what to ask for."""
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the command; the exit status.
+
+    Raises:
+        Refused: there is no model to plan for, no network to measure, or an argument is wrong.
+    """
+    try:
+        link = None if options.link is None else bytes_per_second(options.link)
+        latency, backward = seconds(options.latency), seconds(options.backward)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    if link is not None and (options.workers is None or options.workers < 1):
+        raise Refused("--link is of each worker: say with --workers how many there are")
+    tensors = _tensors(options)
+    measured = _calibration()
+    if link is not None:
+        network = Network.of_links(options.workers, link, latency)
+        works, first = (TYPICAL_WORK, True) if measured is None else (measured.works(SETTINGS), measured.is_first)
+    elif measured is None:
+        raise Refused("there is no Horovod here to measure with: say --link and --workers, or see doctor")
+    elif measured.workers.count == 1:
+        raise Refused("one worker has no network to measure: start horovodrun -np N, or say --link and --workers")
+    else:
+        network, works, first = measured.network(), measured.works(SETTINGS), measured.is_first
+    if not first:
+        return 0
+    plan = Plan.of(tensors, network, works, backward)
+    print(plan.as_json() if options.json else plan.as_table(), flush=True)
+    if options.plot:
+        try:
+            plan.plot(options.plot)
+        except ImportError as error:
+            raise Refused(f"--plot needs matplotlib: {error}") from error
+    return 0
+
+
+def _tensors(options: argparse.Namespace) -> Tensors:
+    sys.path.insert(0, "")  # as for python -m, a model's module may be in this folder
+    try:
+        tensors = of_function(options.model) if options.model else of_file(options.checkpoint or options.shapes)
+    except Unreadable as error:
+        raise Refused(str(error)) from error
+    if not any(len(shape) > 1 for shape in tensors.shapes.values()):
+        raise Refused("no tensor of this model has two axes: compressors have nothing to compress")
+    return tensors
+
+
+def _calibration() -> Any:
+    """What measures, with the framework that is here, in the job that was started; None without Horovod for one."""
+    if horovod_problem(TORCH) is not None:
+        return None
+    hvd = importlib.import_module("horovod_powersgd.torch")
+    calibration = importlib.import_module("horovod_powersgd.torch.calibration")
+    try:
+        hvd.init()
+    except RuntimeError as error:  # a launcher's workers came up as jobs of one
+        raise Refused(str(error)) from error
+    return calibration.Calibration(hvd.global_process_set)

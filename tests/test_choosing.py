@@ -1,0 +1,136 @@
+"""Auto's decisions, on links and processors that are made up."""
+
+from typing import NamedTuple
+
+import pytest
+
+from horovod_powersgd import Accordion, Auto, Float16, NoCompression, PowerSGD
+from horovod_powersgd.choosing import CHANGE, PERIOD, Choice, Chooser
+from horovod_powersgd.cost import Curve, Network, Work, predict, predict_plain
+from horovod_powersgd.layout import layout_of, leading_rows
+
+SHAPES = {"large": (2000, 1000), "small": (40, 40), "vector": (1000,)}
+AUTO = Auto(PowerSGD(rank=4), Float16(error_feedback=False))
+
+
+class Job(NamedTuple):
+    """A job whose true times are like those that a calibration finds, or not."""
+
+    network: Network
+    backward: float = 0.0
+    works: tuple[Work, ...] = (Work(1e-3, 1e-9), Work(1e-5, 5e-10))
+    lie: float = 1.0  # how many times longer compressed steps take than is predicted
+
+    def calibrate(self):
+        return self.network, self.works
+
+    def step(self, choice):
+        shapes = list(SHAPES.values())
+        if choice.number is None:
+            return predict_plain(shapes, self.network).step(self.backward)
+        if choice.number == 1:
+            return predict_plain(shapes, self.network, self.works[1]).step(self.backward)
+        plain = [i for i, name in enumerate(SHAPES) if name in choice.plain]
+        prediction = predict(shapes, AUTO.candidates[0], self.network, self.works[0], leading_rows, plain)
+        return self.lie * prediction.step(self.backward)
+
+
+def link(bytes_per_second, latency=1e-3):
+    curve = Curve(((0, latency), (1e9, latency + 1e9 / bytes_per_second)))
+    return Network(2, curve, curve, curve)
+
+
+def run(chooser, job, steps):
+    """What was chosen for each step."""
+    chosen, times = [], []
+    for _ in range(steps):
+        chosen.append(chooser.choice)
+        times.append(job.step(chooser.choice))
+        if len(times) >= chooser.interval:
+            chooser.report(sorted(times)[len(times) // 2], job.calibrate)
+            times = []
+    return chosen
+
+
+def chooser():
+    return Chooser(AUTO, SHAPES, leading_rows)
+
+
+def test_a_slow_link_gets_factors():
+    found = chooser()
+    chosen = run(found, Job(link(1e7)), 60)
+    assert chosen[0] == Choice() and chosen[-1].number == 0
+    # What is too small for its passes to pay travels as it is.
+    assert chosen[-1].plain == {"small"}
+    assert found.measured[chosen[-1]] == pytest.approx(found.predicted[chosen[-1]])
+
+
+def test_a_fast_link_gets_gradients_as_they_are_and_nothing_else_is_tried():
+    assert set(run(chooser(), Job(link(1e11)), 60)) == {Choice()}
+
+
+def test_a_wrong_prediction_costs_some_steps_only():
+    job = Job(link(1e7), lie=200.0)
+    chosen = run(chooser(), job, 60)
+    assert chosen[-1].number == 1  # what is second best
+    assert sum(choice.number == 0 for choice in chosen) <= 10
+
+
+def test_what_is_hardly_faster_is_not_taken():
+    # Nearly all of a step is backward.
+    assert run(chooser(), Job(link(1e7), backward=60.0), 60)[-1] == Choice()
+
+
+def test_it_looks_again_when_the_link_has_changed():
+    found = chooser()
+    run(found, Job(link(1e11)), 30)
+    assert found.choice == Choice() and found.interval == PERIOD
+    slow = Job(link(1e7))
+    assert slow.step(Choice()) > CHANGE * found.measured[Choice()]
+    chosen = run(found, slow, 4 * PERIOD)
+    assert chosen[PERIOD] == Choice()  # once may be a disturbance
+    assert chosen[-1].number == 0
+
+
+def test_a_choice_that_was_saved_is_where_it_begins():
+    found, saved = chooser(), Choice(0, frozenset({"small"}))
+    found.settle(saved)
+    assert set(run(found, Job(link(1e7)), 60)) == {saved}
+    found = chooser()
+    found.settle(saved)
+    assert run(found, Job(link(1e11)), 60)[-1] == Choice()
+
+
+def test_a_candidate_that_compresses_nothing_is_none():
+    found = Chooser(Auto(PowerSGD(rank=4)), {"vector": (1000,), "small": (4, 4)}, leading_rows)
+    assert not any(layout_of(shape, PowerSGD(4)).compressed for shape in [(1000,), (4, 4)])
+    job = Job(link(1e5), works=(Work(1e-4, 1e-9),))
+    assert {found.report(1.0, job.calibrate) for _ in range(30)} == {Choice()}
+
+
+def test_candidates():
+    class FP16Compressor:  # as Horovod's is called
+        decompress = None
+
+    class NoneCompressor:
+        decompress = None
+
+    assert Auto(NoneCompressor, FP16Compressor).candidates == (Float16(error_feedback=False),)
+    assert Auto().candidates == (Float16(error_feedback=False), PowerSGD(rank=8))
+    assert Auto(NoCompression(), PowerSGD(2)).candidates == (PowerSGD(2),)
+    assert Auto().linear and not Auto(PowerSGD(2, wire_dtype="int8")).linear
+
+
+@pytest.mark.parametrize(
+    "candidate, error",
+    [
+        (4, TypeError),
+        (Accordion(PowerSGD(4), PowerSGD(2), interval=2), ValueError),
+        (PowerSGD(warmup_steps=3), ValueError),
+        (PowerSGD(hierarchical=True), ValueError),
+        (Auto(), ValueError),
+    ],
+)
+def test_what_can_be_no_candidate(candidate, error):
+    with pytest.raises(error, match="Auto"):
+        Auto(candidate)

@@ -1,0 +1,106 @@
+"""Predictions follow from what was measured, by hand."""
+
+import pytest
+
+from horovod_powersgd import Float16, Int8, NoCompression, PowerSGD, TopK
+from horovod_powersgd.cost import Curve, Network, Work, predict, predict_plain
+
+# A message takes a millisecond, and a nanosecond for each byte; of halves, and of a gather, two.
+MESSAGES = Network(2, *(Curve(((0, 1e-3), (1e6, 1e-3 + slope))) for slope in (1e-3, 2e-3, 2e-3)))
+FREE = Work(0.0, 0.0)
+SHAPES = [(1000, 500), (300,)]  # 2,000,000 and 1,200 bytes
+
+
+def test_a_curve_goes_through_what_was_measured_and_beyond():
+    curve = Curve(((100, 2.0), (0, 1.0), (200, 4.0)))
+    assert [curve(nbytes) for nbytes in (0, 50, 100, 200, 300)] == pytest.approx([1, 1.5, 2, 4, 6])
+
+
+def test_a_disturbed_measurement_does_not_count_where_more_bytes_took_less():
+    curve = Curve(((0, 9.0), (100, 2.0), (200, 3.0)))
+    assert curve(0) == 2 and curve(100) == 2 and curve(300) == pytest.approx(4)
+
+
+def test_messages_of_a_ring():
+    network = Network.of_links(4, bytes_per_second=1e9, latency=1e-5)
+    assert network.allreduce(8e6) == pytest.approx(6 * (1e-5 + 2e-3))  # W - 1 rounds of a part, twice
+    assert network.allgather(8e6) == pytest.approx(3 * (1e-5 + 8e-3))
+    assert Network.of_links(1, 1e9, 1e-5).allreduce(1e9) == 0
+
+
+@pytest.mark.parametrize("true", [Work(1e-4, 1e-9, 1e-7), Work(0.0, 2e-9, 0.0), Work(3e-4, 0.0, 1e-6)])
+def test_work_is_found_from_samples(true):
+    samples = [[(50, 50)] * 20, [(1000, 2000)], [(9000, 40)] * 3]
+    found = Work.fitted([(shapes, true.seconds(shapes)) for shapes in samples])
+    assert found == pytest.approx(true, abs=1e-12)
+
+
+def test_no_part_of_the_work_is_negative():
+    # Small ones that take no time at all: a fit would give tensors less than nothing.
+    found = Work.fitted([([(50, 50)] * 20, 1e-9), ([(1000, 2000)], 1e-2), ([(9000, 40)] * 3, 9e-3)])
+    assert min(found) >= 0
+
+
+def test_what_travels_as_it_is_makes_one_message():
+    for prediction in (predict_plain(SHAPES, MESSAGES), predict(SHAPES, NoCompression(), MESSAGES, FREE)):
+        assert prediction.seconds == pytest.approx(1e-3 + 2.0012e-3)
+        assert (prediction.compressed, prediction.bytes_sent, prediction.memory) == (0, 2_001_200, 0)
+
+
+def test_halves_take_casts():
+    prediction = predict_plain(SHAPES, MESSAGES, casts=Work(0.0, 1e-9))
+    assert prediction.network == pytest.approx(1e-3 + 2 * 1.0006e-3)
+    assert prediction.processor == pytest.approx(2.0012e-3) and prediction.bytes_sent == 1_000_600
+
+
+def test_factors_make_a_message_for_each_half_step():
+    prediction = predict(SHAPES, PowerSGD(2), MESSAGES, Work(1e-4, 1e-9, 1e-7))
+    # P, with the vector, and Q.
+    assert prediction.network == pytest.approx(2e-3 + (2 * 1500 * 4 + 1200) * 1e-9)
+    assert prediction.processor == pytest.approx(1e-4 + 2e6 * 1e-9 + 1500 * 1e-7)
+    assert prediction.seconds == pytest.approx(prediction.network + prediction.processor)  # one bucket hides nothing
+    assert prediction.bytes_sent == 2 * 1500 * 4 + 1200 and prediction.memory == 2_000_000
+
+
+@pytest.mark.parametrize(
+    "compressor, seconds",
+    [
+        (PowerSGD(2, num_iters_per_step=1), [1e-3 + (2 * 500 * 4 + 1200) * 1e-9, 1e-3 + (2 * 1000 * 4 + 1200) * 1e-9]),
+        (PowerSGD(2, wire_dtype="float16"), [3e-3 + 2 * 1500 * 2 * 2e-9 + 1200e-9]),
+        (PowerSGD(2, wire_dtype="int8"), [3e-3 + (2 * 1500 + 4 * 4) * 2e-9 + 1200e-9]),
+        (Int8(1000), [2e-3 + (500_000 + 500 * 4) * 2e-9 + 1200e-9]),
+        (Float16(), [2e-3 + 1_000_000 * 2e-9 + 1200e-9]),
+        (TopK(0.01), [2e-3 + 5000 * 8 * 2e-9 + 1200e-9]),
+    ],
+)
+def test_each_kind_of_message_has_its_own_time(compressor, seconds):
+    assert any(predict(SHAPES, compressor, MESSAGES, FREE).network == pytest.approx(s) for s in seconds)
+
+
+def test_numbers_in_8_bits_are_averaged_in_slices_by_many():
+    four = MESSAGES._replace(workers=4)
+    # An alltoall of the slices, and a gather of one.
+    assert predict(SHAPES[:1], Int8(1000), four, FREE).network == pytest.approx(
+        2 * (1e-3 + (125_000 + 125 * 4) * 2e-9)
+    )
+
+
+def test_the_shorter_kind_of_work_is_hidden_but_for_one_buckets_part():
+    shapes = [(2000, 4000)] * 4  # 32 MB each: a bucket each
+    prediction = predict(shapes, PowerSGD(4), MESSAGES, Work(1e-2, 0.0))
+    assert prediction.buckets == 4
+    assert prediction.processor == pytest.approx(4e-2) and prediction.network > 0
+    assert prediction.seconds == pytest.approx(4e-2 + prediction.network / 4)
+
+
+def test_a_step_hides_messages_behind_backward():
+    prediction = predict([(2000, 4000)] * 4, PowerSGD(4), MESSAGES, Work(1e-2, 0.0))
+    assert prediction.step(1.0) == pytest.approx(1.0 + 4e-2 + prediction.network / 4)
+    slow = MESSAGES._replace(allreduce=Curve(((0, 10.0), (1e9, 10.0))))
+    assert predict([(2000, 4000)] * 4, PowerSGD(4), slow, Work(1e-2, 0.0)).step(1.0) == pytest.approx(80.0)
+
+
+def test_tensors_can_be_left_as_they_are():
+    prediction = predict([(1000, 500), (800, 500)], PowerSGD(2), MESSAGES, FREE, plain=[1])
+    assert (prediction.compressed, prediction.memory) == (1, 2_000_000)
+    assert prediction.bytes_sent == 2 * 1500 * 4 + 1_600_000

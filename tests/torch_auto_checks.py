@@ -1,0 +1,162 @@
+"""hvd.Auto in the workers of a job: choices that are made for it, and its own."""
+
+import contextlib
+import copy
+from unittest import mock
+
+import numpy as np
+import torch
+
+import cases
+import horovod_powersgd.torch as hvd
+from horovod_powersgd import Auto, PowerSGD, TopK
+from horovod_powersgd.choosing import Choice, Chooser
+from horovod_powersgd.cost import Curve, Network, Work
+from horovod_powersgd.torch.auto_engine import AutoEngine
+from trainee import Trainee
+
+AUTO = Auto(PowerSGD(rank=2, min_compression_rate=1), hvd.Compression.fp16, TopK(0.1), PowerSGD(rank=1))
+PLAIN = Choice()
+
+
+@contextlib.contextmanager
+def choosing(*choices):
+    """Makes these choices after the steps, one after the other; the last one stays."""
+    coming = iter(choices)
+
+    def report(self, seconds, calibrate):
+        self.choice = next(coming, self.choice)
+        return self.choice
+
+    with mock.patch.object(Chooser, "report", report):
+        yield
+
+
+def gradients(step, dtype="float32"):
+    return cases.gradients(step, hvd.rank(), dtype)
+
+
+def mean_gradients(step, dtype="float32"):
+    everyone = [cases.gradients(step, worker, dtype) for worker in range(hvd.size())]
+    return {name: np.mean([mine[name] for mine in everyone], axis=0) for name in everyone[0]}
+
+
+def mean_memory(trainee):
+    """The mean of all workers' memories, of all candidates' gradients."""
+    engine, found = trainee.optimizer._engine, {}
+    for some in engine._gradients_of:
+        for gradient in some:
+            if getattr(gradient, "memory", None) is not None:
+                found[gradient.name] = found.get(gradient.name, 0) + gradient.memory.numpy()
+    everyone = hvd.allgather_object(found)
+    return {name: np.mean([mine[name] for mine in everyone], axis=0) for name in found}
+
+
+def check_no_gradient_is_lost_whatever_is_chosen():
+    trainee, dtype = Trainee(AUTO, "float64"), "float64"
+    script = [PLAIN, Choice(0), Choice(0), Choice(2), Choice(0, frozenset({"linear"})), Choice(3), PLAIN, Choice(0)]
+    given, taken, chosen = {}, {}, []
+    with choosing(*script):
+        for step in range(len(script) + 3):
+            chosen.append(trainee.optimizer._engine._choice)
+            updates = trainee.exchange(gradients(step, dtype))
+            for name, mean in mean_gradients(step, dtype).items():
+                given[name], taken[name] = given.get(name, 0) + mean, taken.get(name, 0) + updates[name]
+            if chosen[-1] == PLAIN:
+                cases.assert_close(updates, mean_gradients(step, dtype), 1e-9, step)
+    assert len(set(chosen)) == len(set(script))
+    for name, memory in mean_memory(trainee).items():
+        assert cases.error(taken[name] + memory.reshape(taken[name].shape), given[name]) < 1e-9, name
+
+
+def check_halves_are_horovods_fp16():
+    # Another check may have left Horovod a tensor with a name of cases.SHAPES.
+    shapes = {f"halves.{name}": shape for name, shape in cases.SHAPES.items() if len(shape) > 1}
+    ours, theirs = (Trainee(compression, shapes=shapes) for compression in (AUTO, hvd.Compression.fp16))
+    with choosing(Choice(1)):
+        for step in range(4):
+            mine = cases.gradients(step, hvd.rank(), "float32", shapes)
+            cases.assert_close(ours.exchange(mine), theirs.exchange(mine), 2**-9, step)
+    assert ours.stats().ratio == 2
+
+
+def check_sparse_missing_and_shared_gradients_travel_as_they_are():
+    embedding = torch.nn.Embedding(20, 4, sparse=True)
+    weight = torch.nn.Parameter(torch.ones(6, 4, dtype=torch.bfloat16))
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD([embedding.weight, weight], lr=1.0),
+        [("embedding", embedding.weight), ("weight", weight)],
+        compression=AUTO,
+    )
+    start = embedding.weight.detach().clone()
+    with choosing():
+        for _ in range(3):
+            optimizer.zero_grad()
+            if hvd.rank() == 0:
+                (embedding(torch.tensor([3, 3])).sum() + (weight + weight).sum()).backward()
+            optimizer.step()
+    changed = torch.zeros_like(start)
+    changed[3] = 3 * 2 / hvd.size()
+    torch.testing.assert_close(start - embedding.weight.detach(), changed)
+    torch.testing.assert_close(weight.detach(), torch.full_like(weight, 1 - 3 * 2 / hvd.size()))
+    assert optimizer.compression_stats().bytes_sent == 4 * (20 * 4 + 6 * 4)
+
+
+def check_statistics_say_what_was_chosen():
+    trainee = Trainee(AUTO)
+    with choosing(PLAIN, Choice(0, frozenset({"linear"}))):
+        for step in range(4):
+            trainee.exchange(gradients(step))
+            if step == 0:
+                assert {t.chosen for t in trainee.stats().tensors} == {"none"}
+                assert trainee.stats().bytes_sent == trainee.stats().bytes_uncompressed
+    by_name = {tensor.name: tensor for tensor in trainee.stats().tensors}
+    assert by_name["linear"].chosen == "none" and "longer" in by_name["linear"].reason
+    others = [tensor for tensor in by_name.values() if tensor.compressed]
+    assert others and {tensor.chosen for tensor in others} == {repr(AUTO.candidates[0])}
+    assert trainee.stats().bytes_sent < trainee.stats().bytes_uncompressed
+
+
+def check_a_saved_choice_goes_on():
+    dtype = "float64"
+    with choosing(PLAIN, Choice(0, frozenset({"linear"}))):
+        whole = Trainee(AUTO, dtype)
+        for step in range(5):
+            whole.exchange(gradients(step, dtype))
+        saved = copy.deepcopy(whole.optimizer.compression_state_dict())
+    with choosing():
+        resumed = Trainee(AUTO, dtype)
+        resumed.optimizer.load_compression_state_dict(saved)
+        for step in range(5, 8):
+            expected = whole.exchange(gradients(step, dtype))
+            cases.assert_close(resumed.exchange(gradients(step, dtype)), expected, 1e-9, step)
+        assert resumed.optimizer._engine._choice == Choice(0, frozenset({"linear"}))
+
+
+def check_all_workers_choose_alike_from_what_they_measure():
+    slow = Curve(((0, 1e-2), (1e6, 1.0)))
+
+    def calibrate(self):
+        return Network(hvd.size(), slow, slow, slow), [Work(1e-5, 1e-10)] * len(AUTO.candidates)
+
+    # Measured and predicted on this machine, and as on a network that is slow.
+    for patch in (contextlib.nullcontext(), mock.patch.object(AutoEngine, "_calibrate", calibrate)):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(200, 100), torch.nn.Tanh(), torch.nn.Linear(100, 50))
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.01), model.named_parameters(), compression=AUTO
+        )
+        chosen = []
+        with patch:
+            for _ in range(25):
+                optimizer.zero_grad()
+                model(torch.randn(8, 200)).square().mean().backward()
+                optimizer.step()
+                chosen.append(optimizer._engine._choice)
+        assert chosen[0] == PLAIN
+        everyones = hvd.allgather_object(chosen)
+        assert all(theirs == chosen for theirs in everyones)
+        chooser = optimizer._engine._chooser
+        assert PLAIN in chooser.measured and PLAIN in chooser.predicted
+        hvd.assert_replicas_equal(model)
+    assert len(set(chosen)) > 1  # on the slow one, something else was tried

@@ -1,0 +1,218 @@
+"""The exchange of an optimizer whose compressor is chosen while the job runs: hvd.Auto."""
+
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from horovod_powersgd.choosing import Choice, Chooser
+from horovod_powersgd.compressors.auto import Auto
+from horovod_powersgd.compressors.precision import Float16
+from horovod_powersgd.cost import Network, Work
+from horovod_powersgd.layout import leading_rows
+from horovod_powersgd.statistics import TensorStats
+from horovod_powersgd.torch.calibration import Calibration
+from horovod_powersgd.torch.compressed_gradient import CompressedGradient
+from horovod_powersgd.torch.control_messages import from_worker, largest
+from horovod_powersgd.torch.direct_means import DirectMeans
+from horovod_powersgd.torch.engine import Engine
+from horovod_powersgd.torch.generation import generation
+from horovod_powersgd.torch.gradient import PlainGradient
+from horovod_powersgd.torch.workers import Workers
+
+
+class AutoEngine(Engine):
+    """An Engine with gradients for each of Auto's candidates. Between two steps it can go over from one's to another's.
+
+    Args:
+        auto: the configuration; the others are Engine's.
+    """
+
+    def __init__(self, auto: Auto, workers: Workers, **kwargs):
+        self._auto = auto
+        self._gradients_of: list[list[PlainGradient]] = [[] for _ in auto.candidates]
+        super().__init__(auto.candidates[0], workers, **kwargs)
+        self._number = 0
+        self._gradients = self._gradients_of[0]
+        # None until the workers agree: one worker alone exchanges nothing, and has nothing to choose.
+        self._chooser: Chooser | None = None
+        self._seconds: list[float] = []
+        self._last: float | None = None
+        self._direct = DirectMeans(workers)
+        # By parameter, those of the step that goes that way; empty where a step goes another one.
+        self._directly: dict[torch.nn.Parameter, PlainGradient] = {}
+
+    def add(self, name: str, parameter: torch.nn.Parameter) -> None:
+        number = self._number
+        for i in range(len(self._auto.candidates)):
+            self._take_candidate(i)
+            super().add(name, parameter)
+        self._take_candidate(number)
+        self._as_they_are |= {name}
+
+    def _take_candidate(self, number: int) -> None:
+        self._number, self._config = number, self._auto.candidates[number]
+        self._gradients, self._bucketed = self._gradients_of[number], ()
+
+    def take_over(self, other: Engine) -> None:
+        """Goes on where another engine ends, with what that one has chosen."""
+        if isinstance(other, AutoEngine) and other._auto == self._auto:
+            self._take_candidate(other._number)
+            self._settle(other._choice)
+        super().take_over(other)
+
+    @property
+    def _choice(self) -> Choice:
+        return Choice() if self._chooser is None else self._chooser.choice
+
+    def arrived(self, parameter: torch.nn.Parameter, incoming: torch.Tensor | None = None) -> None:
+        # Few calls: of small models they are what a step takes.
+        gradient = self._directly.get(parameter)
+        if gradient is None:
+            if self.generation is not generation() or not self._goes_directly():
+                return super().arrived(parameter, incoming)
+            gradient = self._directly.get(parameter)
+        if gradient is None or parameter.grad is None:
+            return
+        if not parameter.is_cuda:
+            self._direct.start(gradient, incoming)
+            return
+        with self._lock:
+            self._streams.wait_for_current(parameter.device)
+            with self._streams.current():
+                self._direct.start(gradient, incoming)
+
+    def _goes_directly(self) -> bool:
+        """Whether the step's gradients all travel as they are, one by one; begins such a step."""
+        if self._chooser is None or self._choice.number is not None or self._groups is not None:
+            return False
+        if not self._directly:
+            self.discard()
+            self._directly = {gradient.parameter: gradient for gradient in self._trainable()}
+        return True
+
+    def finish(self, undoable: bool) -> None:
+        if self.generation is not generation():
+            self._agree()  # which may choose what the others have chosen
+        if not self._goes_directly():
+            return super().finish(undoable)
+        self._refuse_failed()
+        factor = self.workers.count if self._sum_gradients else 1
+        try:
+            with self._streams.current():
+                nbytes = self._direct.finish(self._directly.values(), factor)
+            uncompressed = sum(gradient.nbytes for gradient in self._directly.values())
+            self._byte_counters.count(nbytes, nbytes, uncompressed)
+            self._pending = (), True
+        except BaseException as error:
+            self._arriving = dict(self._directly)
+            self._fail(error)
+            raise
+        finally:
+            self.reset()
+
+    def reset(self) -> None:
+        super().reset()
+        self._directly = {}
+        self._direct.forget()
+
+    def commit(self) -> None:
+        steps = self.steps
+        super().commit()
+        if self.steps == steps or self._chooser is None:
+            self._last = None  # what the next step takes is not known
+            return
+        now = time.perf_counter()
+        if self._last is not None:
+            self._seconds.append(now - self._last)
+        if len(self._seconds) >= self._chooser.interval:
+            nanoseconds = int(1e9 * statistics.median(self._seconds))
+            [slowest] = largest(self.workers, [nanoseconds], "seconds")
+            self._go_over(self._chooser.report(slowest / 1e9, self._calibrate))
+            self._seconds = []
+        self._last = time.perf_counter()
+
+    def _calibrate(self) -> tuple[Network, Sequence[Work]]:
+        device = self._gradients[0].parameter.device
+        calibration = Calibration(self.workers.process_set, self.workers.prefix, device)
+        works = [
+            calibration.casts() if isinstance(c, Float16) and not c.error_feedback else calibration.work(c)
+            for c in self._auto.candidates
+        ]
+        # A worker that has joined (hvd.join) takes part in means only.
+        return calibration.network(gathers=not self._auto.linear), works
+
+    def _go_over(self, choice: Choice) -> None:
+        """Exchanges as this choice says, from the next step on. What memories hold goes along."""
+        before = {gradient.name: gradient for gradient in self._gradients}
+        if choice.number is not None and choice.number != self._number:
+            self._take_candidate(choice.number)
+            if self._config.keeps_memory:
+                for gradient in self._gradients:
+                    _inherit(gradient, before[gradient.name])
+        self._as_they_are = set(before if choice.number is None else choice.plain)
+
+    def agreed(self, root: int | None, by_name: bool) -> None:
+        if by_name:
+            for gradients in self._gradients_of:
+                gradients.sort(key=lambda gradient: gradient.name)
+        self._directly = {}
+        self._direct.forget()
+        # Other workers are perhaps on other links: it looks again, from what it has chosen.
+        self._settle(self._choice)
+        super().agreed(root, by_name)
+
+    def _take_state(self, root: int) -> None:
+        number, choice = from_worker(self.workers, root, (self._number, self._choice))
+        self._take_candidate(number)
+        self._settle(choice)
+        super()._take_state(root)
+
+    def _settle(self, choice: Choice) -> None:
+        shapes = {gradient.name: gradient.layout.shape for gradient in self._gradients}
+        self._chooser = Chooser(self._auto, shapes, leading_rows)
+        self._chooser.settle(choice)
+        self._go_over(choice)
+        self._seconds, self._last = [], None
+
+    def _tensor_stats(self, gradient: PlainGradient) -> TensorStats:
+        stats = super()._tensor_stats(gradient)
+        if stats.compressed and gradient.name in self._as_they_are:
+            stats = replace(stats, rank=0, compressed=False, reason="would take longer compressed", residual=0.0)
+        if self._chooser is None:
+            return stats
+        return replace(
+            stats,
+            chosen=repr(self._config) if stats.compressed else "none",
+            predicted_step=self._chooser.predicted.get(self._choice),
+            measured_step=self._chooser.measured.get(self._choice),
+        )
+
+    def state_dict(self) -> dict[str, object]:
+        choice = self._choice
+        return {**super().state_dict(), "auto": {"number": choice.number, "plain": sorted(choice.plain)}}
+
+    def load_state_dict(self, states: Mapping | Iterable[Mapping]) -> None:
+        if not isinstance(states, Mapping):
+            states = list(states)
+        first = states if isinstance(states, Mapping) else states[0]
+        saved = first.get("config")
+        for number, candidate in enumerate(self._auto.candidates):
+            if candidate.description() == saved:
+                self._take_candidate(number)
+        super().load_state_dict(states)
+        chosen = first.get("auto")
+        choice = Choice(self._number) if chosen is None else Choice(chosen["number"], frozenset(chosen["plain"]))
+        self._settle(choice)
+
+
+def _inherit(gradient: PlainGradient, other: PlainGradient) -> None:
+    """Moves a memory from another candidate's gradient of the same parameter to this one, where both have one."""
+    both = gradient, other
+    if not all(isinstance(one, CompressedGradient) for one in both) or other.state_dict()["memory"] is None:
+        return
+    mine, theirs = (one.state_dict() for one in both)
+    gradient.load_state_dict(mine, [saved for saved in (theirs, mine) if saved["memory"] is not None], 1.0)
+    other.load_state_dict(theirs, [], 1.0)

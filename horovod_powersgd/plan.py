@@ -29,8 +29,8 @@ PLAIN, HALVES = list(SETTINGS)[:2]
 CAREFUL = [PLAIN, HALVES, "hvd.Int8()", "hvd.PowerSGD(rank=8)", 'hvd.PowerSGD(rank=8, wire_dtype="int8")']
 # A faster one has to save this part of the exchange to be recommended in place of a more careful one.
 WORTH = 0.1
-# What PyTorch's steps take of one core of an AMD Zen 4 server (torch_impl/calibration.py), for where there is no PyTorch
-# to measure with.
+# What PyTorch's steps take of one core of an AMD Zen 4 server, where there is no PyTorch to measure them
+# (torch_impl/calibration.py).
 TYPICAL_WORK = {
     HALVES: Work(7.5e-6, 2.1e-10),
     "hvd.Int8()": Work(9e-5, 4.5e-10, 1e-8),

@@ -129,6 +129,7 @@ def test_candidates():
         (PowerSGD(warmup_steps=3), ValueError),
         (PowerSGD(hierarchical=True), ValueError),
         (Auto(), ValueError),
+        (NoCompression(), ValueError),
     ],
 )
 def test_what_can_be_no_candidate(candidate, error):

@@ -69,11 +69,9 @@ class AutoEngine(Engine):
 
     def arrived(self, parameter: torch.nn.Parameter, incoming: torch.Tensor | None = None) -> None:
         # Few calls: of small models they are what a step takes.
+        if self.generation is not generation() or not (self._directly or self._goes_directly()):
+            return super().arrived(parameter, incoming)
         gradient = self._directly.get(parameter)
-        if gradient is None:
-            if self.generation is not generation() or not self._goes_directly():
-                return super().arrived(parameter, incoming)
-            gradient = self._directly.get(parameter)
         if gradient is None or parameter.grad is None:
             return
         if not parameter.is_cuda:

@@ -26,7 +26,7 @@ class Auto(Compressor):
 
     Raises:
         TypeError: a candidate is none of these.
-        ValueError: a candidate that has phases of its own: Accordion, warm-up steps, or two levels.
+        ValueError: no candidate compresses; or one has phases of its own: Accordion, warm-up steps, or two levels.
 
     Example:
         >>> Auto(PowerSGD(rank=8, wire_dtype="int8"))
@@ -36,7 +36,10 @@ class Auto(Compressor):
 
     def __init__(self, *candidates: Any):
         found = tuple(map(_candidate, candidates or (Float16(error_feedback=False), PowerSGD(rank=8))))
-        object.__setattr__(self, "candidates", tuple(c for c in found if not isinstance(c, NoCompression)))
+        compressing = tuple(candidate for candidate in found if not isinstance(candidate, NoCompression))
+        if not compressing:
+            raise ValueError("Auto: there is nothing to choose from: give a candidate that compresses")
+        object.__setattr__(self, "candidates", compressing)
         for name, value in {
             "linear": all(c.linear for c in found),
             "error_feedback": any(c.error_feedback for c in found),

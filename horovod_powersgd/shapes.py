@@ -45,7 +45,7 @@ def of_function(name: str) -> Tensors:
         for part in function.split("."):
             make = getattr(make, part)
     except (ImportError, AttributeError) as error:
-        raise Unreadable(f"--model {name}: {error} (where is it? PYTHONPATH=. finds what is in this folder)") from error
+        raise Unreadable(f"--model {name}: {error} (it is looked for in this folder and in PYTHONPATH)") from error
     if not callable(make):
         raise Unreadable(f"--model {name}: it is no function that makes a model, but {make!r}")
     model = make()

@@ -5,7 +5,7 @@ import torch.distributed
 
 import horovod_powersgd.torch as hvd
 from distribution import distribute
-from horovod_powersgd import cost
+from horovod_powersgd import Float16, cost
 from horovod_powersgd.torch.calibration import Calibration
 from methods import METHODS
 from models import MODELS
@@ -94,7 +94,7 @@ def predict(model, methods):
     for key in methods:
         method = METHODS[key]
         if method.library == "horovod":
-            casts = calibration.casts() if method.compression == "fp16" else None
+            casts = calibration.work(Float16(error_feedback=False)) if method.compression == "fp16" else None
             found[key] = cost.predict_plain(shapes, network, casts)
         elif method.library == "ours":
             found[key] = cost.predict(shapes, method.config, network, calibration.work(method.config))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from horovod_powersgd.compressors.auto import Auto
 from horovod_powersgd.compressors.compressor import Compressor
-from horovod_powersgd.compressors.precision import Float16
+from horovod_powersgd.compressors.precision import is_horovods_fp16
 from horovod_powersgd.cost import ITEMSIZE, Network, Prediction, Work, predict, predict_plain
 from horovod_powersgd.layout import layout_of
 
@@ -75,8 +75,7 @@ class Chooser:
 
         Args:
             seconds: of the slowest worker: its median of several steps.
-            calibrate: measures the network, and the work of each candidate (of Float16 without error feedback, of the
-                casts); is called now and then.
+            calibrate: measures the network, and the work of each candidate; is called now and then.
         """
         if self._expected is not None:
             changed = not 1 / CHANGE < seconds / self._expected < CHANGE
@@ -126,7 +125,7 @@ class Chooser:
 
     def _promising(self, number: int, compressor: Compressor, network: Network, work: Work) -> set[Choice]:
         """The best choice with a candidate; none where it would compress nothing."""
-        if _is_halves(compressor):
+        if is_horovods_fp16(compressor):
             return {Choice(number)}
         # What a byte more costs beside others.
         per_byte = (network.allreduce(2e8) - network.allreduce(1e8)) / 1e8
@@ -144,12 +143,5 @@ class Chooser:
         if choice.number is None:
             return predict_plain(shapes, network)
         compressor, work = self._auto.candidates[choice.number], works[choice.number]
-        if _is_halves(compressor):
-            return predict_plain(shapes, network, work)
         places = [i for i, name in enumerate(self._shapes) if name in choice.plain]
         return predict(shapes, compressor, network, work, self._matrix_shape, places)
-
-
-def _is_halves(compressor: Compressor) -> bool:
-    """Whether all gradients travel in half precision, as Horovod's Compression.fp16 sends them."""
-    return isinstance(compressor, Float16) and not compressor.error_feedback

@@ -15,7 +15,7 @@ import numpy as np
 
 from horovod_powersgd.buckets import BUCKET_BYTES, sort_into_buckets
 from horovod_powersgd.compressors.compressor import Compressor
-from horovod_powersgd.compressors.precision import Float16
+from horovod_powersgd.compressors.precision import Float16, is_horovods_fp16
 from horovod_powersgd.layout import Layout, layout_of, leading_rows
 from horovod_powersgd.quantization import Slices, slice_count
 
@@ -181,6 +181,8 @@ def predict(
         matrix_shape: as layout_of's.
         plain: which tensors, by their places, travel as they are though it would compress them.
     """
+    if is_horovods_fp16(compressor):
+        return predict_plain(shapes, network, work)
     layouts = [layout_of(shape, compressor, matrix_shape) for shape in shapes]
     tensors = [
         _Tensor(str(i), "", ITEMSIZE * math.prod(layout.shape), layout.compressed and i not in plain, layout)

@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
-from horovod_powersgd.compressors.precision import Int8
+from horovod_powersgd.compressors.precision import Float16, Int8
 from horovod_powersgd.cost import Network, Prediction, Work, predict, predict_plain
 from horovod_powersgd.layout import layout_of
 from horovod_powersgd.shapes import Tensors, numbers
 
-# By the argument that users write. None is Horovod's own code.
+# By the argument that users write. None is no compression.
 SETTINGS: dict[str, Compressor | None] = {
     "hvd.Compression.none": None,
-    "hvd.Compression.fp16": None,
+    "hvd.Compression.fp16": Float16(error_feedback=False),
     "hvd.Int8()": Int8(),
     "hvd.PowerSGD(rank=1)": PowerSGD(1),
     "hvd.PowerSGD(rank=4)": PowerSGD(4),
@@ -76,12 +76,12 @@ class Plan:
         """From what was measured.
 
         Args:
-            works: of each setting; PLAIN's is not asked for.
+            works: of each setting but PLAIN.
         """
         shapes, options = list(tensors.shapes.values()), []
         for setting, compressor in SETTINGS.items():
             if compressor is None:
-                prediction = predict_plain(shapes, network, None if setting == PLAIN else works[setting])
+                prediction = predict_plain(shapes, network)
             else:
                 prediction = predict(shapes, compressor, network, works[setting], tensors.matrix_shape)
             options.append(Option(setting, prediction, prediction.step(backward)))
@@ -115,7 +115,7 @@ class Plan:
     def compressed(self, setting: str) -> list[str]:
         """Names of the tensors that travel compressed."""
         compressor = SETTINGS[setting]
-        if compressor is None:
+        if compressor is None or setting == HALVES:
             return []
         layouts = {n: layout_of(s, compressor, self.tensors.matrix_shape) for n, s in self.tensors.shapes.items()}
         return [name for name, layout in layouts.items() if layout.compressed]
@@ -169,7 +169,7 @@ class Plan:
             f"{self.network.workers} workers, a backward of {_ms(self.backward)} ms",
             "", head, *rows, "", f"compression={self.recommended.setting}: {self.reason()}.",
         ]  # fmt: skip
-        if SETTINGS[self.recommended.setting] is not None and kept:
+        if self.recommended.setting not in (PLAIN, HALVES) and kept:
             lines.append(f"Averaged as they are: {some}.")
         return "\n".join(lines)
 

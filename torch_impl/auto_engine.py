@@ -9,7 +9,6 @@ import torch
 
 from horovod_powersgd.choosing import Choice, Chooser
 from horovod_powersgd.compressors.auto import Auto
-from horovod_powersgd.compressors.precision import Float16
 from horovod_powersgd.cost import Network, Work
 from horovod_powersgd.layout import leading_rows
 from horovod_powersgd.statistics import TensorStats
@@ -135,10 +134,7 @@ class AutoEngine(Engine):
     def _calibrate(self) -> tuple[Network, Sequence[Work]]:
         device = self._gradients[0].parameter.device
         calibration = Calibration(self.workers.process_set, self.workers.prefix, device)
-        works = [
-            calibration.casts() if isinstance(c, Float16) and not c.error_feedback else calibration.work(c)
-            for c in self._auto.candidates
-        ]
+        works = [calibration.work(candidate) for candidate in self._auto.candidates]
         # A worker that has joined (hvd.join) takes part in means only.
         return calibration.network(gathers=not self._auto.linear), works
 
@@ -208,9 +204,10 @@ class AutoEngine(Engine):
 
 def _inherit(gradient: PlainGradient, other: PlainGradient) -> None:
     """Moves a memory from another candidate's gradient of the same parameter to this one, where both have one."""
-    both = gradient, other
-    if not all(isinstance(one, CompressedGradient) for one in both) or other.state_dict()["memory"] is None:
+    if not (isinstance(gradient, CompressedGradient) and isinstance(other, CompressedGradient)):
         return
-    mine, theirs = (one.state_dict() for one in both)
+    if other.memory is None:
+        return
+    mine, theirs = gradient.state_dict(), other.state_dict()
     gradient.load_state_dict(mine, [saved for saved in (theirs, mine) if saved["memory"] is not None], 1.0)
     other.load_state_dict(theirs, [], 1.0)

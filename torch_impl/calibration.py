@@ -12,6 +12,7 @@ import torch
 from horovod.torch.mpi_ops import ProcessSet, Sum, allgather_async, allreduce_async_, synchronize
 
 from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.compressors.precision import is_horovods_fp16
 from horovod_powersgd.cost import LONG_MESSAGE, SAMPLES, SIZES, Curve, Network, Work
 from horovod_powersgd.torch import agreement
 from horovod_powersgd.torch.control_messages import largest
@@ -53,18 +54,15 @@ class Calibration:
 
     def work(self, compressor: Compressor) -> Work:
         """What a compressor's steps take of this worker's processor, while the others' work as well."""
-        return self._work(partial(_step, compressor, self.workers.process_set, self._device))
-
-    def casts(self) -> Work:
-        """What Horovod's fp16 takes of this worker's processor."""
-        return self._work(partial(_cast, self._device))
+        if is_horovods_fp16(compressor):
+            step_of = partial(_cast, self._device)
+        else:
+            step_of = partial(_step, compressor, self.workers.process_set, self._device)
+        return Work.fitted([(shapes, self._seconds(step_of(shapes))) for shapes in SAMPLES])
 
     def works(self, settings: Mapping[str, Compressor | None]) -> dict[str, Work]:
-        """Of each compressor, by the names that they are given with; of None, what Horovod's fp16 takes."""
-        return {
-            name: self.casts() if compressor is None else self.work(compressor)
-            for name, compressor in settings.items()
-        }
+        """Of each compressor, by the names that they are given with; None takes none."""
+        return {name: self.work(compressor) for name, compressor in settings.items() if compressor is not None}
 
     def _start_mean(self, dtype: torch.dtype, nbytes: int) -> int:
         tensor = torch.zeros(nbytes // dtype.itemsize, dtype=dtype, device=self._device)
@@ -82,9 +80,6 @@ class Calibration:
             if points[-1][1] > LONG_MESSAGE:
                 break
         return Curve(tuple(points))
-
-    def _work(self, step_of: Callable[[Sequence[tuple[int, int]]], Callable[[], None]]) -> Work:
-        return Work.fitted([(shapes, self._seconds(step_of(shapes))) for shapes in SAMPLES])
 
     def _seconds(self, run: Callable[[], object]) -> float:
         """What it takes the slowest worker: the median of some times."""

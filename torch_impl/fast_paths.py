@@ -8,7 +8,7 @@ from typing import NamedTuple
 from horovod_powersgd.buckets import BUCKET_BYTES, GPU_BUCKET_BYTES, bucket_name, sort_into_buckets
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
-from horovod_powersgd.compressors.precision import Float16, Int8
+from horovod_powersgd.compressors.precision import Int8, is_horovods_fp16
 from horovod_powersgd.hosts import Host
 from horovod_powersgd.torch.bucket import Bucket
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient
@@ -48,7 +48,7 @@ def path_of(config: Compressor) -> Path:
     """The fast path of a compressor where there is one, otherwise its generator's."""
     if config.family.hierarchical:
         return HIERARCHICAL
-    if isinstance(config, Float16) and not config.error_feedback:
+    if is_horovods_fp16(config):
         return HALVES
     return next((path for cls, path in FAST.items() if isinstance(config.family, cls)), GENERAL)
 

@@ -16,6 +16,7 @@ from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.kernels import codes as _codes
 from horovod_powersgd.quantization import LEVELS
 from horovod_powersgd.torch.bucket import joined
+from horovod_powersgd.torch.finite import all_finite
 from horovod_powersgd.torch.step import Step
 
 
@@ -162,7 +163,7 @@ class Slices:
 
     def finite(self, messages: torch.Tensor, divisor: int) -> torch.Tensor:
         """Whether what `decoded` would give is finite, up to rounding; a boolean on the device."""
-        return torch.isfinite((self._units(messages) / divisor).sum(0) * (LEVELS + 1)).all()
+        return all_finite((self._units(messages) / divisor).sum(0) * (LEVELS + 1))
 
     def _units(self, messages: torch.Tensor) -> torch.Tensor:
         """(senders, slices, segments of a slice)."""

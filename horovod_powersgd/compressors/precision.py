@@ -53,6 +53,11 @@ class Float16(Compressor):
         return rows * columns * 2
 
 
+def is_horovods_fp16(compressor: Compressor) -> bool:
+    """Whether it is Float16 without error feedback: what Horovod's Compression.fp16 does."""
+    return isinstance(compressor, Float16) and not compressor.error_feedback
+
+
 @dataclass(frozen=True)
 class Int8(Compressor):
     """Averages matrices in 8 bits a number, for models that no low rank suits; keeps what rounding loses.

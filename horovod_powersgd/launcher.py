@@ -1,11 +1,11 @@
 """Launchers: which one started this process, and how to start a job under each of them.
 
-Horovod's own init() has two traps on the stack that this package installs. A plain `python train.py` aborts inside
+Horovod's own init() has traps on the stack that this package installs. A plain `python train.py` aborts inside
 Open MPI when that was installed by pip, and a job that mpirun or srun started can come up as many jobs of one worker,
-each of which trains alone. The first is prevented here, the second is turned into an error.
+each of which trains alone; or MPI aborts, where it and the launcher do not know each other. The first is prevented
+here, the others are turned into errors.
 """
 
-import contextlib
 import functools
 import os
 import sys
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from horovod_powersgd.environment.installation import INSTALL_COMMAND, find_program
+from horovod_powersgd.mpi import LoadedMpi, loaded_mpi
 
 LAUNCHERS = ("horovodrun --gloo", "horovodrun --mpi", "mpirun")
 
@@ -31,8 +32,9 @@ def prepare_worker() -> None:
     without a launcher work, and refuse what would abort.
 
     Raises:
-        RuntimeError: mpirun started several workers and HOROVOD_CONTROLLER or HOROVOD_CPU_OPERATIONS says gloo. Horovod
-            would come up as separate jobs, or be killed by MPI or by a segmentation fault without a Python error.
+        RuntimeError: mpirun started several workers and HOROVOD_CONTROLLER or HOROVOD_CPU_OPERATIONS says gloo; or
+            mpirun is another MPI's than Horovod's, or srun's --mpi is not for it. Horovod would come up as separate
+            jobs, or be killed by MPI or by a segmentation fault without a Python error.
     """
     # Horovod's thread waits in MPI most of the time. By default MPI waits by asking again and again, and takes half a
     # core from the training; so it asks only when nobody else wants the core.
@@ -41,7 +43,8 @@ def prepare_worker() -> None:
         # Open MPI starts a daemon for a process without a launcher, from the folder in which it was compiled: with a
         # pip-installed one that folder does not exist. A worker that is alone needs no daemon.
         os.environ.setdefault("OMPI_MCA_ess_singleton_isolated", "1")
-    if _open_mpi_is_here():
+    mpi = loaded_mpi()
+    if mpi is not None and mpi.here:
         # mpirun tells its workers where Open MPI's files are, srun does not.
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
         # Slurm names munge first, which pip's Open MPI lacks: it takes the next, after screens of complaints.
@@ -49,8 +52,11 @@ def prepare_worker() -> None:
         if "native" in security:
             os.environ["PMIX_SECURITY_MODE"] = "native"
     launcher, workers = _started_by(os.environ)
-    if launcher is not None and workers > 1:
-        _refuse_gloo(launcher, workers)
+    if launcher is not None:
+        if workers > 1:
+            _refuse_gloo(launcher, workers)
+        if mpi is not None:
+            _refuse_strangers(mpi, launcher, workers)
 
 
 def check_world(size: int) -> None:
@@ -68,7 +74,7 @@ def check_world(size: int) -> None:
         remedy = f"python -m horovod_powersgd doctor says which; {INSTALL_COMMAND} --force builds for this MPI"
     else:
         cause = "Probably srun and Horovod's MPI do not know each other"
-        remedy = "try srun --mpi=pmix or --mpi=pmi2, or start mpirun or horovodrun inside the allocation"
+        remedy = "try srun --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH, Intel MPI), or start mpirun in the allocation"
     raise RuntimeError(
         f"{launcher} started {workers} workers, but each of them came up as a job of size 1: they would train "
         f"separately. {cause}. What to do: {remedy}; or start the job with horovodrun --gloo -np {workers} python ..."
@@ -121,14 +127,6 @@ def launch_environment() -> dict[str, str]:
     return environment
 
 
-def _open_mpi_is_here() -> bool:
-    """Whether the Open MPI that Horovod has loaded is this environment's, where pip put it."""
-    library = f" {os.path.realpath(sys.prefix)}/lib/libopen-pal.so"
-    with contextlib.suppress(OSError):
-        return library in Path("/proc/self/maps").read_text()
-    return False
-
-
 def _refuse_gloo(launcher: str, workers: int) -> None:
     for name in GLOO_CHOICES:
         if os.environ.get(name, "").lower() == "gloo":
@@ -139,11 +137,39 @@ def _refuse_gloo(launcher: str, workers: int) -> None:
             )
 
 
+def _refuse_strangers(mpi: LoadedMpi, launcher: str, workers: int) -> None:
+    """MPI aborts, without a word on what to do, where the launcher does not answer it."""
+    offered = "PMIx" if "PMIX_RANK" in os.environ else "PMI" if "PMI_RANK" in os.environ else None
+    # One worker needs no answer, but for pip's Open MPI in a step of Slurm.
+    answered = offered == mpi.interface or (workers == 1 and not (launcher == "srun" and mpi.here))
+    if mpi.interface is None or answered:
+        return
+    what = f"{launcher} started {workers} worker{'s' * (workers > 1)}"
+    if launcher == "mpirun":
+        other = "Open MPI" if offered == "PMIx" else "MPICH or Intel MPI"
+        raise RuntimeError(
+            f"{what}, but it is {other}'s, and Horovod was built for {mpi.title}: they would not find each other. What "
+            f"to do: start them with the mpirun of {mpi.title}, or build Horovod for this one ({INSTALL_COMMAND} "
+            f"--force, with its mpicxx in PATH; python -m horovod_powersgd doctor shows which are found); or start the "
+            f"job with horovodrun --gloo -np {workers} python ..."
+        )
+    plugin = {"PMIx": "pmix", "PMI": "pmi2"}[mpi.interface]
+    raise RuntimeError(
+        f"{what} {f'with {offered}' if offered else 'without PMI'}, but {mpi.title}, for which Horovod was built, "
+        f"knows only {mpi.interface}, and would abort or stay alone. What to do: srun --mpi={plugin} python ... "
+        f"(srun --mpi=list shows what this Slurm has); or salloc --ntasks={workers} mpirun python ...; or "
+        f"horovodrun --gloo in the allocation"
+    )
+
+
 def _started_by(environment: Mapping[str, str]) -> tuple[str | None, int]:
     """The launcher that MPI would ask, and how many workers it started; (None, 1) where Horovod knows by itself."""
     if "HOROVOD_SIZE" in environment or "HOROVOD_ELASTIC" in environment:
         return None, 1
     for name, launcher in _WORLD_SIZES.items():
         if environment.get(name, "").isdigit():
+            # srun --mpi=pmi2 says so by the same name as the mpirun of MPICH and Intel MPI, which sets one more.
+            if name == "PMI_SIZE" and "SLURM_STEP_NUM_TASKS" in environment and "MPI_LOCALNRANKS" not in environment:
+                launcher = "srun"
             return launcher, int(environment[name])
     return None, 1

@@ -163,3 +163,16 @@ def test_the_real_horovod_tells_what_it_was_built_with(framework):
     features = installation.horovod_features(framework)
     assert features["mpi"] and features["gloo"]
     assert set(features) == set(installation.FEATURES)
+
+
+@pytest.mark.parametrize(
+    "said, version",
+    [
+        ("mpirun (Open MPI) 4.1.8\n\nReport bugs to ...", "Open MPI 4.1.8"),
+        ("HYDRA build details:\n    Version:                                 5.0.2\n", "MPICH 5.0.2"),
+        ("Some other MPI 1.0\nmore", "Some other MPI 1.0"),
+        ("", "unknown"),
+    ],
+)
+def test_an_mpi_is_named_by_what_its_mpirun_says(said, version):
+    assert installation._mpi_version(said) == version

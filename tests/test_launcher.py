@@ -7,8 +7,10 @@ import sys
 import pytest
 
 from horovod_powersgd import launcher
+from horovod_powersgd.mpi import LoadedMpi, recognised
 
-PLACES = ("OMPI_", "PMI_", "PMIX_", "SLURM_", "HOROVOD_", "OPAL_")
+PLACES = ("OMPI_", "PMI_", "PMIX_", "MPI_", "SLURM_", "HOROVOD_", "OPAL_")
+OPEN_MPI, MPICH = LoadedMpi("Open MPI", "PMIx", here=True), LoadedMpi("MPICH or Intel MPI", "PMI")
 
 WORKER = """
 import sys
@@ -92,6 +94,70 @@ def test_the_users_own_choice_for_a_single_worker_stands(monkeypatch):
     monkeypatch.setenv("OMPI_MCA_ess_singleton_isolated", "0")
     launcher.prepare_worker()
     assert os.environ["OMPI_MCA_ess_singleton_isolated"] == "0"
+
+
+# What each launcher tells its workers, as it was seen.
+BY_OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "PMIX_RANK": "0"}
+BY_HYDRA = {"PMI_SIZE": "2", "PMI_RANK": "0", "MPI_LOCALNRANKS": "2"}
+BY_SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
+BY_SRUN_PMIX = {**BY_SRUN, "PMIX_RANK": "0"}
+BY_SRUN_PMI2 = {**BY_SRUN, "PMI_SIZE": "2", "PMI_RANK": "0"}
+HYDRA_ON_SLURM = {**BY_SRUN, **BY_HYDRA}  # srun starts its daemons, and they the workers
+
+
+@pytest.mark.parametrize(
+    "mpi, variables, words",
+    [
+        (MPICH, BY_OPEN_MPI, "mpirun started 2 workers, but it is Open MPI's, and .* built for MPICH or Intel MPI: "),
+        (OPEN_MPI, BY_HYDRA, "mpirun started 2 workers, but it is MPICH or Intel MPI's, and .* built for Open MPI: "),
+        (OPEN_MPI, HYDRA_ON_SLURM, "mpirun started 2 workers, but it is MPICH or Intel MPI's, "),
+        (OPEN_MPI, BY_SRUN, "srun started 2 workers without PMI, but Open MPI.*only PMIx.* do: srun --mpi=pmix "),
+        (OPEN_MPI, BY_SRUN_PMI2, "srun started 2 workers with PMI, but Open MPI.* do: srun --mpi=pmix "),
+        (OPEN_MPI, {"SLURM_STEP_NUM_TASKS": "1"}, "srun started 1 worker without PMI, but Open MPI"),
+        (MPICH, BY_SRUN_PMIX, "srun started 2 workers with PMIx, but MPICH or Intel MPI.* do: srun --mpi=pmi2 "),
+    ],
+)
+def test_a_launcher_that_horovods_mpi_does_not_know_is_refused_before_it_aborts(monkeypatch, mpi, variables, words):
+    monkeypatch.setattr(launcher, "loaded_mpi", lambda: mpi)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=words):
+        launcher.prepare_worker()
+
+
+@pytest.mark.parametrize(
+    "mpi, variables",
+    [
+        (OPEN_MPI, BY_OPEN_MPI),
+        (OPEN_MPI, {**BY_SRUN, **BY_OPEN_MPI}),
+        (OPEN_MPI, BY_SRUN_PMIX),
+        (OPEN_MPI, {**BY_SRUN, "HOROVOD_SIZE": "2"}),
+        (LoadedMpi("Open MPI", None), BY_SRUN_PMI2),
+        (MPICH, BY_HYDRA),
+        (MPICH, HYDRA_ON_SLURM),
+        (MPICH, BY_SRUN_PMI2),
+        (MPICH, {"SLURM_STEP_NUM_TASKS": "1"}),
+        (None, BY_SRUN),
+    ],
+)
+def test_a_launcher_that_may_know_horovods_mpi_is_not_refused(monkeypatch, mpi, variables):
+    monkeypatch.setattr(launcher, "loaded_mpi", lambda: mpi)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    launcher.prepare_worker()
+
+
+def test_an_mpi_is_recognised_by_its_files():
+    def maps(*files):
+        return "".join(f"7f5c0000-7f5d0000 r-xp 00000000 08:01 42                 {file}\n" for file in files)
+
+    assert recognised(maps("/env/lib/libmpi.so.40.30.8", "/env/lib/libopen-pal.so.40.30.3"), "/env") == OPEN_MPI
+    assert recognised(maps("/usr/lib/libopen-pal.so.40.30.2"), "/env") == LoadedMpi("Open MPI", None)
+    assert recognised(maps("/env/lib/libmpi.so.12"), "/env") == MPICH
+    assert recognised(maps("/usr/lib/x86_64-linux-gnu/libmpich.so.12.2.1"), "/env") == MPICH
+    built_with_pmix = maps("/usr/lib/libmpich.so.12.2.1", "/usr/lib/libpmix.so.2.6.2")
+    assert recognised(built_with_pmix, "/env") == LoadedMpi("MPICH or Intel MPI", None)
+    assert recognised(maps("/usr/lib/libc.so.6"), "/env") is None
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])

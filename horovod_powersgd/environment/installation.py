@@ -316,10 +316,19 @@ def find_mpi() -> Mpi:
     launcher = find_program("mpirun")
     version = None
     if launcher is not None:
-        first_line = (_output([launcher, "--version"]).splitlines() or ["unknown"])[0]
-        open_mpi = re.fullmatch(r"mpirun \(Open MPI\) (\S+)", first_line.strip())
-        version = f"Open MPI {open_mpi.group(1)}" if open_mpi else first_line.strip()
+        version = _mpi_version(_output([launcher, "--version"]))
     return Mpi(compiler=find_program("mpicxx"), launcher=launcher, version=version)
+
+
+def _mpi_version(said: str) -> str:
+    """The name and version of the MPI whose mpirun --version has said this."""
+    for title, pattern in (
+        ("Open MPI", r"mpirun \(Open MPI\) (\S+)"),
+        ("MPICH", r"HYDRA build details:\s+Version:\s+(\S+)"),
+    ):
+        if match := re.match(pattern, said):
+            return f"{title} {match.group(1)}"
+    return (said.splitlines() or ["unknown"])[0].strip()
 
 
 def distribution_version(name: str) -> str | None:

@@ -1,0 +1,44 @@
+"""A training by two workers that a framework for clusters starts, on this machine.
+
+    python cluster_training.py ray        or spark
+"""
+
+import sys
+
+
+def train():
+    """Called in each worker. Returns (its rank, how many there are)."""
+    import horovod_powersgd.torch as hvd
+
+    hvd.activate(compression=hvd.PowerSGD(rank=2))
+    import torch_activated_checks as checks
+
+    checks.check_a_training_that_imports_horovod_equals_one_that_imports_this_package()
+    return hvd.rank(), hvd.size()
+
+
+def with_ray():
+    import ray
+    from horovod.ray import RayExecutor
+
+    ray.init(num_cpus=2, include_dashboard=False)
+    executor = RayExecutor(RayExecutor.create_settings(), num_workers=2)
+    executor.start()
+    results = executor.run(train)
+    executor.shutdown()
+    ray.shutdown()
+    return results
+
+
+def with_spark():
+    import horovod.spark
+    from pyspark.sql import SparkSession
+
+    session = SparkSession.builder.master("local[2]").config("spark.ui.enabled", False).getOrCreate()
+    results = horovod.spark.run(train, num_proc=2, use_gloo=True)
+    session.stop()
+    return results
+
+
+if __name__ == "__main__":
+    print("results:", {"ray": with_ray, "spark": with_spark}[sys.argv[1]]())

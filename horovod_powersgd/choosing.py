@@ -7,6 +7,7 @@ wrong costs some steps, and never the job.
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from horovod_powersgd.compressors.auto import Auto
@@ -14,6 +15,7 @@ from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.precision import is_horovods_fp16
 from horovod_powersgd.cost import ITEMSIZE, Network, Prediction, Work, predict, predict_plain
 from horovod_powersgd.layout import layout_of
+from horovod_powersgd.statistics import TensorStats
 
 # A try is over after so many seconds, and after some steps at least and at most. The first of them does not count:
 # it makes buckets and memories.
@@ -44,6 +46,7 @@ class Chooser:
         auto: the configuration.
         shapes: of all tensors, by name.
         matrix_shape: as layout_of's.
+        plain_sets: sets of names, of which one may travel as it is while the others do not; None: any tensors may.
 
     Attributes:
         choice: of the next step.
@@ -51,8 +54,14 @@ class Chooser:
         measured: the same, of those that were tried.
     """
 
-    def __init__(self, auto: Auto, shapes: Mapping[str, tuple[int, ...]], matrix_shape: Callable):
-        self._auto, self._shapes, self._matrix_shape = auto, shapes, matrix_shape
+    def __init__(
+        self,
+        auto: Auto,
+        shapes: Mapping[str, tuple[int, ...]],
+        matrix_shape: Callable,
+        plain_sets: Sequence[frozenset[str]] | None = None,
+    ):
+        self._auto, self._shapes, self._matrix_shape, self._plain_sets = auto, shapes, matrix_shape, plain_sets
         self.choice = Choice()
         self.predicted: dict[Choice, float] = {}
         self.measured: dict[Choice, float] = {}
@@ -95,6 +104,24 @@ class Chooser:
         self._go_on()
         return self.choice
 
+    def told(self, stats: TensorStats, compressor: Compressor) -> TensorStats:
+        """What is told of a tensor.
+
+        Args:
+            stats: of it, as the compressor would have it.
+            compressor: of the last candidate that was taken.
+        """
+        choice = self.choice
+        if stats.compressed and (choice.number is None or stats.name in choice.plain):
+            reason = "would take longer compressed"
+            stats = replace(stats, rank=0, compressed=False, reason=reason, residual=0.0)
+        return replace(
+            stats,
+            chosen=repr(compressor) if stats.compressed else "none",
+            predicted_step=self.predicted.get(choice),
+            measured_step=self.measured.get(choice),
+        )
+
     def _go_on(self) -> None:
         """Tries the most promising one that is left, or settles for the best."""
         assert self._untried is not None
@@ -130,13 +157,18 @@ class Chooser:
         # What a byte more costs beside others.
         per_byte = (network.allreduce(2e8) - network.allreduce(1e8)) / 1e8
         layouts = {name: layout_of(shape, compressor, self._matrix_shape) for name, shape in self._shapes.items()}
-        compressed = {name: layout for name, layout in layouts.items() if layout.compressed}
-        plain = set()
-        for name, layout in compressed.items():
-            sent = compressor.message_bytes(*layout.matrix, ITEMSIZE, compressor.warmup_steps + 1)
-            if work.seconds([layout.matrix]) > (ITEMSIZE * math.prod(layout.shape) - sent) * per_byte:
-                plain.add(name)
-        return {Choice(number, frozenset(plain))} if len(plain) < len(compressed) else set()
+        lost = {}  # seconds, by its being compressed
+        for name, layout in layouts.items():
+            if layout.compressed:
+                sent = compressor.message_bytes(*layout.matrix, ITEMSIZE, compressor.warmup_steps + 1)
+                saved = (ITEMSIZE * math.prod(layout.shape) - sent) * per_byte
+                lost[name] = work.seconds([layout.matrix]) - saved
+        if self._plain_sets is None:
+            plain = frozenset(name for name, seconds in lost.items() if seconds > 0)
+        else:
+            sets = [lost.keys() & plain for plain in (*self._plain_sets, lost.keys())]
+            plain = frozenset(min(sets, key=lambda plain: sum(lost[name] for name in lost.keys() - plain)))
+        return {Choice(number, plain)} if len(plain) < len(lost) else set()
 
     def _prediction(self, choice: Choice, network: Network, works: Sequence[Work]) -> Prediction:
         shapes = list(self._shapes.values())

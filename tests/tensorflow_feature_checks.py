@@ -12,7 +12,6 @@ from horovod_powersgd import (
     Accordion,
     Allgather,
     AllreduceMean,
-    Auto,
     Custom,
     Float16,
     GradiVeq,
@@ -812,7 +811,6 @@ def check_misuse_is_told():
         (dict(compression=PowerSGD(), op=hvd.Adasum), "Adasum"),
         (dict(compression=PowerSGD(), op=hvd.Sum, gradient_predivide_factor=2.0), "gradient_predivide_factor"),
         (dict(compression=PowerSGD(), groups=0), "groups"),
-        (dict(compression=Auto()), "PyTorch only"),
     ):
         with pytest.raises(ValueError, match=match):
             tape(**options)

@@ -11,15 +11,16 @@ import horovod_powersgd
 from horovod_powersgd.activation import REPLACED
 from job import COMPARING, Launch, assert_passed, launched
 
-CHECKS, FEATURES, TWO_LEVELS, KERAS, CALLBACKS, ACTIVATED = (
+CHECKS, FEATURES, TWO_LEVELS, AUTO, KERAS, CALLBACKS, ACTIVATED = (
     f"{name}_checks"
     for name in (
-        "tensorflow", "tensorflow_feature", "tensorflow_two_level", "keras", "keras_callback", "keras_activated"
+        "tensorflow", "tensorflow_feature", "tensorflow_two_level", "tensorflow_auto",
+        "keras", "keras_callback", "keras_activated",
     )
 )
 KERAS_2, AS_BUILT = ("TF_USE_LEGACY_KERAS", "1"), ("GRAPHS", "as-built")
 # Of Keras: where workers meet. One worker runs the others.
-OF_TWO = COMPARING + "|algorithm_2|summed|disagree|local|loss_scaling|resumed|as_the_reference|replicas"
+OF_TWO = COMPARING + "|algorithm_2|summed|disagree|local|loss_scaling|resumed|as_the_reference|replicas|alike_in_fit"
 OF_ONE = f"check_(?!.*({OF_TWO}))|fit_equals"
 # What a third worker takes part in: means that are not halves, more than one other's part, workers that are left. Two
 # and four workers try two rounds.
@@ -33,11 +34,11 @@ ACTIVE = "PowerSGD(rank=2)"
 LAUNCHES = [
     Launch(None, 1, (CHECKS,), partly=(KERAS,), pattern=OF_ONE, variables=(AS_BUILT,)),
     Launch(None, 1, partly=(KERAS,), pattern=OF_ONE, variables=(KERAS_2,)),
-    Launch("horovodrun --gloo", 2, (CHECKS, CALLBACKS, ACTIVATED), variables=(AS_BUILT,), compression=ACTIVE),
+    Launch("horovodrun --gloo", 2, (CHECKS, AUTO, CALLBACKS, ACTIVATED), variables=(AS_BUILT,), compression=ACTIVE),
     Launch("horovodrun --gloo", 3, partly=(CHECKS, KERAS, TWO_LEVELS), pattern=OF_THREE),
     Launch("horovodrun --gloo", 4, (TWO_LEVELS,), (CHECKS, KERAS), pattern=OF_FOUR, variables=(KERAS_2, AS_BUILT)),
     Launch("mpirun", 2, (FEATURES,), partly=(CHECKS, KERAS, TWO_LEVELS), pattern=OF_TWO, variables=(AS_BUILT,)),
-    Launch("mpirun", 2, (CALLBACKS,), partly=(KERAS,), pattern=OF_TWO, variables=(KERAS_2, AS_BUILT)),
+    Launch("mpirun", 2, (CALLBACKS,), partly=(KERAS, AUTO), pattern=OF_TWO, variables=(KERAS_2, AS_BUILT)),
     Launch("mpirun", 3, partly=(FEATURES, CHECKS, KERAS), pattern=THREE_MPI, variables=(AS_BUILT,)),
     Launch("mpirun", 4, partly=(CHECKS, KERAS, TWO_LEVELS), pattern=OF_FOUR, variables=(AS_BUILT,)),
 ]
@@ -55,6 +56,11 @@ def test_tensorflow_features(launch, check):
 
 @pytest.mark.parametrize("launch, check", launched(TWO_LEVELS, LAUNCHES))
 def test_tensorflow_in_two_levels(launch, check):
+    assert_passed(launch, check)
+
+
+@pytest.mark.parametrize("launch, check", launched(AUTO, LAUNCHES))
+def test_tensorflow_chooses(launch, check):
     assert_passed(launch, check)
 
 

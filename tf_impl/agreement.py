@@ -14,7 +14,6 @@ from tensorflow.python.eager import context
 from horovod_powersgd.agreement import MOST_WORKERS, Description, ballot, configuration, differences
 from horovod_powersgd.tensorflow.order import Order
 from horovod_powersgd.tensorflow.settings import Settings
-from horovod_powersgd.tensorflow.shared_host import SharedHost
 from horovod_powersgd.tensorflow.variable import make_variable, plain_name
 from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import Workers
@@ -56,7 +55,7 @@ class Agreement:
         description: gives what must be the same on all workers.
         states: of the variables.
         workers: that exchange.
-        host: what is to be found then where two levels are asked for, else None.
+        look: adds what is to be found out then.
         prefix: of the messages' names; the same for workers that may not agree.
         in_session: whether it is in a graph of TensorFlow 1.
 
@@ -70,11 +69,11 @@ class Agreement:
         description: Callable[[], Description],
         states: Sequence[VariableState],
         workers: Workers,
-        host: SharedHost | None,
+        look: Callable[[], tf.Operation],
         prefix: str,
         in_session: bool,
     ):
-        self._description, self._states, self._workers, self._host = description, states, workers, host
+        self._description, self._states, self._workers, self._look = description, states, workers, look
         self._before = replace(workers, prefix=prefix)
         self._order = Order("powersgd", in_session)
         self.agreed = make_variable(workers.alone)
@@ -87,8 +86,8 @@ class Agreement:
 
     def _reach(self) -> tf.Tensor:
         with tf.control_dependencies([self._compare()]):
-            compared = tf.no_op() if self._host is None else self._host.look()
-        with tf.control_dependencies([self._order.end([compared])]):
+            looked = self._look()
+        with tf.control_dependencies([self._order.end([looked])]):
             with tf.control_dependencies([self.agreed.assign(True, read_value=False)]):
                 return tf.constant(True)
 
@@ -135,7 +134,7 @@ class Agreement:
         numbers by the names of the first worker."""
         ops = []
         variables = [
-            {"steps": self._states[0].counters.steps}, *(state.shared_with_keys() for state in self._states)
+            self._states[0].counters.shared(), *(state.shared_with_keys() for state in self._states)
         ]
         for i, named in enumerate(variables):
             if named:

@@ -67,11 +67,10 @@ def compression_state_dict(variables: Sequence) -> dict[str, object]:
 
 def saved(states: Sequence[VariableState]) -> dict[str, object]:
     """compression_state_dict of these states."""
-    config, process_set = states[0].config, states[0].process_set
-    tensors = {state.name: state.state_dict() for state in states}
-    return checkpoint.state_dict(
-        config, process_set.size(), process_set.rank(), int(states[0].counters.steps), tensors
-    )
+    config, process_set, counters = states[0].current.config, states[0].process_set, states[0].counters
+    tensors = {state.name: state.current.state_dict() for state in states}
+    found = checkpoint.state_dict(config, process_set.size(), process_set.rank(), int(counters.steps), tensors)
+    return found if counters.chosen is None else {**found, "auto": counters.chosen.state_dict()}
 
 
 def load_compression_state_dict(
@@ -88,15 +87,15 @@ def load_compression_state_dict(
             shared out so that their mean stays.
         variables: as then.
         process_set: of the workers.
-        compression: that the gradients are going to be exchanged with. None: what they were exchanged with then; a
-            generator function of one's own has to be given, unless it has exchanged them already.
+        compression: that the gradients are going to be exchanged with. None: what they were exchanged with then;
+            hvd.Auto and a generator function of one's own have to be given, unless they have exchanged them already.
 
     Raises:
         ValueError: another model or compressor, or states are missing. It names what differs.
     """
 
     def mine(first: Mapping) -> list[VariableState]:
-        config = _known(first["config"], variables) if compression is None else required_compressor(compression)
+        config = _known(first, variables) if compression is None else required_compressor(compression)
         return _begun_or_loaded(variables, config, process_set)
 
     load(states, mine)
@@ -125,6 +124,10 @@ def load(
     if fits(first):
         for state, name in zip(mine, first["tensors"]):
             state.rename(name)
+    chosen = mine[0].counters.chosen
+    if chosen is not None:
+        chosen.load_state_dict(first)
+    mine = [state.current for state in mine]
     share = checkpoint.share_of(
         first if alone else map(named_as_here, itertools.chain([first], rest)),
         mine[0].config,
@@ -143,11 +146,14 @@ def _begun_or_loaded(variables: Sequence, config: Compressor, process_set: Proce
     return states_of(variables, config, process_set, training)
 
 
-def _known(description: Mapping, variables: Sequence) -> Compressor:
-    """The compressor of a Compressor.description(): one that these variables are exchanged with, or a new one."""
-    known = (state.config for state in known_states(variables))
-    found = next((config for config in known if config.description() == description), None)
-    return found or checkpoint.compressor_from(description)
+def _known(saved: Mapping, variables: Sequence) -> Compressor:
+    """The compressor of a saved state: one that these variables are exchanged with, or a new one."""
+    for state in known_states(variables):
+        if saved["config"] in (state.config.description(), state.current.config.description()):
+            return state.config
+    if "auto" in saved:
+        raise ValueError("the compression state was saved with hvd.Auto: give it as compression=")
+    return checkpoint.compressor_from(saved["config"])
 
 
 class CompressionState(tf.Module):
@@ -178,6 +184,7 @@ class CompressionState(tf.Module):
         super().__init__()
         states = _begun_or_loaded(variables, required_compressor(compression), process_set)
         self.steps = states[0].counters.steps
+        self.chosen = {} if states[0].counters.chosen is None else states[0].counters.chosen.variables()
         self.tensors = {}
         for state in states:
             own = {"memory": state.memory, "memory_share": state.memory_share}

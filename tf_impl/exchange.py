@@ -12,7 +12,7 @@ from tensorflow.python.ops import control_flow_util
 
 from horovod_powersgd.buckets import bucket_name, sort_into_buckets
 from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean, QuantizedMean
-from horovod_powersgd.compressors.compressor import Traffic
+from horovod_powersgd.compressors.compressor import Compressor, Traffic
 from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.tensorflow.agreement import Agreement, describe
 from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
@@ -39,7 +39,14 @@ class Exchange:
     job, all generations of workers.
     """
 
-    def __init__(self, settings: Settings, states: Sequence[VariableState], groups, sparse: tuple[bool, ...]):
+    def __init__(
+        self,
+        settings: Settings,
+        states: Sequence[VariableState],
+        groups,
+        sparse: tuple[bool, ...],
+        workers_class: type[Workers] = Workers,
+    ):
         self._settings, self._config = settings, settings.config
         self.states, self.counters = list(states), states[0].counters
         self._groups, self._sparse = groups, sparse
@@ -51,7 +58,7 @@ class Exchange:
             # come to one message.
             name = f"powersgd.{zlib.crc32(repr(description()).encode()):x}"
             name_of_agreement = "powersgd"
-        self._workers = Workers(
+        self._workers = workers_class(
             settings.process_set,
             name,
             settings.predivide_factor,
@@ -60,7 +67,7 @@ class Exchange:
         )
         self._host = SharedHost(self._workers, self._config) if self._config.family.hierarchical else None
         self._agreement = Agreement(
-            description, self.states, self._workers, self._host, name_of_agreement, self._in_session
+            description, self.states, self._workers, self._look, name_of_agreement, self._in_session
         )
         self._order = Order(name, self._in_session)
         self._eagerly = tf.function(self._build, autograph=False, reduce_retracing=True)
@@ -100,12 +107,14 @@ class Exchange:
         return CompressionStats(
             **counts,
             tensors=tuple(
-                TensorStats.of(
-                    state.name, state.layout, self._config, sparse, warming_up, state.residual, state.decisions()
-                )
-                for state, sparse in zip(self.states, self._sparse)
+                self._tensor_stats(state, sparse, warming_up) for state, sparse in zip(self.states, self._sparse)
             ),
             flat_because=None if self._host is None else self._host.flat_because,
+        )
+
+    def _tensor_stats(self, state: VariableState, sparse: bool, warming_up: bool) -> TensorStats:
+        return TensorStats.of(
+            state.name, state.layout, state.config, sparse, warming_up, state.residual, state.decisions()
         )
 
     def _build(
@@ -125,17 +134,18 @@ class Exchange:
             sparse = {i: self._exchange_sparse(i, gradients[i]) for i, s in enumerate(self._sparse) if s}
             finite = [tf.reduce_all(tf.math.is_finite(update.values)) for update, _ in sparse.values()]
 
-            def exchange(branch, renews=False, sends_halves=False):
+            def exchange(states, branch, renews=False, sends_halves=False):
                 who = self._workers.number(), self._workers.count(tf.int64)
                 step = Step(number, *who, learning_rate, renews, sends_halves, host)
-                return self._exchange_dense(branch, dense, [gradients[i] for i in dense], step, finite)
+                found = [(i, states[i], gradients[i]) for i in dense]
+                return self._exchange_dense(branch, found, step, finite)
 
             updates, finite, traffic = self._by_branch(number, exchange)
             updates = {**dict(zip(dense, updates)), **{i: update for i, (update, _) in sparse.items()}}
             traffic = _total([traffic, *(of_sparse for _, of_sparse in sparse.values())])
             if self._workers.alone:
                 traffic = _total([])
-            counted = self.counters.count(finite, traffic, _bytes_uncompressed(gradients))
+            counted = self._count(finite, traffic, _bytes_uncompressed(gradients))
         updates = [updates[i] for i in range(len(gradients))]
         self._order.end([counted, *tf.nest.flatten(updates, expand_composites=True)])
         if not self._in_session:
@@ -144,25 +154,27 @@ class Exchange:
             return tf.nest.map_structure(tf.identity, updates, expand_composites=True)
 
     def _by_branch(self, number: tf.Tensor, exchange: Callable):
-        """The exchange of the branch that the step takes: "warmup", "first" (where the factors of the other steps
-        travel in half precision), "renewal", or else "bucket"."""
-        family = self._config.family
+        """The exchange of the branch that the step takes.
 
-        def ordinary(halves=False):
-            if family.refresh_every is None:
-                return exchange("bucket", sends_halves=halves)
-            renewal = functools.partial(exchange, "renewal", True, halves)
-            return tf.cond(family.renews(number), renewal, lambda: exchange("bucket", sends_halves=halves))
+        Args:
+            number: of the step.
+            exchange: of these states' gradients, in a branch of this name.
+        """
+        return by_branch(self._config, number, functools.partial(exchange, self.states))
 
-        def after_warmup():
-            halves = family.sends_halves(number)
-            if halves is False:
-                return ordinary()
-            return tf.cond(halves, lambda: ordinary(True), lambda: exchange("first"))
+    def _count(self, finite: tf.Tensor, traffic: Traffic, bytes_uncompressed: tf.Tensor) -> tf.Operation:
+        """What comes after a step."""
+        return self.counters.count(finite, traffic, bytes_uncompressed)
 
-        if not self._config.warmup_steps:
-            return after_warmup()
-        return tf.cond(number < self._config.warmup_steps, lambda: exchange("warmup"), after_warmup)
+    def _look(self) -> tf.Operation:
+        """What is found out when the workers agree."""
+        return tf.no_op() if self._host is None else self._host.look()
+
+    def _variables(self) -> list[tf.Variable]:
+        """All that are kept beside the model's."""
+        found = [] if self._host is None else [self._host.peers]
+        kept = itertools.chain(*(state.variables().values() for state in self.states))
+        return [self._agreement.agreed, *found, *self.counters.variables().values(), *kept]
 
     def _prepare(self, snapshots: tuple[Snapshot, ...]) -> tf.Operation:
         """What comes before a step: in a graph of TensorFlow 1 it makes the variables' initial values, so that no job
@@ -170,9 +182,7 @@ class Exchange:
         workers' agreement; and the snapshots."""
         if self._in_session:
             ready = []
-            kept = itertools.chain(*(state.variables().values() for state in self.states))
-            found = () if self._host is None else (self._host.peers,)
-            for variable in (self._agreement.agreed, *found, *self.counters.variables().values(), *kept):
+            for variable in self._variables():
                 there = tf.compat.v1.is_variable_initialized(variable)
                 ready.append(tf.cond(there, tf.no_op, functools.partial(_initialise, variable)))
         else:
@@ -193,17 +203,25 @@ class Exchange:
         return update, Traffic(*(nbytes(part.values) + nbytes(part.indices) for part in (sent, mean)))
 
     def _exchange_dense(
-        self, branch: str, indices: Sequence[int], tensors: Sequence[tf.Tensor], step: Step, finite: Sequence[tf.Tensor]
+        self,
+        branch: str,
+        tensors: Sequence[tuple[int, VariableState, tf.Tensor]],
+        step: Step,
+        finite: Sequence[tf.Tensor],
     ):
-        """Returns the updates, whether the step is finite on all workers, and what was sent."""
+        """Returns the updates, whether the step is finite on all workers, and what was sent.
+
+        Args:
+            tensors: the gradients, each with its place and the state that it is exchanged with.
+        """
         gradients = []
-        for i, tensor in zip(indices, tensors):
-            compressed = self.states[i].layout.compressed and branch != "warmup"
-            gradient_class = self.states[i].gradient_class if compressed else PlainGradient
-            gradients.append(gradient_class(self.states[i], tensor))
+        for _, state, tensor in tensors:
+            compressed = state.layout.compressed and branch != "warmup"
+            gradient_class = state.gradient_class if compressed else PlainGradient
+            gradients.append(gradient_class(state, tensor))
         groups = self._groups
         if isinstance(groups, list):
-            by_index = dict(zip(indices, gradients))
+            by_index = {i: gradient for (i, _, _), gradient in zip(tensors, gradients)}
             groups = [[by_index[i] for i in group if i in by_index] for group in groups]
         there = functools.cache(lambda: self._all_there(step))
         messages = []
@@ -277,6 +295,34 @@ class Exchange:
         if self._settings.sum_gradients:
             update *= self._workers.count(update.dtype)
         return tf.cast(tf.reshape(update, gradient.state.layout.shape), gradient.state.variable_dtype)
+
+
+def by_branch(config: Compressor, number: tf.Tensor, exchange: Callable):
+    """The exchange of the branch that a step takes: "warmup", "first" (where the factors of the other steps travel in
+    half precision), "renewal", or else "bucket".
+
+    Args:
+        config: how gradients are compressed.
+        number: of the step.
+        exchange: in the branch that it is called with.
+    """
+    family = config.family
+
+    def ordinary(halves=False):
+        if family.refresh_every is None:
+            return exchange("bucket", sends_halves=halves)
+        renewal = functools.partial(exchange, "renewal", True, halves)
+        return tf.cond(family.renews(number), renewal, lambda: exchange("bucket", sends_halves=halves))
+
+    def after_warmup():
+        halves = family.sends_halves(number)
+        if halves is False:
+            return ordinary()
+        return tf.cond(halves, lambda: ordinary(True), lambda: exchange("first"))
+
+    if not config.warmup_steps:
+        return after_warmup()
+    return tf.cond(number < config.warmup_steps, lambda: exchange("warmup"), after_warmup)
 
 
 def _kind_of_message(request: AllreduceMean | QuantizedMean | Allgather | HostMean) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from horovod_powersgd.tensorflow.auto_exchange import AutoExchange
+from horovod_powersgd.tensorflow.auto_state import AutoState
 from horovod_powersgd.tensorflow.exchange import Exchange, Tensor
 from horovod_powersgd.tensorflow.settings import Settings
 from horovod_powersgd.tensorflow.training import Training, states_of
@@ -30,5 +32,8 @@ def exchange_of(
     key = (settings, tuple(id(state) for state in states), sparse)
     exchanges = states[0].counters.exchanges
     if key not in exchanges:
-        exchanges[key] = Exchange(settings, states, groups, sparse)
+        auto = [state for state in states if isinstance(state, AutoState)]
+        exchanges[key] = (
+            AutoExchange(settings, auto, groups, sparse) if auto else Exchange(settings, states, groups, sparse)
+        )
     return exchanges[key]

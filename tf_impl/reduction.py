@@ -7,7 +7,6 @@ import tensorflow as tf
 from horovod.tensorflow.mpi_ops import Average, ProcessSet, Sum
 
 from horovod_powersgd.arguments import check_op, compressor_of
-from horovod_powersgd.compressors.auto import Auto
 from horovod_powersgd.tensorflow.clipping import clip_memory
 from horovod_powersgd.tensorflow.compression_state import load, saved
 from horovod_powersgd.tensorflow.exchange import Exchange
@@ -37,7 +36,7 @@ class Reduction:
 
     Raises:
         TypeError: compression is none of these.
-        ValueError: a compressor with an op that is neither hvd.Average nor hvd.Sum, or Auto.
+        ValueError: a compressor with an op that is neither hvd.Average nor hvd.Sum.
     """
 
     def __init__(
@@ -54,10 +53,6 @@ class Reduction:
         training: Training | None = None,
     ):
         self.compressor = compressor_of(compression)
-        if isinstance(self.compressor, Auto):
-            raise ValueError(
-                "hvd.Auto chooses in PyTorch only so far: python -m horovod_powersgd plan says which compressor to give"
-            )
         self.training = training or Training()
         self.discardable = False
         self._snapshots: list[Snapshot] = []

@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from horovod_powersgd.compressors.compressor import Traffic
+from horovod_powersgd.tensorflow.chosen import Chosen
 from horovod_powersgd.tensorflow.snapshot import Snapshot
 from horovod_powersgd.tensorflow.variable import make_variable
 
@@ -22,6 +23,7 @@ class StepCounters:
         total_bytes_received: int64 variable: in all steps.
         total_bytes_uncompressed: int64 variable: in all steps.
         exchanges: made for these variables, or some of them.
+        chosen: Auto's.
     """
 
     def __init__(self):
@@ -30,6 +32,7 @@ class StepCounters:
         self.bytes_received, self.total_bytes_received = make_variable(np.int64(0)), make_variable(np.int64(0))
         self.bytes_uncompressed, self.total_bytes_uncompressed = make_variable(np.int64(0)), make_variable(np.int64(0))
         self.exchanges: dict = {}
+        self.chosen: Chosen | None = None
 
     @functools.cached_property
     def snapshot(self) -> Snapshot:
@@ -40,6 +43,10 @@ class StepCounters:
         """Forgets all steps."""
         for variable in self.variables().values():
             variable.assign(0)
+
+    def shared(self) -> dict[str, tf.Variable]:
+        """What is the same on every worker, by name, as a checkpoint holds it."""
+        return {"steps": self.steps, **({} if self.chosen is None else self.chosen.variables())}
 
     def variables(self) -> dict[str, tf.Variable]:
         """All, by name."""

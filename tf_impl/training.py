@@ -6,7 +6,9 @@ from collections.abc import Iterator, MutableMapping, Sequence
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import ProcessSet
 
+from horovod_powersgd.compressors.auto import Auto
 from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.tensorflow.auto_state import AutoState
 from horovod_powersgd.tensorflow.fast_paths import gradient_class_of
 from horovod_powersgd.tensorflow.step_counters import StepCounters
 from horovod_powersgd.tensorflow.variable import native
@@ -45,9 +47,11 @@ def states_of(
             name = _unused(_name(variable), names)
             names.add(name)
             with tf.device(native(variable).device):
-                states[key] = VariableState(
-                    name, variable.shape, native(variable).dtype, config, process_set, counters, gradient_class
-                )
+                variable_of = name, variable.shape, native(variable).dtype
+                if isinstance(config, Auto):
+                    states[key] = AutoState(*variable_of, config, process_set, counters)
+                else:
+                    states[key] = VariableState(*variable_of, config, process_set, counters, gradient_class)
     return [states[key] for states in kept]
 
 

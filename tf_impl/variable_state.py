@@ -23,6 +23,11 @@ from horovod_powersgd.tensorflow.variable import make_variable
 class VariableState:
     """What is kept of one variable in one training. It lives as long as both.
 
+    Args:
+        name, shape, dtype: of the variable.
+        memory_of: whose memory it takes, where that has one and this one keeps one.
+        (the others): as below.
+
     The dtype of memory, factors and totals is float64 for float64 variables, else float32. What a variable or its
     compressor has no use for is None.
 
@@ -57,6 +62,7 @@ class VariableState:
         process_set: ProcessSet,
         counters: StepCounters,
         gradient_class,
+        memory_of: "VariableState | None" = None,
     ):
         self.name, self.config, self.process_set, self.counters = name, config, process_set, counters
         self.gradient_class = gradient_class
@@ -77,13 +83,21 @@ class VariableState:
         self.key = make_variable(np.int64(key_of(name, config.seed)))
         gradient_class.prepare(self)
         if config.keeps_memory:
-            if self.memory is None:
-                self.memory = make_variable(np.zeros(self.layout.matrix_shape, self.dtype.as_numpy_dtype))
-            self.usual_clipping = make_variable(np.float64(0))
+            if memory_of is not None and memory_of.memory is not None:
+                self.memory, self.usual_clipping = memory_of.memory, memory_of.usual_clipping
+            else:
+                if self.memory is None:
+                    self.memory = make_variable(np.zeros(self.layout.matrix_shape, self.dtype.as_numpy_dtype))
+                self.usual_clipping = make_variable(np.float64(0))
         if config.error_feedback:
             self.norm = make_variable(np.float64("nan"))
         if isinstance(config, Accordion):
             self.accordion = AccordionState(config, self.layout, self.dtype)
+
+    @property
+    def current(self) -> "VariableState":
+        """The one that is saved: this one."""
+        return self
 
     def shared(self) -> dict[str, tf.Variable]:
         """What is the same on every worker, by name, as a checkpoint holds it."""

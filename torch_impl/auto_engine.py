@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -172,17 +171,8 @@ class AutoEngine(Engine):
         self._seconds, self._last = [], None
 
     def _tensor_stats(self, gradient: PlainGradient) -> TensorStats:
-        stats = super()._tensor_stats(gradient)
-        if stats.compressed and gradient.name in self._as_they_are:
-            stats = replace(stats, rank=0, compressed=False, reason="would take longer compressed", residual=0.0)
-        if self._chooser is None:
-            return stats
-        return replace(
-            stats,
-            chosen=repr(self._config) if stats.compressed else "none",
-            predicted_step=self._chooser.predicted.get(self._choice),
-            measured_step=self._chooser.measured.get(self._choice),
-        )
+        chooser = self._chooser or Chooser(self._auto, {}, leading_rows)
+        return chooser.told(super()._tensor_stats(gradient), self._config)
 
     def state_dict(self) -> dict[str, object]:
         choice = self._choice

@@ -1,19 +1,16 @@
-"""What messages and passes take here: what horovod_powersgd.cost predicts from.
+"""horovod_powersgd.calibration for PyTorch."""
 
-All workers measure at the same time, as they exchange at the same time; what counts is the slowest of them.
-"""
-
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from horovod.torch.mpi_ops import ProcessSet, Sum, allgather_async, allreduce_async_, synchronize
 
+from horovod_powersgd import calibration
+from horovod_powersgd.calibration import seconds_of
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.precision import is_horovods_fp16
-from horovod_powersgd.cost import LONG_MESSAGE, SAMPLES, SIZES, Curve, Network, Work
+from horovod_powersgd.cost import SAMPLES, Work
 from horovod_powersgd.torch import agreement
 from horovod_powersgd.torch.control_messages import largest
 from horovod_powersgd.torch.engine import Engine
@@ -28,7 +25,7 @@ class _Alone(Workers):
     count, index = 1, 0
 
 
-class Calibration:
+class Calibration(calibration.Calibration):
     """Measures what cost.predict needs.
 
     Args:
@@ -39,18 +36,12 @@ class Calibration:
 
     def __init__(self, process_set: ProcessSet, prefix: str = "powersgd", device: torch.device = CPU):
         self.workers, self._device = Workers(process_set, f"{prefix}.calibration"), device
+        self.count = self.workers.count
 
     @property
     def is_first(self) -> bool:
         """Whether this is the worker that speaks for all."""
         return self.workers.index == 0
-
-    def network(self, gathers: bool = True) -> Network:
-        """What messages of these workers take; of an allgather, only where it is asked for."""
-        mean, halves = (self._curve(partial(self._start_mean, dtype)) for dtype in (torch.float32, torch.float16))
-        count = self.workers.count
-        gather = self._curve(partial(self._start_gather, count), count) if gathers else mean
-        return Network(count, mean, halves, gather)
 
     def work(self, compressor: Compressor) -> Work:
         """What a compressor's steps take of this worker's processor, while the others' work as well."""
@@ -58,44 +49,25 @@ class Calibration:
             step_of = partial(_cast, self._device)
         else:
             step_of = partial(_step, compressor, self.workers.process_set, self._device)
-        return Work.fitted([(shapes, self._seconds(step_of(shapes))) for shapes in SAMPLES])
+        return Work.fitted([(shapes, seconds_of(step_of(shapes), self._slowest)) for shapes in SAMPLES])
 
     def works(self, settings: Mapping[str, Compressor | None]) -> dict[str, Work]:
         """Of each compressor, by the names that they are given with; None takes none."""
         return {name: self.work(compressor) for name, compressor in settings.items() if compressor is not None}
 
-    def _start_mean(self, dtype: torch.dtype, nbytes: int) -> int:
-        tensor = torch.zeros(nbytes // dtype.itemsize, dtype=dtype, device=self._device)
-        name = f"{self.workers.prefix}.{dtype}"
-        return allreduce_async_(tensor, name=name, op=Sum, process_set=self.workers.process_set)
+    def _average(self, dtype: str, nbytes: int) -> None:
+        of_torch = getattr(torch, dtype)
+        tensor = torch.zeros(nbytes // of_torch.itemsize, dtype=of_torch, device=self._device)
+        name, process_set = f"{self.workers.prefix}.{dtype}", self.workers.process_set
+        synchronize(allreduce_async_(tensor, name=name, op=Sum, process_set=process_set))
 
-    def _start_gather(self, share: int, nbytes: int) -> int:
+    def _gather(self, share: int, nbytes: int) -> None:
         part = torch.zeros(nbytes // share, dtype=torch.uint8, device=self._device)
-        return allgather_async(part, name=f"{self.workers.prefix}.gather", process_set=self.workers.process_set)
+        name, process_set = f"{self.workers.prefix}.gather", self.workers.process_set
+        synchronize(allgather_async(part, name=name, process_set=process_set))
 
-    def _curve(self, start: Callable[[int], int], share: int = 1) -> Curve:
-        points: list[tuple[float, float]] = []
-        for nbytes in SIZES:
-            points.append((nbytes / share, self._seconds(partial(_wait_for, start, nbytes))))
-            if points[-1][1] > LONG_MESSAGE:
-                break
-        return Curve(tuple(points))
-
-    def _seconds(self, run: Callable[[], object]) -> float:
-        """What it takes the slowest worker: the median of some times."""
-        run()
-        found: list[float] = []
-        while len(found) < 2 or (sum(found) < 0.03 and len(found) < 15):
-            begin = time.perf_counter()
-            run()
-            nanoseconds = int(1e9 * (time.perf_counter() - begin))
-            # All workers go on from here together, and know how long the slowest has taken.
-            found.append(largest(self.workers, [nanoseconds], "seconds")[0] / 1e9)
-        return statistics.median(found)
-
-
-def _wait_for(start: Callable[[int], int], nbytes: int) -> None:
-    synchronize(start(nbytes))
+    def _slowest(self, nanoseconds: int) -> int:
+        return largest(self.workers, [nanoseconds], "seconds")[0]
 
 
 def _cast(device: torch.device, shapes: Sequence[tuple[int, int]]) -> Callable[[], None]:

@@ -17,7 +17,7 @@ class Auto(Compressor):
     The first steps are exchanged as they are, and timed. Then messages and passes are measured, which takes some
     seconds once, and every candidate's step is predicted; those that promise to be faster are tried for some steps, and
     the fastest stays (horovod_powersgd.choosing). All workers choose alike. When steps become slower or faster, it
-    looks again. PyTorch only so far.
+    looks again.
 
     Args:
         candidates: compressors, or Horovod's Compression.none or Compression.fp16, the more careful ones first: a later

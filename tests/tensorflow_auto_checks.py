@@ -1,0 +1,191 @@
+"""hvd.Auto in the workers of a job of TensorFlow: choices that are made for it, and its own."""
+
+import contextlib
+import tempfile
+from unittest import mock
+
+import numpy as np
+import tensorflow as tf
+from tensorflow import keras
+
+import cases
+import horovod_powersgd.tensorflow as hvd
+import horovod_powersgd.tensorflow.keras as hvd_keras
+from horovod_powersgd import Auto, PowerSGD, TopK
+from horovod_powersgd.choosing import Choice, Chooser
+from horovod_powersgd.cost import Curve, Network, Work
+from horovod_powersgd.tensorflow import auto_exchange, calibration
+from horovod_powersgd.tensorflow.agreement import new_generation
+from horovod_powersgd.tensorflow.auto_exchange import AutoExchange
+from horovod_powersgd.tensorflow.training import known_states
+from tensorflow_trainee import EagerTrainee, FunctionTrainee
+
+AUTO = Auto(PowerSGD(rank=2, min_compression_rate=1), hvd.Compression.fp16, TopK(0.1))
+PLAIN, MEASURING = Choice(), (auto_exchange, calibration)
+SHAPES = {name: cases.SHAPES[name] for name in ("linear", "tall", "vector")}
+# "tall" is the small one.
+SMALL = Choice(0, frozenset({"tall"}))
+
+
+@contextlib.contextmanager
+def choosing(*choices):
+    """Makes these choices after the steps, one after the other; the last one stays. Nothing is measured."""
+    coming = iter(choices)
+
+    def report(self, seconds, calibrate):
+        self.choice = next(coming, self.choice)
+        return self.choice
+
+    with (
+        mock.patch.object(Chooser, "report", report),
+        mock.patch.object(Chooser, "interval", 1),
+        mock.patch.object(auto_exchange, "passes", lambda *_: []),
+        mock.patch.object(auto_exchange, "SMALL_NUMBERS", 48 * 64),
+    ):
+        yield
+
+
+def gradients(step, dtype="float64"):
+    return cases.gradients(step, hvd.rank(), dtype, SHAPES)
+
+
+def mean_gradients(step, dtype="float64"):
+    everyone = [cases.gradients(step, worker, dtype, SHAPES) for worker in range(hvd.size())]
+    return {name: np.mean([mine[name] for mine in everyone], axis=0) for name in everyone[0]}
+
+
+def memories(trainee):
+    """The mean of all workers' memories."""
+    states = known_states(trainee.variables.values())
+    found = {state.name: state.memory.numpy() for state in states if state.memory is not None}
+    everyone = hvd.allgather_object(found, name="memories")
+    return {name: np.mean([mine[name] for mine in everyone], axis=0) for name in found}
+
+
+def check_no_gradient_is_lost_and_candidates_do_as_they_do_alone():
+    script = [PLAIN, Choice(0), Choice(0), Choice(2), SMALL, Choice(0), Choice(1), PLAIN]
+    taken, given = {}, {}
+    with choosing(*script):
+        trainee = FunctionTrainee(AUTO, "float64", SHAPES)
+        for step in range(2 + len(script)):
+            # The first step begins the clock, so what is chosen after a step counts from the third on.
+            chosen = script[step - 2] if step > 1 else PLAIN
+            before, updates = memories(trainee), trainee.exchange(gradients(step))
+            for name, mean in mean_gradients(step).items():
+                given[name], taken[name] = given.get(name, 0) + mean, taken.get(name, 0) + updates[name]
+            after = memories(trainee)
+            waits = set(before) if chosen.number in (None, 1) else chosen.plain
+            for name in waits:
+                np.testing.assert_array_equal(after[name], before[name])
+            for name in SHAPES if chosen == PLAIN else [*chosen.plain, "vector"]:
+                assert cases.error(updates[name], mean_gradients(step)[name]) < 1e-9, (step, name)
+    # Half precision keeps nothing of what it rounds.
+    for name, memory in after.items():
+        assert cases.error(taken[name] + memory.reshape(taken[name].shape), given[name]) < 2**-11, name
+    # From the third step on, as the candidate alone from its first.
+    for number, candidate in enumerate(AUTO.candidates):
+        with choosing(Choice(number)):
+            ours, alone = EagerTrainee(AUTO, "float64", SHAPES), EagerTrainee(candidate, "float64", SHAPES)
+            for step in range(5):
+                found = ours.exchange(gradients(step))
+                if step > 1:
+                    cases.assert_close(found, alone.exchange(gradients(step)), 1e-9, (candidate, step))
+        assert ours.stats().bytes_sent == alone.stats().bytes_sent
+
+
+def checkpoint(trainee):
+    return tf.train.Checkpoint(compression=hvd.CompressionState(trainee.variables.values(), AUTO))
+
+
+def check_a_saved_choice_goes_on_and_statistics_say_what_it_was():
+    with choosing(PLAIN, SMALL):
+        whole = EagerTrainee(AUTO, "float64", SHAPES)
+        for step in range(5):
+            whole.exchange(gradients(step))
+            if step == 0:
+                assert {t.chosen for t in whole.stats().tensors} == {"none"}
+                assert whole.stats().bytes_sent == whole.stats().bytes_uncompressed
+    by_name = {tensor.name: tensor for tensor in whole.stats().tensors}
+    assert by_name["tall"].chosen == "none" and "longer" in by_name["tall"].reason
+    assert by_name["linear"].chosen == repr(AUTO.candidates[0]) and by_name["linear"].residual > 0
+    saved = whole.saved()
+    with choosing(), tempfile.TemporaryDirectory() as folder:
+        resumed, restored = (EagerTrainee(AUTO, "float64", SHAPES) for _ in range(2))
+        resumed.load(saved)
+        path = checkpoint(whole).save(f"{folder}/worker-{hvd.rank()}")
+        checkpoint(restored).restore(path).assert_consumed()
+        alone = EagerTrainee(AUTO.candidates[0], "float64", SHAPES)
+        alone.load(saved)  # as the candidate itself, which compresses all
+        for step in range(5, 7):
+            expected = whole.exchange(gradients(step))
+            for other in (resumed, restored):
+                cases.assert_close(other.exchange(gradients(step)), expected, 1e-9, step)
+        # A worker that comes later takes what the others have chosen.
+        if hvd.rank() == hvd.size() - 1:
+            [counters] = {state.counters for state in known_states(resumed.variables.values())}
+            counters.steps.assign(0)
+            counters.chosen.begin_again()
+        new_generation()
+        for other in (whole, resumed):
+            other.exchange(gradients(7))
+            assert {t.name for t in other.stats().tensors if t.compressed} == {"linear"}
+        assert alone.exchange(gradients(5)).keys() == expected.keys()
+        assert alone.stats().bytes_sent < resumed.stats().bytes_sent < whole.stats().bytes_uncompressed
+
+
+def check_all_workers_choose_alike_in_fit():
+    few = Auto(*AUTO.candidates[:2])
+    slow = Curve(((0, 1e-2), (1e6, 1.0)))
+
+    def calibrate(self, calibration):
+        return Network(hvd.size(), slow, slow, slow), [Work(1e-5, 1e-10)] * len(few.candidates)
+
+    # Measured and predicted on this machine, and as on a network that is slow.
+    small = [mock.patch.object(module, "SAMPLES", [[(48, 48)], [(48, 48)] * 2, [(99, 48)]]) for module in MEASURING]
+    for slowly in (False, True):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((200,)), keras.layers.Dense(100, "tanh"), keras.layers.Dense(50)])
+        optimizer = hvd_keras.DistributedOptimizer(keras.optimizers.SGD(0.01), compression=few)
+        model.compile(optimizer=optimizer, loss="mse")
+        chosen = []
+
+        def note(batch, logs=None):
+            tensors = optimizer.compression_stats().tensors
+            chosen.append([(tensor.chosen, tensor.predicted_step, tensor.measured_step) for tensor in tensors])
+
+        noting = keras.callbacks.LambdaCallback(on_train_batch_end=note)
+        x = np.random.default_rng(hvd.rank()).standard_normal((8 * 25, 200)).astype("float32")
+        y = np.zeros((8 * 25, 50), "float32")
+        with contextlib.ExitStack() as patches:
+            for patch in small:
+                patches.enter_context(patch)
+            if slowly:
+                patches.enter_context(mock.patch.object(AutoExchange, "_calibrate", calibrate))
+                patches.enter_context(mock.patch.object(auto_exchange, "passes", lambda *_: []))
+            model.fit(x, y, batch_size=8, epochs=1, verbose=0, callbacks=[noting])
+        assert len(chosen) == 25 and {what for what, *_ in chosen[0]} == {"none"}
+        everyones = hvd.allgather_object(chosen, name="chosen")
+        assert all(theirs == chosen for theirs in everyones)
+        chooser = optimizer._aggregation.reduction.exchange._chooser
+        assert PLAIN in chooser.measured and chosen[-1][0][1:] == (
+            chooser.predicted[chooser.choice], chooser.measured.get(chooser.choice)
+        )
+        hvd.assert_replicas_equal(model.variables)
+    assert len({what for (what, *_), *_ in chosen}) > 1  # on the slow one, something else was tried
+
+
+def check_an_optimizer_of_tensorflow_1_in_a_session():
+    with choosing(Choice(0)), tf.Graph().as_default():
+        weight = tf.compat.v1.get_variable("weight", initializer=np.zeros((48, 64), "float32"))
+        given = tf.compat.v1.placeholder(tf.float32, (48, 64))
+        optimizer = hvd.DistributedOptimizer(tf.compat.v1.train.GradientDescentOptimizer(1.0), compression=AUTO)
+        train = optimizer.apply_gradients(optimizer.compute_gradients(tf.reduce_sum(weight * given), [weight]))
+        taken = []
+        with tf.compat.v1.Session() as session:
+            session.run(tf.compat.v1.global_variables_initializer())
+            for step in range(5):
+                before = session.run(weight)
+                session.run(train, {given: gradients(step, "float32")["linear"]})
+                taken.append(before - session.run(weight))
+    for step, update in enumerate(taken):
+        assert np.linalg.matrix_rank(update, 1e-3) == (2 if step > 1 else 48), step

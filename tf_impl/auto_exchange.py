@@ -1,0 +1,193 @@
+"""The exchange of variables whose compressor is chosen while the job runs: hvd.Auto."""
+
+import functools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.eager import context
+
+from horovod_powersgd.choosing import PERIOD, Choice, Chooser
+from horovod_powersgd.compressors.compressor import Traffic
+from horovod_powersgd.compressors.precision import is_horovods_fp16
+from horovod_powersgd.cost import Network, Work
+from horovod_powersgd.layout import trailing_columns
+from horovod_powersgd.statistics import TensorStats
+from horovod_powersgd.tensorflow.auto_state import AutoState
+from horovod_powersgd.tensorflow.calibration import SAMPLES, Calibration, passes
+from horovod_powersgd.tensorflow.chosen import ALL, NOTHING_MORE, SMALL
+from horovod_powersgd.tensorflow.exchange import Exchange, by_branch
+from horovod_powersgd.tensorflow.settings import Settings
+from horovod_powersgd.tensorflow.variable import make_variable
+from horovod_powersgd.tensorflow.variable_state import VariableState
+
+# Matrices of fewer numbers are small: they may travel as they are while the others are compressed.
+SMALL_NUMBERS = 2**16
+
+
+class _Way(NamedTuple):
+    """What a choice is in the graph.
+
+    Attributes:
+        numbers: Chosen's, of the candidate and of what travels as it is.
+        choice: the Chooser's.
+        states: that gradients are exchanged with.
+    """
+
+    numbers: tuple[int, int]
+    choice: Choice
+    states: Sequence[VariableState]
+
+
+class AutoExchange(Exchange):
+    """An Exchange whose graph has a branch for each choice. The end of a step notes the time, and now and then asks the
+    Chooser, in Python, which branch the next steps take.
+
+    Args: Exchange's; the states are AutoStates.
+    """
+
+    def __init__(self, settings: Settings, states: Sequence[AutoState], groups, sparse: tuple[bool, ...]):
+        self._auto, self._auto_states, self._chosen = states[0].config, states, states[0].chosen
+        self._ways = _ways(states)
+        # How many steps this choice has had, and seconds of the last ones.
+        self._since, self._seconds = make_variable(np.int64(0)), make_variable(np.zeros(PERIOD))
+        # How many of them were timed since they were last looked at, and after how many they are.
+        self._timed, self._interval = make_variable(np.int64(0)), make_variable(np.int64(1))
+        # When the last step ended; 0 where what the next one takes is not known.
+        self._ended = make_variable(np.float64(0))
+        # Whether the workers may be others than those that the Chooser knows.
+        self._new_workers = make_variable(np.bool_(True))
+        self._chooser = self._new_chooser(Choice())
+        super().__init__(settings, states, groups, sparse)
+        alone = self._workers.alone
+        self._passes = [] if alone else [passes(c, settings.process_set) for c in self._auto.candidates]
+
+    def _new_chooser(self, choice: Choice) -> Chooser:
+        shapes = {state.name: state.layout.shape for state in self._auto_states}
+        small = frozenset(name for name, shape in shapes.items() if math.prod(shape) < SMALL_NUMBERS)
+        chooser = Chooser(self._auto, shapes, trailing_columns, (frozenset(), small))
+        chooser.settle(choice)
+        return chooser
+
+    def _variables(self) -> list[tf.Variable]:
+        own = [value for value in vars(self).values() if isinstance(value, tf.Variable)]
+        return [*super()._variables(), *self._chosen.variables().values(), *own]
+
+    def _look(self) -> tf.Operation:
+        # Those that were there before, and others, go on from the same numbers.
+        numbers = {"_since": 0, "_timed": 0, "_interval": 1, "_ended": 0.0, "_new_workers": True}
+        return tf.group([getattr(self, name).assign(number, read_value=False) for name, number in numbers.items()])
+
+    def _way(self) -> tf.Tensor:
+        """The place of what was chosen among all ways."""
+        places = {way.numbers: i for i, way in enumerate(self._ways)}
+        table = [
+            [places[0, ALL] if plain == ALL else places.get((number, plain), places[number, NOTHING_MORE])
+             for plain in (NOTHING_MORE, SMALL, ALL)]
+            for number in range(len(self._auto.candidates))
+        ]
+        numbers = [tf.convert_to_tensor(variable) for variable in self._chosen.variables().values()]
+        return tf.gather_nd(tf.constant(table), tf.stack(numbers))
+
+    def _by_branch(self, number: tf.Tensor, exchange: Callable):
+        def of(way: _Way):
+            if way.choice.number is None:
+                return exchange(way.states, "plain")
+            prefix = "{}.{}".format(*way.numbers)
+            # As a training of its own: what it has kept may be old, or nothing.
+            return by_branch(
+                self._auto.candidates[way.choice.number],
+                tf.convert_to_tensor(self._since),
+                lambda branch, *args, **kwargs: exchange(way.states, f"{prefix}.{branch}", *args, **kwargs),
+            )
+
+        if self._workers.alone:  # and has nothing to choose
+            return of(self._ways[0])
+        return tf.switch_case(self._way(), [functools.partial(of, way) for way in self._ways])
+
+    def _count(self, finite: tf.Tensor, traffic: Traffic, bytes_uncompressed: tf.Tensor) -> tf.Operation:
+        counted = super()._count(finite, traffic, bytes_uncompressed)
+        if self._workers.alone:
+            return counted
+        ended = tf.identity(self._ended)
+        with tf.control_dependencies([counted, ended]):
+            seconds = tf.timestamp() - ended
+        known = finite & (ended > 0)
+        times = tf.where(known, tf.concat([self._seconds[1:], [seconds]], 0), self._seconds)
+        timed = self._timed + tf.cast(known, tf.int64)
+        kept = [
+            self._seconds.assign(times, read_value=False),
+            self._since.assign_add(tf.cast(finite, tf.int64), read_value=False),
+        ]
+        with tf.control_dependencies(kept):
+            due = timed >= self._interval
+            looked = tf.cond(due, lambda: self._look_at(times[PERIOD - timed :]), lambda: tf.constant(False))
+        with tf.control_dependencies([looked]):
+            # What looking takes is no part of the next step.
+            return tf.group(
+                self._timed.assign(tf.where(due, tf.zeros_like(timed), timed), read_value=False),
+                self._ended.assign(tf.where(finite, tf.timestamp(), tf.zeros_like(ended)), read_value=False),
+            )
+
+    def _look_at(self, seconds: tf.Tensor) -> tf.Tensor:
+        """Lets the Chooser choose; what it says is the same on every worker."""
+        before, new = self._way(), tf.identity(self._new_workers)
+        way, interval = tf.numpy_function(self._report, [seconds, before, new], [tf.int64, tf.int64])
+        way, interval = tf.ensure_shape(way, ()), tf.ensure_shape(interval, ())
+        candidate, plain = tf.unstack(tf.gather(tf.constant([way.numbers for way in self._ways], tf.int64), way))
+        stays = tf.equal(way, tf.cast(before, tf.int64))
+        assigned = [
+            # Of gradients as they are, the last candidate stays the one whose state counts.
+            self._chosen.candidate.assign(
+                tf.where(tf.equal(plain, ALL), self._chosen.candidate, candidate), read_value=False
+            ),
+            self._chosen.plain.assign(plain, read_value=False),
+            self._since.assign(tf.where(stays, self._since, tf.zeros_like(self._since)), read_value=False),
+            self._interval.assign(interval, read_value=False),
+            self._new_workers.assign(False, read_value=False),
+        ]
+        with tf.control_dependencies(assigned):
+            return tf.constant(True)
+
+    def _report(self, seconds: np.ndarray, way: np.int32, new_workers: np.bool_) -> tuple[np.int64, np.int64]:
+        """What the next steps take, as its place among all ways; and after how many of them it is asked again."""
+        choice = self._ways[way].choice
+        if new_workers or choice != self._chooser.choice:  # which a checkpoint has brought
+            self._chooser = self._new_chooser(choice)
+        # A session of TensorFlow 1 runs no op at once, unless it is told to.
+        with context.eager_mode():
+            calibration = Calibration(self._workers)
+            [slowest] = calibration.largest([int(1e9 * statistics.median(seconds.tolist()))])
+            choice = self._chooser.report(slowest / 1e9, functools.partial(self._calibrate, calibration))
+        place = next(i for i, way in enumerate(self._ways) if way.choice == choice)
+        return np.int64(place), np.int64(self._chooser.interval)
+
+    def _calibrate(self, calibration: Calibration) -> tuple[Network, Sequence[Work]]:
+        mine = [int(1e9 * seconds) for of_candidate in self._passes for seconds in of_candidate]
+        slowest = np.reshape(calibration.largest(mine), (-1, len(SAMPLES))) / 1e9
+        works = [Work.fitted(list(zip(SAMPLES, of_candidate))) for of_candidate in slowest.tolist()]
+        # A worker that has joined (hvd.join) takes part in means only.
+        return calibration.network(gathers=not self._auto.linear), works
+
+    def _tensor_stats(self, state: VariableState, sparse: bool, warming_up: bool) -> TensorStats:
+        assert isinstance(state, AutoState)
+        way = self._ways[int(self._way())].choice
+        chooser = self._chooser if self._chooser.choice == way else self._new_chooser(way)
+        return chooser.told(super()._tensor_stats(state.current, sparse, False), state.current.config)
+
+
+def _ways(states: Sequence[AutoState]) -> list[_Way]:
+    """All that can be chosen; gradients as they are first."""
+    found = [_Way((0, ALL), Choice(), states)]
+    for number, candidate in enumerate(states[0].config.candidates):
+        mine = [state.candidates[number] for state in states]
+        compressed = {state.name for state in mine if state.layout.compressed}
+        small = {state.name for state in mine if math.prod(state.layout.shape) < SMALL_NUMBERS} & compressed
+        found.append(_Way((number, NOTHING_MORE), Choice(number), mine))
+        if 0 < len(small) < len(compressed) and not is_horovods_fp16(candidate):
+            large = [whole if whole.name in small else of_one for whole, of_one in zip(states, mine)]
+            found.append(_Way((number, SMALL), Choice(number, frozenset(small)), large))
+    return found

@@ -1,0 +1,48 @@
+"""What hvd.Auto has chosen, in the variables that graphs read."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import tensorflow as tf
+
+from horovod_powersgd.compressors.auto import Auto
+from horovod_powersgd.tensorflow.variable import make_variable
+
+# What travels as it is: what a candidate leaves alone; small matrices, too; all gradients.
+NOTHING_MORE, SMALL, ALL = range(3)
+
+
+class Chosen:
+    """The choice for variables that are exchanged together, the same on every worker.
+
+    Args:
+        auto: the configuration.
+
+    Attributes:
+        candidate: int64 variable: the number of the candidate that was taken last.
+        plain: int64 variable: what travels as it is: NOTHING_MORE, SMALL or ALL.
+    """
+
+    def __init__(self, auto: Auto):
+        self._auto = auto
+        self.candidate, self.plain = make_variable(np.int64(0)), make_variable(np.int64(ALL))
+
+    def variables(self) -> dict[str, tf.Variable]:
+        """All, by name."""
+        return {"candidate": self.candidate, "plain": self.plain}
+
+    def begin_again(self) -> None:
+        """Forgets what was chosen."""
+        self.candidate.assign(0)
+        self.plain.assign(ALL)
+
+    def state_dict(self) -> dict[str, int]:
+        """What is saved beside the state of the candidate."""
+        return {name: int(variable) for name, variable in self.variables().items()}
+
+    def load_state_dict(self, saved: Mapping) -> None:
+        """Takes what was saved: with Auto, or with one of its candidates alone."""
+        for number, candidate in enumerate(self._auto.candidates):
+            if candidate.description() == saved["config"]:
+                self.candidate.assign(number)
+        self.plain.assign(saved.get("auto", {"plain": NOTHING_MORE})["plain"])

@@ -74,6 +74,16 @@ def power_of_two(x):
     return (x.view(integer) & integer(exponent)).view(x.dtype)
 
 
+def bits(x):
+    """Those of float32 numbers, as int32."""
+    return x.view(np.int32)
+
+
+def floats(x):
+    """The float32 numbers that have these bits, int32."""
+    return x.view(np.float32)
+
+
 def sqrt(x):
     """The square root."""
     return np.sqrt(x)

@@ -102,7 +102,7 @@ def _words(description: Mapping) -> dict[str, str]:
     """Each field of a compressor, in words."""
     words: dict[str, str] = {}
     for field, value in description.items():
-        if field == "hierarchical":  # the mean of the memories is the same
+        if field in ("hierarchical", "memory_dtype"):  # what is saved of the memories serves the one as the other
             continue
         inner = _words(value) if isinstance(value, Mapping) else {"": repr(value)}
         words.update((f"{description['compressor']}.{field}{what and '.'}{what}", v) for what, v in inner.items())

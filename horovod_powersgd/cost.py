@@ -206,7 +206,8 @@ def predict(
     of_these = [tensor.layout.shape for tensor in tensors if tensor.compressed]
     sent = compressor.traffic(of_these, workers, ITEMSIZE, step, matrix_shape).sent
     sent += sum(tensor.nbytes for tensor in tensors if not tensor.compressed) if workers > 1 else 0
-    memory = ITEMSIZE * sum(n * m for n, m in compressed) if compressor.keeps_memory else 0
+    itemsize = 2 if compressor.family.memory_dtype else ITEMSIZE
+    memory = itemsize * sum(n * m for n, m in compressed) if compressor.keeps_memory else 0
     seconds = on_network + on_processor - hidden
     return Prediction(seconds, on_processor, on_network, len(compressed), len(buckets), sent, memory)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from horovod_powersgd import arrays, quantization
+from horovod_powersgd import arrays, quantization, rounding
 from horovod_powersgd.arguments import required_compressor
 from horovod_powersgd.compressors.accordion import Accordion, Regime
 from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean, QuantizedMean
@@ -176,11 +176,19 @@ class _Matrix:
         if kept:
             state.kept[self.name] = kept
         if self._config.keeps_memory:
-            state.memory[self.name] = self._delta - self._sent.reshape(self._delta.shape)     # delta_w - P^ Q_w^T
+            memory = self._delta - self._sent.reshape(self._delta.shape)                      # delta_w - P^ Q_w^T
+            dtype = self._config.family.memory_dtype
+            state.memory[self.name] = memory if dtype is None else self._rounded(memory, dtype)
         if isinstance(self._config, Accordion):
             update = self.update.reshape(self._delta.shape)
             self._regime.total = update if self._regime.total is None else self._regime.total + update
             state.regimes[self.name] = self._regime
+
+    def _rounded(self, memory: np.ndarray, dtype: str) -> np.ndarray:
+        of = self._state
+        rows, columns = rounding.of_rows_and_columns(arrays, of.key, *of.shape)
+        rows += np.int32(rounding.of_step(arrays, of.step, of.worker))
+        return rounding.rounded(arrays, memory, dtype, rows, columns)
 
 
 def _norm(matrix: np.ndarray) -> float:

@@ -41,7 +41,7 @@ CONFIGS = [
     PowerSGD(),
     PowerSGD(rank=1),
     PowerSGD(rank=3, min_compression_rate=0),
-    PowerSGD(min_compression_rate=3.5),
+    PowerSGD(min_compression_rate=3.5, memory_dtype="float16"),
     PowerSGD(num_iters_per_step=1),
     PowerSGD(num_iters_per_step=3),
     PowerSGD(num_iters_per_step=1, warm_start=False),
@@ -49,7 +49,7 @@ CONFIGS = [
     PowerSGD(warm_start=False),
     PowerSGD(error_feedback=False),
     PowerSGD(wire_dtype="float16"),
-    PowerSGD(seed=7),
+    PowerSGD(seed=7, memory_dtype="bfloat16"),
     PowerSGD(wire_dtype="int8"),
 ]
 
@@ -120,6 +120,10 @@ def tolerance(config, dtype, workers, steps):
     if getattr(config.family, "wire_dtype", None) == "int8" and dtype == "float32":
         # Where a number lies between two codes, up to a rounding, it travels as the one or the other.
         return 4 / 127
+    if config.family.memory_dtype and dtype == "float32":
+        # Where a number of the memory lies between two of 16 bits, up to a rounding of what decides, it becomes the one
+        # or the other; they differ by at most 2^-7 of it.
+        return 2**-10 if steps == 1 else 2**-8
     # Atomo sends singular vectors one by one: those of the noise turn by a rounding over the gap between their values.
     if steps == 1 and not isinstance(config, Atomo):
         return {"float32": 1e-5, "float64": 1e-12}[dtype]

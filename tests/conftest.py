@@ -19,7 +19,7 @@ TIERS = {
     "core": """
         accordion agreement choosing clipping command_line compressors cost cuda_toolkit expression factors
         horovod_build hosts installation launcher memory plan powersgd powersgd_exchange quantization reference renewal
-        setup
+        rounding setup
     """,
     "framework": """
         arrays kernels orthogonalization packaging tensorflow tensorflow_arrays torch torch_device torch_quantization

@@ -65,7 +65,7 @@ class Trainee:
             if state.steps <= kept.config.warmup_steps or np.isnan(0 if kept.norm is None else kept.norm):
                 continue
             if kept.memory is not None:
-                state.memory[kept.name] = kept.memory.numpy()
+                state.memory[kept.name] = kept.remembered().numpy()
             if kept.factor is not None:
                 state.factors[kept.name] = reference.Factor(kept.factor.numpy().T, bool(kept.factor_is_q))
         return state

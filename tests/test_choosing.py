@@ -135,3 +135,10 @@ def test_candidates():
 def test_what_can_be_no_candidate(candidate, error):
     with pytest.raises(error, match="Auto"):
         Auto(candidate)
+
+
+def test_candidates_share_a_memory_of_one_dtype():
+    halves = PowerSGD(4, memory_dtype="bfloat16")
+    assert Auto(Float16(error_feedback=False), halves).memory_dtype == "bfloat16"
+    with pytest.raises(ValueError, match="Auto: .* one memory_dtype"):
+        Auto(halves, PowerSGD(8))

@@ -60,6 +60,7 @@ def test_factors_make_a_message_for_each_half_step():
     assert prediction.processor == pytest.approx(1e-4 + 2e6 * 1e-9 + 1500 * 1e-7)
     assert prediction.seconds == pytest.approx(prediction.network + prediction.processor)  # one bucket hides nothing
     assert prediction.bytes_sent == 2 * 1500 * 4 + 1200 and prediction.memory == 2_000_000
+    assert predict(SHAPES, PowerSGD(2, memory_dtype="bfloat16"), MESSAGES, FREE).memory == 1_000_000
 
 
 @pytest.mark.parametrize(

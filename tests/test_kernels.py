@@ -5,7 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from horovod_powersgd import arrays, rounding
 from horovod_powersgd.torch import kernels
+from horovod_powersgd.torch.half_memory import Drawn, keep
 from horovod_powersgd.torch.kernels import HalfStep, Memory, Product, half_step, product
 
 SIDES = st.integers(1, 70) | st.sampled_from([1023, 1024, 1025, 2100])
@@ -78,6 +80,27 @@ def test_looking_at_the_memory_changes_no_bit_of_the_next_step(implementation, n
         results += [(half_step(HalfStep(found, basis, False, memory)), found)]
     for first, second in zip(*results):
         assert torch.equal(first, second)
+
+
+@settings(each_implementation, max_examples=10)
+@given(n=SIDES, m=SIDES, rank=st.integers(1, 9), name=st.sampled_from(list(rounding.BITS_CUT_OFF)))
+def test_a_memory_in_16_bits_is_rounded_as_the_references_and_added_as_it_is(implementation, n, m, rank, name):
+    draw = torch.Generator().manual_seed(n * m)
+    gradient, delta, p, q, basis = (
+        torch.randn(shape, generator=draw, dtype=torch.float64)
+        for shape in ((n, m), (n, m), (rank, n), (rank, m), (1, m))
+    )
+    drawn, halves = Drawn.of(7, (n, m), delta.device).in_step(3, 1), torch.empty(n, m, dtype=getattr(torch, name))
+    left = (delta - p.t() @ q).numpy()
+    expected = rounding.rounded(arrays, left, name, drawn.rows.numpy(), drawn.columns.numpy())
+    memory = keep(Memory(delta, p, q), drawn, halves)
+    kept = memory.tensor()
+    # Half precision has a smallest number: far below the largest, it rounds once more.
+    smallest = abs(left).max() * 2.0**-38 if name == "float16" else 0
+    np.testing.assert_allclose(kept.numpy(), expected, rtol=0, atol=smallest)
+    found = gradient.clone()
+    half_step(HalfStep(found, basis, False, memory, scale=0.5))
+    assert_close(found, gradient + 0.5 * kept)
 
 
 def test_what_is_not_finite_stays_so(implementation):

@@ -19,6 +19,7 @@ def test_defaults():
         error_feedback=True,
         wire_dtype=None,
         seed=0,
+        memory_dtype=None,
     )
 
 
@@ -48,6 +49,8 @@ def test_it_cannot_be_changed():
         ("wire_dtype", "bfloat16", ValueError),
         ("wire_dtype", "int4", ValueError),
         ("wire_dtype", np.float16, TypeError),
+        ("memory_dtype", "int8", ValueError),
+        ("memory_dtype", np.float16, TypeError),
         ("seed", -1, ValueError),
         ("seed", 0.5, TypeError),
     ],

@@ -32,6 +32,8 @@ CALLS = {
     "power_of_two": lambda xp, x, count: xp.power_of_two(x(np.float32(5))) + xp.cast(
         xp.power_of_two(x(np.float64(0.3))), "float32"
     ),
+    "bits": lambda xp, x, count: xp.bits(x(np.float32([1e6, -2.5]))),
+    "floats": lambda xp, x, count: xp.floats(x(np.int32([2**30, -(2**30)]))),
     "sqrt": lambda xp, x, count: xp.sqrt(abs(x(VECTOR))),
     "log": lambda xp, x, count: xp.log(abs(x(VECTOR))),
     "cos": lambda xp, x, count: xp.cos(x(VECTOR)),

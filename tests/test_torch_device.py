@@ -22,9 +22,10 @@ CONFIGS = [
     PowerSGD(rank=4, wire_dtype="float16", warmup_steps=1),
     PowerSGD(rank=4, error_feedback=False, refresh_every=2),
     PowerSGD(rank=4, wire_dtype="int8"),
+    PowerSGD(rank=4, memory_dtype="bfloat16"),
     Int8(block=64),
     PowerSGD(rank=4, hierarchical=True),
-    PowerSGD(rank=4, num_iters_per_step=1, hierarchical=True),
+    PowerSGD(rank=4, num_iters_per_step=1, hierarchical=True, memory_dtype="float16"),
 ]
 
 

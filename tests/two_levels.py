@@ -16,11 +16,11 @@ HOSTS = {2: (1, 1), 3: (2, 1), 4: (2, 2), 6: (3, 3)}
 REASONS = {2: "no two workers share a host", 3: "the hosts have different numbers of workers: 2, 1"}
 CONFIGS = [
     PowerSGD(rank=2, min_compression_rate=1, hierarchical=True),
-    PowerSGD(rank=3, num_iters_per_step=1, hierarchical=True),
+    PowerSGD(rank=3, num_iters_per_step=1, hierarchical=True, memory_dtype="float16"),
     PowerSGD(3, num_iters_per_step=3, min_compression_rate=0, warmup_steps=2, refresh_every=3, hierarchical=True),
     PowerSGD(rank=2, wire_dtype="float16", hierarchical=True),
     PowerSGD(rank=2, error_feedback=False, hierarchical=True),
-    Accordion(PowerSGD(rank=3, hierarchical=True), PowerSGD(rank=1, hierarchical=True), interval=2),
+    Accordion(*(PowerSGD(rank, hierarchical=True, memory_dtype="bfloat16") for rank in (3, 1)), interval=2),
 ]
 CONFIG, FLAT = CONFIGS[0], PowerSGD(rank=2, min_compression_rate=1)
 

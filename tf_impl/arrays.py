@@ -59,6 +59,14 @@ def power_of_two(x):
     return tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(x, integer), tf.constant(exponent, integer)), x.dtype)
 
 
+def bits(x):
+    return tf.bitcast(x, tf.int32)
+
+
+def floats(x):
+    return tf.bitcast(x, tf.float32)
+
+
 def sqrt(x):
     return tf.sqrt(x)
 

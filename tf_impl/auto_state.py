@@ -30,8 +30,9 @@ class AutoState(VariableState):
                 name, shape, dtype, candidate, process_set, counters, gradient_class_of(candidate), self
             )
             self.candidates.append(state)
-            self.memory = self.memory if state.memory is None else state.memory
-            self.usual_clipping = self.usual_clipping if state.usual_clipping is None else state.usual_clipping
+            if state.memory is not None:
+                self.memory, self.memory_unit = state.memory, state.memory_unit
+                self.usual_clipping = state.usual_clipping
         if counters.chosen is None:
             counters.chosen = Chosen(config)
         self.chosen: Chosen = counters.chosen
@@ -54,7 +55,7 @@ class AutoState(VariableState):
         found = {}
         for number, variables in enumerate(everyones):
             for name, variable in variables.items():
-                of_all = variable is self.memory or variable is self.usual_clipping
+                of_all = any(variable is one for one in (self.memory, self.memory_unit, self.usual_clipping))
                 found[name if of_all else f"{number}.{name}"] = variable
         return found
 

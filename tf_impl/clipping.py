@@ -30,8 +30,7 @@ def clip_memory(state: VariableState, factor: tf.Tensor, snapshot: Snapshot | No
         snapshot: has the memory before the step; None where nobody kept it.
     """
     assert state.memory is not None and state.usual_clipping is not None
-    of_last_step, usual_clipping = state.memory, state.usual_clipping
-    before = None if snapshot is None else snapshot.copy_of(state.memory)
+    usual_clipping = state.usual_clipping
     comparable = tf.constant(True)
     if snapshot is not None and state.memory_share is not None:
         # A memory before of another division of the rows is in the last step's gradient.
@@ -43,8 +42,8 @@ def clip_memory(state: VariableState, factor: tf.Tensor, snapshot: Snapshot | No
 
         def cut():
             part = tf.cast(of_memory, state.dtype)
-            memory = part * of_last_step
-            of_last_step.assign(memory if before is None else memory + (1 - part) * before)
+            memory = part * state.remembered()
+            state.remember(memory if snapshot is None else memory + (1 - part) * state.remembered(snapshot))
             return True
 
         return tf.cond((of_memory < 1) & comparable, cut, lambda: False)

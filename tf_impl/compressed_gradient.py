@@ -47,7 +47,7 @@ class CompressedGradient(PlainGradient):
         state, ops = self.state, []
         if state.memory is not None:
             memory = self._delta - tf.reshape(self._sent, [-1, state.layout.matrix[1]])
-            ops.append(state.memory.assign(memory, read_value=False))
+            ops += state.remember(self._rounded(memory))
         if state.accordion is not None:
             ops += state.accordion.keep(self._decision, self.mean)
         return ops + self._keep()
@@ -59,7 +59,11 @@ class CompressedGradient(PlainGradient):
 
     def _with_memory(self, gradient: tf.Tensor) -> tf.Tensor:
         """Delta."""
-        return gradient if self.state.memory is None else gradient + self.state.memory
+        return gradient if self.state.memory is None else gradient + self.state.remembered()
+
+    def _rounded(self, memory: tf.Tensor) -> tf.Tensor:
+        """The memory as it is to be kept."""
+        return memory
 
     def _exchange(self, step: Step, amount: int | tf.Tensor) -> Generator[Any, Any, Any]:
         """Yields requests; returns the mean, and this worker's part of it, which leaves the memory."""

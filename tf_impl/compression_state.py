@@ -187,6 +187,6 @@ class CompressionState(tf.Module):
         self.chosen = {} if states[0].counters.chosen is None else states[0].counters.chosen.variables()
         self.tensors = {}
         for state in states:
-            own = {"memory": state.memory, "memory_share": state.memory_share}
+            own = {name: getattr(state, name) for name in ("memory", "memory_unit", "memory_share")}
             own = {name: variable for name, variable in own.items() if variable is not None}
             self.tensors[state.name] = {**own, **state.shared()}

@@ -16,6 +16,7 @@ from horovod_powersgd.tensorflow import arrays, orthogonalization
 from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
 from horovod_powersgd.tensorflow.gradient import Step
 from horovod_powersgd.tensorflow.graph_function import graph_function, marked
+from horovod_powersgd.tensorflow.half_memory import drawn, rounded
 from horovod_powersgd.tensorflow.variable import make_variable
 from horovod_powersgd.tensorflow.variable_state import VariableState
 
@@ -39,8 +40,19 @@ class PowerSGDGradient(CompressedGradient):
     def sent_dtype(self) -> tf.DType:
         return tf.float16 if _powersgd(self.state).wire_dtype == "float16" else self.state.dtype
 
+    def _rounded(self, memory: tf.Tensor) -> tf.Tensor:
+        dtype = _powersgd(self.state).memory_dtype
+        return memory if dtype is None else rounded(memory, *self._drawn, dtype)
+
+    def _draw(self, step: Step, worker: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """What decides how the memory of this step is rounded, for rows and columns."""
+        sides = (tf.constant(side, tf.int64) for side in self.state.layout.matrix)
+        return drawn(tf.convert_to_tensor(self.state.key), step.number, worker, *sides)
+
     def _exchange(self, step: Step, amount: int | tf.Tensor) -> Generator[Any, Any, Any]:
         yield from self._half_steps(step, amount)
+        if self.state.memory is not None and self.state.memory_dtype != self.state.dtype:
+            self._drawn = self._draw(step, step.worker)
         # Error feedback from this worker's own last factor: delta_w - P^ Q_w^T.
         return self._update(), _product(self._basis, self._own, self._factor_is_q)
 

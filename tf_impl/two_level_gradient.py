@@ -26,7 +26,7 @@ class TwoLevelGradient(PowerSGDGradient):
         PowerSGDGradient.prepare(state)
         if state.config.keeps_memory:
             rows, columns = state.layout.matrix
-            state.memory = make_variable(np.zeros((0, columns), state.dtype.as_numpy_dtype), (None, columns))
+            state.memory = make_variable(np.zeros((0, columns), state.memory_dtype.as_numpy_dtype), (None, columns))
             # Of rows that are divided among more than they are, the first part has none.
             state.memory_share = make_variable(np.array([0, rows + 1]))
 
@@ -51,12 +51,12 @@ class TwoLevelGradient(PowerSGDGradient):
 
     def _with_memory(self, gradient: tf.Tensor) -> tf.Tensor:
         """What the host's workers average."""
-        memory, share = self.state.memory, self.state.memory_share
-        if memory is None or share is None:
+        share = self.state.memory_share
+        if share is None:
             return gradient
 
         def with_all_rows():
-            return gradient + of_all_rows(memory, tf.unstack(share, 2), gradient.shape[0])
+            return gradient + of_all_rows(self.state.remembered(), tf.unstack(share, 2), gradient.shape[0])
 
         return tf.cond(self._goes_on, lambda: gradient, with_all_rows)
 
@@ -66,13 +66,17 @@ class TwoLevelGradient(PowerSGDGradient):
         self._delta = tf.reshape(mean, [-1, columns])
         if memory is not None:
             rows = self._delta
-            self._delta = tf.cond(self._goes_on, lambda: rows + memory, lambda: rows)
+            self._delta = tf.cond(self._goes_on, lambda: rows + self.state.remembered(), lambda: rows)
         yield from self._half_steps(step, amount)
         if memory is None:
             return self._update(), None
         # Error feedback from the host's own last factor.
         own = yield HostMean(self._own)
         own = self._over_hosts(tf.reshape(own, tf.shape(self._own)))
+        if self.state.memory_dtype != self.state.dtype:
+            assert step.host is not None
+            of_rows, of_columns = self._draw(step, step.host.peers[0] // self._share.parts)
+            self._drawn = of_rows[self._place : self._place + self._rows], of_columns
         p, q = p_and_q(self._basis, own, self._factor_is_q)
         self._sent_factors = self._own_rows(p), q
         return self._update(), tf.matmul(*self._sent_factors, transpose_a=True)

@@ -15,6 +15,7 @@ from horovod_powersgd.layout import layout_of, trailing_columns
 from horovod_powersgd.randomness import key_of
 from horovod_powersgd.statistics import residual
 from horovod_powersgd.tensorflow.accordion import AccordionState
+from horovod_powersgd.tensorflow.half_memory import unit_of
 from horovod_powersgd.tensorflow.snapshot import Snapshot
 from horovod_powersgd.tensorflow.step_counters import StepCounters
 from horovod_powersgd.tensorflow.variable import make_variable
@@ -46,6 +47,8 @@ class VariableState:
         kept: the other compressors': variables, by the key that the compressor keeps them under.
         memory: (n, m) variable, zeros at first; this worker's own. In an exchange that may have two levels it is a
             variable of (rows, m), none at first: of a share of the rows.
+            In 16 bits a number where PowerSGD.memory_dtype says so: `remembered` and `remember` read and write it.
+        memory_unit: float32 variable: what a memory of dtype float16 is multiplied by.
         memory_share: int64 variable (2,): that share, a RowShare's numbers.
         usual_clipping: float64 variable: the usual factor of horovod_powersgd.clipping; 0 at first.
         accordion: Accordion's.
@@ -73,6 +76,7 @@ class VariableState:
         self.factor: tf.Variable | None = None
         self.factor_is_q: Literal[True] | tf.Variable | None = None
         self.memory: tf.Variable | None = None
+        self.memory_unit: tf.Variable | None = None
         self.memory_share: tf.Variable | None = None
         self.usual_clipping: tf.Variable | None = None
         self.accordion: AccordionState | None = None
@@ -84,10 +88,13 @@ class VariableState:
         gradient_class.prepare(self)
         if config.keeps_memory:
             if memory_of is not None and memory_of.memory is not None:
-                self.memory, self.usual_clipping = memory_of.memory, memory_of.usual_clipping
+                self.memory, self.memory_unit = memory_of.memory, memory_of.memory_unit
+                self.usual_clipping = memory_of.usual_clipping
             else:
                 if self.memory is None:
-                    self.memory = make_variable(np.zeros(self.layout.matrix_shape, self.dtype.as_numpy_dtype))
+                    self.memory = make_variable(np.zeros(self.layout.matrix_shape, self.memory_dtype.as_numpy_dtype))
+                if self.memory_dtype == tf.float16:
+                    self.memory_unit = make_variable(np.float32(1))
                 self.usual_clipping = make_variable(np.float64(0))
         if config.error_feedback:
             self.norm = make_variable(np.float64("nan"))
@@ -98,6 +105,30 @@ class VariableState:
     def current(self) -> "VariableState":
         """The one that is saved: this one."""
         return self
+
+    @property
+    def memory_dtype(self) -> tf.DType:
+        """Of the memory's variable."""
+        return tf.as_dtype(self.config.family.memory_dtype or self.dtype)
+
+    def remembered(self, snapshot: Snapshot | None = None) -> tf.Tensor:
+        """The memory, in the dtype of the rest; or what it was when a snapshot was taken."""
+        assert self.memory is not None
+        kept, unit = self.memory, self.memory_unit
+        if snapshot is not None:
+            kept, unit = snapshot.copy_of(kept), None if unit is None else snapshot.copy_of(unit)
+        memory = tf.cast(kept, self.dtype)
+        return memory if unit is None else memory * tf.cast(unit, self.dtype)
+
+    def remember(self, memory: tf.Tensor) -> list[tf.Operation]:
+        """The ops that keep a memory; in 16 bits, what those do not hold is rounded to nearest."""
+        assert self.memory is not None
+        ops = []
+        if self.memory_unit is not None:
+            unit = unit_of(memory)
+            ops.append(self.memory_unit.assign(unit, read_value=False))
+            memory = memory / tf.cast(unit, self.dtype)
+        return [*ops, self.memory.assign(tf.cast(memory, self.memory_dtype), read_value=False)]
 
     def shared(self) -> dict[str, tf.Variable]:
         """What is the same on every worker, by name, as a checkpoint holds it."""
@@ -144,7 +175,7 @@ class VariableState:
         """|e| / |delta| of the last step; None where there was none or without error feedback."""
         if self.norm is None or np.isnan(self.norm):
             return None
-        left, norm = float(tf.norm(tf.cast(self.memory, tf.float64))), float(self.norm)
+        left, norm = float(tf.norm(tf.cast(self.remembered(), tf.float64))), float(self.norm)
         if self.factor is not None:
             return residual(left, norm)
         return left / norm if norm else 0.0
@@ -156,7 +187,7 @@ class VariableState:
             return state
         state["memory"] = None
         if self.memory is not None and self.usual_clipping is not None:
-            state.update(memory=self.memory.numpy(), usual_clipping=float(self.usual_clipping))
+            state.update(memory=self.remembered().numpy(), usual_clipping=float(self.usual_clipping))
         if self.memory_share is not None:
             state["memory_share"] = [*self.memory_share.numpy().tolist(), self.layout.matrix[0]]
         if self.factor is not None:
@@ -191,11 +222,11 @@ class VariableState:
         rows, whole = self.layout.matrix[0], (0, 1)
         if self.memory_share is not None and weight == 1 and len(memories) == 1:
             # As it is: the exchange may go on with the same share.
-            self.memory.assign(memories[0]["memory"])
+            self.remember(tf.constant(memories[0]["memory"]))
             self.memory_share.assign(memories[0].get("memory_share", whole)[:2])
             return
         parts = [of_all_rows(saved["memory"], saved.get("memory_share", whole)[:2], rows) for saved in memories]
-        self.memory.assign(np.broadcast_to(sum(parts) * weight, self.layout.matrix))
+        self.remember(tf.constant(np.broadcast_to(sum(parts) * weight, self.layout.matrix), self.dtype))
         if self.memory_share is not None:
             self.memory_share.assign(whole)
 

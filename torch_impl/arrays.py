@@ -60,6 +60,14 @@ def power_of_two(x):
     return (x.view(integer) & exponent).view(x.dtype)
 
 
+def bits(x):
+    return x.view(torch.int32)
+
+
+def floats(x):
+    return x.view(torch.float32)
+
+
 def sqrt(x):
     return torch.sqrt(x)
 

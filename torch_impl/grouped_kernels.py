@@ -63,6 +63,9 @@ def half_steps(tasks: Sequence[HalfStep], dtype: torch.dtype) -> torch.Tensor:
     rows = []
     for delta, basis, _, memory, scale in tasks:
         left, p, q = (None, None, None) if memory is None else memory.parts()
+        if memory is not None and left is not None and left.dtype != delta.dtype:
+            memory.add_to(delta, scale)
+            left = None
         rows.append(
             (
                 delta.data_ptr(), basis.data_ptr(), *delta.shape, len(basis), _address(left), _address(p), _address(q),

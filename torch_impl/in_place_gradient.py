@@ -8,6 +8,7 @@ import torch
 
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient, sum_of_memories
 from horovod_powersgd.torch.gradient import Copies
+from horovod_powersgd.torch.half_memory import HalfMemory
 from horovod_powersgd.torch.kernels import Memory
 
 
@@ -21,6 +22,8 @@ class InPlaceGradient(CompressedGradient):
     _delta: Any  # of a step, which lets go of it in the end
     _undoable: bool
     _spare_storage: torch.Tensor | None = None
+    # Of a memory that has 16 bits a number; then the gradient's storage becomes the update's.
+    _halves: torch.dtype | None = None
 
     @property
     def memory(self) -> torch.Tensor | None:
@@ -48,11 +51,15 @@ class InPlaceGradient(CompressedGradient):
         self._delta, self._scale = gradient.view(self._matrix_shape), scale
 
     def _room(self) -> torch.Tensor:
-        """(n, m) to write the update to: the old memory's, unless that may still be needed."""
+        """(n, m) to write the update to, or a memory of 16 bits: the old memory's, unless that may still be needed."""
         memory, spare, self._spare_storage = self._kept.memory, self._spare_storage, None
         if memory is not None and not self._undoable:
             return memory.storage()
-        return torch.empty_like(self._delta) if spare is None else spare
+        return torch.empty_like(self._delta, dtype=self._halves) if spare is None else spare
+
+    def _memory_of(self, memory: torch.Tensor) -> Memory:
+        """What is kept of it."""
+        return Memory(memory) if self._halves is None else HalfMemory.of(memory, self._halves)
 
     def _hand_over(self, update: torch.Tensor, copies: Copies) -> None:
         """Lets the gradient be the update, (n, m)."""
@@ -73,7 +80,7 @@ class InPlaceGradient(CompressedGradient):
         memory = new.memory.tensor().mul_(weight)
         if old.memory is not None:
             memory.add_(old.memory.tensor(), alpha=(1 - weight) * new.scale / old.scale)
-        return replace(new, memory=Memory(memory))
+        return replace(new, memory=self._memory_of(memory))
 
     def commit(self, clipped: float | None = None) -> None:
         old = self._kept.memory if self._next is not None and self._undoable else None
@@ -94,4 +101,4 @@ class InPlaceGradient(CompressedGradient):
         self._usual_clipping = state.get("usual_clipping")
         scale, like = state["memory_scale"], torch.empty(0, dtype=self.dtype, device=self.parameter.device)
         memory = sum_of_memories(memories, weight * scale, like)
-        self._kept = replace(self._kept, memory=None if memory is None else Memory(memory), scale=scale)
+        self._kept = replace(self._kept, memory=None if memory is None else self._memory_of(memory), scale=scale)

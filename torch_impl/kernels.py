@@ -40,6 +40,14 @@ class Memory:
         """delta, P and Q; without the last two where the memory has been worked out."""
         return self._delta, self._p, self._q
 
+    def add_to(self, delta: torch.Tensor, scale: float) -> None:
+        """Adds `scale` times the memory to a delta (n, m), in place."""
+        delta.add_(self.tensor(), alpha=scale)
+
+    def to(self, device: torch.device) -> "Memory":
+        """The same on another device."""
+        return Memory(self.tensor().to(device))
+
     def storage(self) -> torch.Tensor:
         """A tensor (n, m) to write over, when the memory is no longer needed."""
         return self._delta
@@ -75,11 +83,15 @@ def half_step(task: HalfStep) -> torch.Tensor:
     delta, basis, makes_q, memory, scale = task
     if not _compiled(delta):
         if memory is not None:
-            delta.add_(memory.tensor(), alpha=scale)
+            memory.add_to(delta, scale)
         return basis @ (delta if makes_q else delta.t())
     previous, p, q = (None, None, None) if memory is None else memory.parts()
-    if previous is not None and p is None:
-        delta.add_(previous, alpha=scale)
+    halves: tuple[int, ...] = ()
+    if memory is not None and previous is not None and p is None:
+        if previous.dtype == torch.bfloat16:
+            halves = (previous.data_ptr(),)
+        else:
+            memory.add_to(delta, scale)
         previous = None
     (n, m), rank = delta.shape, len(basis)
     out = delta.new_zeros(rank, m if makes_q else n)
@@ -88,7 +100,7 @@ def half_step(task: HalfStep) -> torch.Tensor:
         0 if p is None else len(p), basis.data_ptr(), out.data_ptr(), makes_q, rank, n, m,
     )
     # Each thread writes a part of the result of its own.
-    _in_parts(delta, by_columns=makes_q, run=lambda part: _kernels.half_step(*arguments, *part))
+    _in_parts(delta, by_columns=makes_q, run=lambda part: _kernels.half_step(*arguments, *part, *halves))
     return out
 
 
@@ -99,6 +111,26 @@ def product(task: Product) -> None:
         _run_product(out, None, p, q, 1.0)
     else:
         torch.mm(p.t(), q, out=out)
+
+
+def keeps(memory: Memory) -> bool:
+    """Whether `keep` can be had."""
+    return _compiled(memory.parts()[0])
+
+
+def keep(memory: Memory, rows: torch.Tensor, columns: torch.Tensor, halves: torch.Tensor) -> None:
+    """horovod_powersgd.rounding of a memory; the upper 16 bits go to halves (n, m).
+
+    Args:
+        rows, columns: (n,) and (m,) int32: what is drawn.
+    """
+    delta, p, q = memory.parts()
+    n, m = delta.shape
+    arguments = (
+        delta.dtype == torch.float64, halves.data_ptr(), delta.data_ptr(), _address(p), _address(q),
+        rows.data_ptr(), columns.data_ptr(), 0 if p is None else len(p), n, m,
+    )
+    _in_parts(delta, by_columns=False, run=lambda part: _kernels.keep(*arguments, *part))
 
 
 def _run_product(out, start, p, q, sign):

@@ -25,12 +25,17 @@ class PowerSGDBucket(Bucket):
         self._family = config.family
         super().__init__(name, sorted(gradients, key=lambda gradient: not gradient.compressed), workers, config)
 
+    @property
+    def _worker(self) -> int:
+        """This one's number; in two levels, its host's."""
+        return self._workers.index
+
     def _start(self, step: Step) -> int:
         """Begins a step of all matrices; returns how many half-steps it has."""
         renews = self._family.renews(step.number)
         for gradient in self.gradients:
             if isinstance(gradient, PowerSGDGradient):
-                gradient.start(step.number, renews, step.rates.get(gradient.parameter))
+                gradient.start(step.number, renews, step.rates.get(gradient.parameter), self._worker)
         return self._family.half_steps(renews)
 
     def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):

@@ -19,6 +19,7 @@ from horovod_powersgd.torch import arrays as tensors
 from horovod_powersgd.torch.clipping import Sample
 from horovod_powersgd.torch.finite import all_finite
 from horovod_powersgd.torch.gradient import Copies
+from horovod_powersgd.torch.half_memory import Drawn, keep
 from horovod_powersgd.torch.in_place_gradient import InPlaceGradient
 from horovod_powersgd.torch.kernels import HalfStep, Memory, Product, half_step, product
 from horovod_powersgd.torch.profiling import profiled
@@ -47,7 +48,7 @@ class Kept:
 
     def to(self, device: torch.device) -> "Kept":
         """The same on another device."""
-        memory = None if self.memory is None else Memory(self.memory.tensor().to(device))
+        memory = None if self.memory is None else self.memory.to(device)
         return replace(self, factor=self.factor.to(device), memory=memory, own=None)
 
 
@@ -64,6 +65,8 @@ class PowerSGDGradient(InPlaceGradient):
     _basis: Any
     _own: Any
     _scale_of_halves: torch.Tensor | None = None  # where the next factor travels in half precision
+    _place: tuple[int, int]
+    _drawn: Drawn | None = None  # where the memory has 16 bits a number
 
     def __init__(
         self,
@@ -79,6 +82,8 @@ class PowerSGDGradient(InPlaceGradient):
         starting = initial_factor(name, self._matrix_shape[1], self._rank, config.seed)
         self._kept = Kept(self._transposed(starting).to(self.dtype), True)
         self._spares: dict[bool, torch.Tensor] = {}
+        if self._config.memory_dtype is not None:
+            self._halves = getattr(torch, self._config.memory_dtype)
 
     @property
     def factor(self) -> torch.Tensor:
@@ -113,14 +118,16 @@ class PowerSGDGradient(InPlaceGradient):
             self._spares[self._mean_is_q] = self._random(SPARE, self._mean.shape[1])
         return self._spares[self._mean_is_q]
 
-    def start(self, step: int, renews: bool, rate: float | None) -> None:
+    def start(self, step: int, renews: bool, rate: float | None, worker: int) -> None:
         """Takes as mean the factor that the first half-step starts from.
 
         Args:
             step: how many steps were exchanged before.
             renews: whether the subspace is sought anew.
             rate: the learning rate, where it is known.
+            worker: this one's number; in an exchange of two levels, its host's.
         """
+        self._place = step, worker
         if self._kept.factor.device != self.parameter.device:  # the model was moved after the optimizer had been made
             self._kept = self._kept.to(self.parameter.device)
         rank = self.accordion.amount(step, rate)
@@ -213,9 +220,22 @@ class PowerSGDGradient(InPlaceGradient):
                 # Error feedback from this worker's own last factor.
                 self._own = self._unscaled(self._own, self._scale_of_own)
                 memory = Memory(self._delta, *self._p_and_q(self._own))
-                out = self._room()
+                if self._halves is None:
+                    out = self._room()
+                else:
+                    memory = self._kept_in_halves(memory)
             self._next = Kept(self._mean, self._mean_is_q, memory, self._scale, self._own)
         return Product(*self._p_and_q(self._mean if factor == 1 else self._mean * factor), out)
+
+    def _kept_in_halves(self, memory: Memory) -> Memory:
+        """The memory in 16 bits; delta can be written over then."""
+        return keep(memory, self._draws().in_step(*self._place), self._room())
+
+    def _draws(self) -> Drawn:
+        """For the rows and columns of delta."""
+        if self._drawn is None or self._drawn.rows.device != self.parameter.device:
+            self._drawn = Drawn.of(self._key, self._matrix_shape, self.parameter.device)
+        return self._drawn
 
     def put_update(self, update: Product, finite: bool, factor: float, copies: Copies) -> None:
         """Puts the update, which is written now, into the gradient."""

@@ -26,6 +26,10 @@ class TwoLevelBucket(PowerSGDBucket):
         super().__init__(name, gradients, workers, config)
         self._host = host
 
+    @property
+    def _worker(self) -> int:
+        return self._host.peers[0] // self._host.share.parts
+
     def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
         half_steps = self._start(step)
         for gradient in self.gradients:

@@ -9,6 +9,7 @@ import torch
 from horovod_powersgd.hosts import RowShare
 from horovod_powersgd.statistics import residual
 from horovod_powersgd.torch.compressed_gradient import of_all_rows
+from horovod_powersgd.torch.half_memory import Drawn
 from horovod_powersgd.torch.kernels import HalfStep, Memory, Product
 from horovod_powersgd.torch.powersgd_gradient import Kept, PowerSGDGradient
 
@@ -103,12 +104,20 @@ class TwoLevelGradient(PowerSGDGradient):
                 own_p, own_q = self._p_and_q(self._unscaled(self._own, self._scale_of_own))
                 own = (_columns(own_p, *self._rows()) if self._mean_is_q else own_p), own_q
                 memory = Memory(self._delta, *own)
+                if self._halves is not None:
+                    memory = self._kept_in_halves(memory)
             self._next = Kept(self._mean, self._mean_is_q, memory, self._scale, own, self.share)
         out, self._whole = self._whole, None
         return Product(p, q if factor == 1 else q * factor, out)
 
+    def _draws(self) -> Drawn:
+        drawn = super()._draws()
+        return drawn if self.share is None else Drawn(drawn.rows.narrow(0, *self._rows()), drawn.columns)
+
     def _room(self) -> torch.Tensor:
-        return super()._room() if self._kept.share is None else torch.empty_like(self._delta)
+        if self._kept.share is None and self.share is None:
+            return super()._room()
+        return torch.empty_like(self._delta, dtype=self._halves)
 
     def _set_aside(self, memory: Memory | None) -> None:
         if self.share is None and memory is not None and memory.storage().shape == self._matrix_shape:
@@ -135,8 +144,11 @@ class TwoLevelGradient(PowerSGDGradient):
         self._kept = replace(self._kept, share=None)
         if weight == 1 and len(memories) == 1 and "memory_share" in memories[0]:
             # As it is: the exchange may go on with the same share.
-            memory, share = memories[0]["memory"].to(self.factor, copy=True), RowShare(*memories[0]["memory_share"][:2])
-            self._kept = replace(self._kept, memory=Memory(memory), share=share, scale=memories[0]["memory_scale"])
+            saved = memories[0]
+            memory, share = saved["memory"].to(self.factor, copy=True), RowShare(*saved["memory_share"][:2])
+            self._kept = replace(
+                self._kept, memory=self._memory_of(memory), share=share, scale=saved["memory_scale"]
+            )
 
 
 def _columns(factor: torch.Tensor, first: int, count: int) -> torch.Tensor:

@@ -103,6 +103,10 @@ METHODS = {
         for r in (2, 4, 8, 16)
         for dtype in ("float16", "int8")
     },
+    **{
+        f"rank-4-memory-{dtype}": Method(f"PowerSGD, rank 4, memory in {dtype}", rank(4, memory_dtype=dtype))
+        for dtype in ("bfloat16", "float16")
+    },
     "int8": Method("Int8", lambda model: powersgd.Int8()),
     # Medium compression: what rank 7 sends. High: what rank 2 sends.
     "rank-7": Method("PowerSGD, rank 7", rank(7)),

@@ -26,7 +26,8 @@ class Auto(Compressor):
 
     Raises:
         TypeError: a candidate is none of these.
-        ValueError: no candidate compresses; or one has phases of its own: Accordion, warm-up steps, or two levels.
+        ValueError: no candidate compresses; one has phases of its own: Accordion, warm-up steps, or two levels; or they
+            have several memory_dtypes, though they share a memory.
 
     Example:
         >>> Auto(PowerSGD(rank=8, wire_dtype="int8"))
@@ -39,8 +40,12 @@ class Auto(Compressor):
         compressing = tuple(candidate for candidate in found if not isinstance(candidate, NoCompression))
         if not compressing:
             raise ValueError("Auto: there is nothing to choose from: give a candidate that compresses")
+        memory_dtypes = {candidate.memory_dtype for candidate in compressing if candidate.keeps_memory}
+        if len(memory_dtypes) > 1:
+            raise ValueError(f"Auto: the candidates share one memory: give them one memory_dtype, not {memory_dtypes}")
         object.__setattr__(self, "candidates", compressing)
         for name, value in {
+            "memory_dtype": next(iter(memory_dtypes), None),
             "linear": all(c.linear for c in found),
             "error_feedback": any(c.error_feedback for c in found),
         }.items():

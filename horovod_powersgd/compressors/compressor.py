@@ -31,6 +31,7 @@ class Compressor:
         low_rank: whether matrices travel as factors.
         refresh_every: every that many steps a step is another one than the rest (PowerSGD.refresh_every). None: none.
         hierarchical: whether the exchange is to have two levels, where it can (PowerSGD.hierarchical).
+        memory_dtype: of the memory, where it has 16 bits a number (PowerSGD.memory_dtype).
     """
 
     linear: bool
@@ -40,6 +41,7 @@ class Compressor:
     refresh_every: int | None = None
     seed: int = 0
     hierarchical: bool | None = None
+    memory_dtype: str | None = None
     # A subclass's.
     __dataclass_fields__: ClassVar[dict[str, Any]]
 

@@ -13,6 +13,7 @@ from horovod_powersgd.factors import initial_factor, orthogonalize, resized
 from horovod_powersgd.randomness import SPARE, random_factor
 
 WIRE_DTYPES = (None, "float16", "int8")
+MEMORY_DTYPES = (None, "bfloat16", "float16")
 # Half-steps of a step that renews the subspace: from a random Q, with two more than usual, the approximation is as good
 # as one from a warm start, and better. benchmarks/renewal.py measures it.
 RENEWAL = 4
@@ -51,6 +52,9 @@ class PowerSGD(Compressor):
             with one worker a host. It takes several hosts with equally many workers, more than one, and a wire_dtype of
             None or "float16"; else compression_stats().flat_because says what is missing. hvd.join() is refused. None:
             where that is never slower, which so far is nowhere.
+        memory_dtype: None: the error-feedback memory is in single precision, and in double precision for gradients in
+            that. "bfloat16" or "float16": in 16 bits a number, half of the memory, rounded stochastically
+            (horovod_powersgd.rounding); "float16" has three bits more, and takes longer.
 
     Raises:
         TypeError: a field has a value of the wrong type.
@@ -71,6 +75,7 @@ class PowerSGD(Compressor):
     seed: int = 0
     refresh_every: int | None = None
     hierarchical: bool | None = None
+    memory_dtype: str | None = None
     low_rank = True
 
     def __post_init__(self) -> None:
@@ -81,14 +86,19 @@ class PowerSGD(Compressor):
         self._check_bool("warm_start")
         self._check_bool("error_feedback")
         self._check_number("min_compression_rate", "0 or more", lambda rate: rate >= 0)
-        if self.wire_dtype not in WIRE_DTYPES:
-            error = ValueError if isinstance(self.wire_dtype, str) else TypeError
-            raise error(f"PowerSGD: wire_dtype must be None, 'float16' or 'int8', not {self.wire_dtype!r}")
+        self._check_dtype("wire_dtype", WIRE_DTYPES)
+        self._check_dtype("memory_dtype", MEMORY_DTYPES)
         object.__setattr__(self, "linear", self.wire_dtype != "int8")
         if self.refresh_every is not None:
             self._check_integer("refresh_every", at_least=1)
         if self.hierarchical is not None:
             self._check_bool("hierarchical")
+
+    def _check_dtype(self, field: str, allowed: tuple) -> None:
+        value = getattr(self, field)
+        if value not in allowed:
+            error = ValueError if isinstance(value, str) else TypeError
+            raise error(f"PowerSGD: {field} must be None, {allowed[1]!r} or {allowed[2]!r}, not {value!r}")
 
     def obstacle(self, rows: int, columns: int) -> str | None:
         rate = rows * columns / (self.amount(rows, columns) * (rows + columns))

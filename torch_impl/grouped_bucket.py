@@ -7,7 +7,8 @@ import torch
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.gradient import Copies, PlainGradient
-from horovod_powersgd.torch.grouped_kernels import half_steps, orthogonalize, products
+from horovod_powersgd.torch.grouped_kernels import half_steps, keep_all, orthogonalize, products
+from horovod_powersgd.torch.half_memory import HalfMemory, Keep, keep
 from horovod_powersgd.torch.powersgd_bucket import PowerSGDBucket
 from horovod_powersgd.torch.powersgd_gradient import PowerSGDGradient
 from horovod_powersgd.torch.profiling import profiled
@@ -59,8 +60,18 @@ class GroupedBucket(PowerSGDBucket):
         matrices = [g for g in self.gradients if isinstance(g, PowerSGDGradient) and not g.is_sparse]
         if not (finite and matrices):
             return super()._end(finite, step, copies)
-        updates = [gradient.update(finite, step.factor, step.undoable) for gradient in matrices]
+        memories: list[Keep] = []
+
+        def keep_together(task: Keep) -> HalfMemory:
+            if task.halves.dtype != torch.bfloat16:
+                return keep(task)
+            memories.append(task)
+            return HalfMemory(task.halves, torch.float32)
+
+        updates = [gradient.update(finite, step.factor, step.undoable, keep_together) for gradient in matrices]
         with profiled("update"):
+            if memories:
+                keep_all(memories)
             products(updates)
         for matrix, update in zip(matrices, updates):
             matrix.put_update(update, finite, step.factor, copies)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from horovod_powersgd.torch.half_memory import Keep
 from horovod_powersgd.torch.kernels import HalfStep, Product
 from horovod_powersgd.torch.orthogonalization import TINY
 
@@ -63,13 +64,14 @@ def half_steps(tasks: Sequence[HalfStep], dtype: torch.dtype) -> torch.Tensor:
     rows = []
     for delta, basis, _, memory, scale in tasks:
         left, p, q = (None, None, None) if memory is None else memory.parts()
-        if memory is not None and left is not None and left.dtype != delta.dtype:
+        if memory is not None and left is not None and left.dtype == torch.float16:
             memory.add_to(delta, scale)
             left = None
         rows.append(
             (
                 delta.data_ptr(), basis.data_ptr(), *delta.shape, len(basis), _address(left), _address(p), _address(q),
                 0 if p is None else len(p), np.float64(scale).view(np.int64),
+                left is not None and left.dtype == torch.bfloat16,
             )
         )  # fmt: skip
     table = _on(device, rows)
@@ -94,6 +96,24 @@ def products(tasks: Sequence[Product]) -> None:
     table = [(out.data_ptr(), p.data_ptr(), q.data_ptr(), *out.shape, len(p)) for p, q, out in tasks]
     [(_, tiles)] = plan.tiles
     _product[(len(tiles),)](_on(device, table), tiles, ROWS, COLUMNS, COLUMNS_OF_A_PROGRAM)
+
+
+def keep_all(tasks: Sequence[Keep]) -> None:
+    """half_memory.keep of several float32 memories, to bfloat16."""
+    device = tasks[0].halves.device
+    rows, layout = [], []
+    for memory, drawn, halves in tasks:
+        delta, p, q = memory.parts()
+        rank = 0 if p is None else len(p)
+        rows.append(
+            (
+                halves.data_ptr(), delta.data_ptr(), _address(p), _address(q), *delta.shape, rank,
+                drawn.rows.data_ptr(), drawn.columns.data_ptr(), drawn.of_step,
+            )
+        )  # fmt: skip
+        layout.append((*delta.shape, 1, False))
+    [(_, tiles)] = _plan(tuple(layout), device).tiles
+    _keep[(len(tiles),)](_on(device, rows), tiles, ROWS, COLUMNS, COLUMNS_OF_A_PROGRAM)
 
 
 def orthogonalize(factors: Sequence[torch.Tensor], spares: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -186,15 +206,16 @@ if triton is not None:
         tile = tiles + 4 * tl.program_id(0)
         i = tl.load(tile)
         row, column, place = tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
-        delta, basis = _pointer(table, i, 0, 10, tl.float32), _pointer(table, i, 1, 10, tl.float32)
-        n, m, rank = tl.load(table + 10 * i + 2), tl.load(table + 10 * i + 3), tl.load(table + 10 * i + 4)
+        delta, basis = _pointer(table, i, 0, 11, tl.float32), _pointer(table, i, 1, 11, tl.float32)
+        n, m, rank = tl.load(table + 11 * i + 2), tl.load(table + 11 * i + 3), tl.load(table + 11 * i + 4)
         left, p, q = (
-            _pointer(table, i, 5, 10, tl.float32), _pointer(table, i, 6, 10, tl.float32),
-            _pointer(table, i, 7, 10, tl.float32),
+            _pointer(table, i, 5, 11, tl.float32), _pointer(table, i, 6, 11, tl.float32),
+            _pointer(table, i, 7, 11, tl.float32),
         )  # fmt: skip
-        is_left = tl.load(table + 10 * i + 5) != 0
-        rank_left = tl.load(table + 10 * i + 8)
-        scale = tl.load((table + 10 * i + 9).to(tl.pointer_type(tl.float64))).to(tl.float32)
+        halves = _pointer(table, i, 5, 11, tl.int16)
+        is_left, is_half = tl.load(table + 11 * i + 5) != 0, tl.load(table + 11 * i + 10) != 0
+        rank_left = tl.load(table + 11 * i + 8)
+        scale = tl.load((table + 11 * i + 9).to(tl.pointer_type(tl.float64))).to(tl.float32)
         ranks = tl.arange(0, RANK)
         sums = tl.zeros((RANK, ROWS, COLUMNS), tl.float32)
         along = row if MAKES_Q else column
@@ -208,7 +229,11 @@ if triton is not None:
             numbers = tl.load(delta + places, inside, 0.0)
             if ADDS:
                 if is_left:
-                    memory = tl.load(left + places, inside, 0.0)
+                    if is_half:
+                        bits = tl.load(halves + places, inside, 0).to(tl.int32) << 16
+                        memory = bits.to(tl.float32, bitcast=True)
+                    else:
+                        memory = tl.load(left + places, inside, 0.0)
                     for k in range(rank_left):
                         of_p = tl.load(p + k * n + rows, rows < n, 0.0)
                         of_q = tl.load(q + k * m + columns, columns < m, 0.0)
@@ -262,6 +287,30 @@ if triton is not None:
                 numbers += of_p[:, None] * of_q[None, :]
             inside = (rows < n)[:, None] & (columns < m)[None, :]
             tl.store(out + rows[:, None] * m + columns[None, :], numbers, inside)
+
+    @triton.jit
+    def _keep(table, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LENGTH: tl.constexpr):
+        tile = tiles + 4 * tl.program_id(0)
+        i = tl.load(tile)
+        row, column = tl.load(tile + 1), tl.load(tile + 2)
+        halves, delta = _pointer(table, i, 0, 10, tl.int16), _pointer(table, i, 1, 10, tl.float32)
+        p, q = _pointer(table, i, 2, 10, tl.float32), _pointer(table, i, 3, 10, tl.float32)
+        n, m, rank = tl.load(table + 10 * i + 4), tl.load(table + 10 * i + 5), tl.load(table + 10 * i + 6)
+        of_rows, of_columns = _pointer(table, i, 7, 10, tl.int32), _pointer(table, i, 8, 10, tl.int32)
+        rows = row + tl.arange(0, ROWS)
+        of_these = tl.load(of_rows + rows, rows < n, 0) + tl.load(table + 10 * i + 9).to(tl.int32)
+        for at in range(column, min(column + LENGTH, m), COLUMNS):
+            columns = at + tl.arange(0, COLUMNS)
+            inside = (rows < n)[:, None] & (columns < m)[None, :]
+            places = rows[:, None] * m + columns[None, :]
+            numbers = tl.load(delta + places, inside, 0.0)
+            for k in range(rank):
+                of_p = tl.load(p + k * n + rows, rows < n, 0.0)
+                of_q = tl.load(q + k * m + columns, columns < m, 0.0)
+                numbers -= of_p[:, None] * of_q[None, :]
+            drawn = (of_these[:, None] + tl.load(of_columns + columns, columns < m, 0)[None, :]) & 0xFFFF
+            bits = numbers.to(tl.int32, bitcast=True) + drawn
+            tl.store(halves + places, (bits >> 16).to(tl.int16), inside)
 
     @triton.jit
     def _inverse_triangle(gram, RANK: tl.constexpr):

@@ -14,20 +14,26 @@ NUMBERS = 2**17
 
 
 class Drawn(NamedTuple):
-    """What horovod_powersgd.rounding draws for the rows (n,), and for the columns (m,) of a matrix; int32."""
+    """What horovod_powersgd.rounding draws.
+
+    Attributes:
+        rows, columns: (n,) and (m,) int32: for those of a matrix, in all steps.
+        of_step: for a step and a worker.
+    """
 
     rows: torch.Tensor
     columns: torch.Tensor
+    of_step: int = 0
 
     @classmethod
     def of(cls, key: int, shape: tuple[int, int], device: torch.device) -> "Drawn":
-        """Of a matrix in all steps."""
-        both = rounding.of_rows_and_columns(arrays, key, *shape)
-        return cls(*(torch.from_numpy(part.copy()).to(device) for part in both))
+        """Of a matrix."""
+        rows, columns = rounding.of_rows_and_columns(arrays, key, *shape)
+        return cls(torch.from_numpy(rows.copy()).to(device), torch.from_numpy(columns.copy()).to(device))
 
     def in_step(self, step: int, worker: int) -> "Drawn":
         """Of one step and one worker."""
-        return Drawn(self.rows + _of_step(step, worker), self.columns)
+        return self._replace(of_step=_of_step(step, worker))
 
 
 @functools.lru_cache(maxsize=8)
@@ -71,16 +77,25 @@ class HalfMemory(Memory):
         return found if self._unit is None else found.mul_(self._unit)
 
 
-def keep(memory: Memory, drawn: Drawn, halves: torch.Tensor) -> HalfMemory:
-    """Writes a memory, which is used up, to halves (n, m)."""
-    delta, p, q = memory.parts()
+class Keep(NamedTuple):
+    """Writes a memory, which is used up, to halves (n, m), rounded stochastically."""
+
+    memory: Memory
+    drawn: Drawn
+    halves: torch.Tensor
+
+
+def keep(task: Keep) -> HalfMemory:
+    """What is kept of a memory."""
+    memory, drawn, halves = task
     if halves.dtype == torch.bfloat16 and kernels.keeps(memory):
-        kernels.keep(memory, *drawn, halves)
-        return HalfMemory(halves, delta.dtype)
+        kernels.keep(memory, drawn.rows + drawn.of_step, drawn.columns, halves)
+        return HalfMemory(halves, memory.storage().dtype)
     left = memory.tensor()
     unit = _unit(left) if halves.dtype == torch.float16 else None
     cut_off = (1 << rounding.BITS_CUT_OFF[str(halves.dtype).removeprefix("torch.")]) - 1
-    for rows, part, to in zip(_parts(drawn.rows.unsqueeze(1), len(drawn.columns)), _parts(left), _parts(halves)):
+    of_rows = (drawn.rows + drawn.of_step).unsqueeze(1)
+    for rows, part, to in zip(_parts(of_rows, len(drawn.columns)), _parts(left), _parts(halves)):
         bits = (rows + drawn.columns).bitwise_and_(cut_off)
         bits.add_(part.float().view(torch.int32)).bitwise_and_(~cut_off)
         rounded = bits.view(torch.float32)

@@ -1,6 +1,6 @@
 """A gradient that travels as PowerSGD's factors: the fast twin of PowerSGD.exchange."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from horovod_powersgd.torch import arrays as tensors
 from horovod_powersgd.torch.clipping import Sample
 from horovod_powersgd.torch.finite import all_finite
 from horovod_powersgd.torch.gradient import Copies
-from horovod_powersgd.torch.half_memory import Drawn, keep
+from horovod_powersgd.torch.half_memory import Drawn, Keep, keep
 from horovod_powersgd.torch.in_place_gradient import InPlaceGradient
 from horovod_powersgd.torch.kernels import HalfStep, Memory, Product, half_step, product
 from horovod_powersgd.torch.profiling import profiled
@@ -211,8 +211,14 @@ class PowerSGDGradient(InPlaceGradient):
             update.out.fill_(torch.nan)
         self.put_update(update, finite, factor, copies)
 
-    def update(self, finite: bool, factor: float, undoable: bool) -> Product:
-        """What the update is made of, and where it is to be written; takes note of what the next step needs."""
+    def update(
+        self, finite: bool, factor: float, undoable: bool, keep: Callable[[Keep], Memory] = keep
+    ) -> Product:
+        """What the update is made of, and where it is to be written; takes note of what the next step needs.
+
+        Args:
+            keep: gives what is kept of a memory in 16 bits. It may do so later, but before the update is written.
+        """
         out, self._undoable = self._delta, undoable
         if finite:
             memory = None
@@ -223,13 +229,13 @@ class PowerSGDGradient(InPlaceGradient):
                 if self._halves is None:
                     out = self._room()
                 else:
-                    memory = self._kept_in_halves(memory)
+                    memory = keep(self._in_halves(memory))
             self._next = Kept(self._mean, self._mean_is_q, memory, self._scale, self._own)
         return Product(*self._p_and_q(self._mean if factor == 1 else self._mean * factor), out)
 
-    def _kept_in_halves(self, memory: Memory) -> Memory:
+    def _in_halves(self, memory: Memory) -> Keep:
         """The memory in 16 bits; delta can be written over then."""
-        return keep(memory, self._draws().in_step(*self._place), self._room())
+        return Keep(memory, self._draws().in_step(*self._place), self._room())
 
     def _draws(self) -> Drawn:
         """For the rows and columns of delta."""

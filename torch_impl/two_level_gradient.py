@@ -1,6 +1,6 @@
 """A gradient that travels as PowerSGD's factors from host to host, and whole inside a host."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from horovod_powersgd.hosts import RowShare
 from horovod_powersgd.statistics import residual
 from horovod_powersgd.torch.compressed_gradient import of_all_rows
-from horovod_powersgd.torch.half_memory import Drawn
+from horovod_powersgd.torch.half_memory import Drawn, Keep, keep
 from horovod_powersgd.torch.kernels import HalfStep, Memory, Product
 from horovod_powersgd.torch.powersgd_gradient import Kept, PowerSGDGradient
 
@@ -93,9 +93,11 @@ class TwoLevelGradient(PowerSGDGradient):
             mean = mean.to(self.dtype).mul_(self.share.parts)
         super().receive(mean)
 
-    def update(self, finite: bool, factor: float, undoable: bool) -> Product:
+    def update(
+        self, finite: bool, factor: float, undoable: bool, keep: Callable[[Keep], Memory] = keep
+    ) -> Product:
         if self.share is None:
-            return super().update(finite, factor, undoable)
+            return super().update(finite, factor, undoable, keep)
         self._undoable = undoable
         p, q = self._p_and_q(self._mean)
         if finite:
@@ -105,7 +107,7 @@ class TwoLevelGradient(PowerSGDGradient):
                 own = (_columns(own_p, *self._rows()) if self._mean_is_q else own_p), own_q
                 memory = Memory(self._delta, *own)
                 if self._halves is not None:
-                    memory = self._kept_in_halves(memory)
+                    memory = keep(self._in_halves(memory))
             self._next = Kept(self._mean, self._mean_is_q, memory, self._scale, own, self.share)
         out, self._whole = self._whole, None
         return Product(p, q if factor == 1 else q * factor, out)

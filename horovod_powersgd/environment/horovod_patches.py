@@ -6,7 +6,7 @@ from pathlib import Path
 from horovod_powersgd.environment.installation import PATCHES_KEY, horovod_patches, horovod_version
 from horovod_powersgd.environment.logged_run import BuildError
 
-# Part of the key of cached wheels: raise it whenever patch_source changes.
+# Part of the key of cached wheels: raise it whenever what patch_source makes changes, of what can be built already.
 PATCH_VERSION = 6
 
 
@@ -38,6 +38,12 @@ def patch_source(source: Path) -> None:
     # Current frameworks' headers are C++17.
     for cmake_lists in (source / "CMakeLists.txt", source / "horovod/torch/CMakeLists.txt"):
         replace(cmake_lists, r"CMAKE_CXX_STANDARD 14\b", "CMAKE_CXX_STANDARD 17")
+    # PyTorch's are C++20 from 2.14 on.
+    replace(
+        source / "horovod/torch/CMakeLists.txt",
+        r"^    set\(CMAKE_CXX_STANDARD 17\)$",
+        '\\g<0>\n    if(Pytorch_VERSION VERSION_GREATER_EQUAL "2.14")\n        set(CMAKE_CXX_STANDARD 20)\n    endif()',
+    )
     # TensorFlow's wheel lacks a header that the optional XLA operations need.
     replace(source / "horovod/tensorflow/CMakeLists.txt", r"^.*xla_mpi_ops\.cc.*\n", "")
     # Python 3.12 has no distutils.

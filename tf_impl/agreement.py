@@ -132,18 +132,12 @@ class Agreement:
         """Takes what is the same on every worker from the one with the most completed steps: in an elastic job others
         may be new, or have missed a step. Where the workers call the variables differently, they draw their random
         numbers by the names of the first worker."""
-        ops = []
-        variables = [
-            self._states[0].counters.shared(), *(state.shared_with_keys() for state in self._states)
-        ]
-        for i, named in enumerate(variables):
-            if named:
-                tensors = [tf.identity(variable) for variable in named.values()]
-                taken = self._taken(root, tensors, f"state.{i}")
-                ops += [variable.assign(value, read_value=False) for variable, value in zip(named.values(), taken)]
-        return tf.group(*ops)
+        named = self._states[0].counters.shared(), *(state.shared_with_keys() for state in self._states)
+        variables = [variable for some in named for variable in some.values()]
+        taken = self._taken(root, [tf.identity(variable) for variable in variables])
+        return tf.group(*(variable.assign(value, read_value=False) for variable, value in zip(variables, taken)))
 
-    def _taken(self, root: tf.Tensor, tensors: Sequence[tf.Tensor], name: str) -> list[tf.Tensor]:
+    def _taken(self, root: tf.Tensor, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """The root's tensors, where the root, a global number, is known only when the graph runs. Their shapes can
         differ among the workers. By allreduce, which a worker may have joined."""
 
@@ -156,9 +150,9 @@ class Agreement:
 
         packed = tf.numpy_function(pack, [root, tf.cast(mpi_ops.rank_op(), tf.int64), *tensors], tf.int32)
         packed.set_shape((None,))
-        length = self._workers.allreduce(tf.size(packed)[None], f"{name}.length", Max)[0]
+        length = self._workers.allreduce(tf.size(packed)[None], "state.length", Max)[0]
         padded = tf.pad(packed, [[0, length - tf.size(packed)]])
-        summed = self._workers.allreduce(padded, name, Sum)
+        summed = self._workers.allreduce(padded, "state", Sum)
         return tf.numpy_function(unpack, [summed], [tensor.dtype for tensor in tensors])
 
     def begin_again(self) -> None:

@@ -1,6 +1,6 @@
-"""An elastic job of three workers: one kills itself, the others go on and ask for a new one, and all three finish.
+"""An elastic job: the workers of the last host kill themselves, the others go on and ask for a new host, and all end.
 
-    elastic_training.py FOLDER SGD|AdamW
+    elastic_training.py FOLDER SGD|AdamW|hierarchical
 
 Each worker writes what it saw to FOLDER/<process>.jsonl. FOLDER/grow appears when the new worker is to come.
 """
@@ -33,6 +33,7 @@ def norms(optimizer):
 # A job that hangs tells where each of its workers waits.
 faulthandler.dump_traceback_later(200)
 hvd.init()
+workers = hvd.size()
 torch.manual_seed(hvd.rank())
 model = torch.nn.Sequential(torch.nn.Linear(40, 48), torch.nn.Tanh(), torch.nn.Linear(48, 32))
 if KIND == "AdamW":
@@ -42,6 +43,8 @@ else:
 compression = hvd.PowerSGD(rank=2, wire_dtype="int8")
 if KIND == "AdamW":
     compression = hvd.Accordion(hvd.PowerSGD(rank=2), hvd.PowerSGD(rank=1), interval=3)
+if KIND == "hierarchical":
+    compression = hvd.PowerSGD(rank=2, hierarchical=True)
 optimizer = hvd.DistributedOptimizer(
     optimizer, named_parameters=model.named_parameters(), compression=compression
 )
@@ -52,8 +55,7 @@ def train(state):
     hvd.assert_replicas_equal(model)
     report(event="start", rank=hvd.rank(), size=hvd.size(), step=state.step, memory=norms(optimizer))
     while state.step < STEPS:
-        if state.step == DIES_AT and hvd.rank() == hvd.size() - 1 and not (FOLDER / "died").exists():
-            (FOLDER / "died").touch()
+        if state.step == DIES_AT and hvd.size() == workers and hvd.cross_rank() == hvd.cross_size() - 1:
             report(event="dies")
             os._exit(1)
         optimizer.zero_grad()
@@ -62,12 +64,13 @@ def train(state):
         optimizer.step()
         state.step += 1
         hvd.assert_replicas_equal(model)
-        report(event="step", step=state.step, size=hvd.size(), memory=norms(optimizer))
+        flat_because = optimizer.compression_stats().flat_because
+        report(event="step", step=state.step, size=hvd.size(), memory=norms(optimizer), flat_because=flat_because)
         if state.step == DIES_AT + 4 and hvd.rank() == 0:
             (FOLDER / "grow").touch()
         state.commit()
         # The new worker comes while these wait.
-        while DIES_AT + 4 <= state.step and hvd.size() < 3:
+        while DIES_AT + 4 <= state.step and hvd.size() < workers:
             time.sleep(0.3)
             state.check_host_updates()
 

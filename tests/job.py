@@ -69,17 +69,21 @@ class Launch(NamedTuple):
 
 
 class ElasticJob(NamedTuple):
-    """Three workers under horovodrun, one of which dies; later another one comes.
+    """Workers under horovodrun, on several hosts, of which one dies; later another one comes.
 
     Attributes:
         program: in this folder. It gets a folder, to which its workers report, and the kind.
         kind: of training.
         variables: of the workers' environment, as (name, value).
+        hosts: how many there are.
+        per_host: how many workers each has.
     """
 
     program: str
     kind: str
     variables: tuple[tuple[str, str], ...] = ()
+    hosts: int = 3
+    per_host: int = 1
 
 
 class Report(NamedTuple):
@@ -202,17 +206,19 @@ def run_checks(launch, checks):
 
 
 # Several names of this machine stand for its hosts.
-HOSTS, LATER = ("localhost:1", "127.0.0.1:1", "127.1:1"), "127.0.1:1"
+HOSTS, LATER = ("localhost", "127.0.0.1", "127.1"), "127.0.1"
 
 
 def run_elastic(job):
     """What each worker of an elastic job reported, line by line; and all that they wrote."""
     with tempfile.TemporaryDirectory() as folder:
         discover = Path(folder) / "discover.sh"
-        hosts = "\n".join(f"echo {host}" for host in HOSTS)
-        discover.write_text(f"#!/bin/sh\n{hosts}\n[ -e {folder}/grow ] && echo {LATER}\nexit 0\n")
+        hosts = "\n".join(f"echo {host}:{job.per_host}" for host in HOSTS[: job.hosts])
+        discover.write_text(f"#!/bin/sh\n{hosts}\n[ -e {folder}/grow ] && echo {LATER}:{job.per_host}\nexit 0\n")
         discover.chmod(0o755)
-        command = [sys.executable, "-c", HOROVODRUN, "--gloo", "-np", "3", "--min-np", "2", "--max-np", "3"]
+        workers = job.hosts * job.per_host
+        command = [sys.executable, "-c", HOROVODRUN, "--gloo", "-np", workers, "--max-np", workers]
+        command += ["--min-np", workers - job.per_host]
         command += ["--host-discovery-script", discover, "--disable-cache", "--elastic-timeout", "120"]
         command += [sys.executable, HERE / job.program, folder, job.kind]
         # The others wait that long for the new worker, which first imports its framework.

@@ -95,7 +95,8 @@ def test_the_source_is_compiled_as_cpp17(source):
 def test_what_includes_a_newer_pytorch_is_compiled_as_cpp20(source):
     patch_source(source)
     chosen = 'if(Pytorch_VERSION VERSION_GREATER_EQUAL "2.14")\n        set(CMAKE_CXX_STANDARD 20)\n    endif()\n'
-    assert (source / "horovod/torch/CMakeLists.txt").read_text().endswith(f"    set(CMAKE_CXX_STANDARD 17)\n    {chosen}")
+    written = (source / "horovod/torch/CMakeLists.txt").read_text()
+    assert written.endswith(f"    set(CMAKE_CXX_STANDARD 17)\n    {chosen}")
 
 
 def test_only_the_xla_operations_are_left_out(source):

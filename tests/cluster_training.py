@@ -1,6 +1,7 @@
-"""A training by two workers that a framework for clusters starts, on this machine.
+"""A training by two workers that a framework for clusters starts, or mpirun, on this machine.
 
     python cluster_training.py ray        or spark
+    mpirun -np 2 python cluster_training.py mpirun
 """
 
 import sys
@@ -41,4 +42,4 @@ def with_spark():
 
 
 if __name__ == "__main__":
-    print("results:", {"ray": with_ray, "spark": with_spark}[sys.argv[1]]())
+    print("results:", {"ray": with_ray, "spark": with_spark, "mpirun": train}[sys.argv[1]]())

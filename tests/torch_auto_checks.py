@@ -80,6 +80,18 @@ def check_halves_are_horovods_fp16():
     assert ours.stats().ratio == 2
 
 
+def check_the_first_factors_of_a_candidate_do_not_overflow():
+    auto = Auto(PowerSGD(rank=2, min_compression_rate=1, wire_dtype="float16"))
+    shapes = {f"large.{name}": cases.SHAPES[name] for name in ("linear", "tall")}
+    trainee = Trainee(auto, shapes=shapes)
+    with choosing(PLAIN, Choice(0)):
+        for step in range(5):
+            mine = cases.gradients(step, hvd.rank(), "float32", shapes)
+            updates = trainee.exchange({name: 1e7 * array for name, array in mine.items()})
+            assert all(np.isfinite(update).all() for update in updates.values()), step
+    assert trainee.optimizer._engine._choice == Choice(0)
+
+
 def check_sparse_missing_and_shared_gradients_travel_as_they_are():
     embedding = torch.nn.Embedding(20, 4, sparse=True, device=DEVICE)
     weight = torch.nn.Parameter(torch.ones(6, 4, dtype=torch.bfloat16, device=DEVICE))

@@ -34,6 +34,8 @@ class AutoEngine(Engine):
         super().__init__(auto.candidates[0], workers, **kwargs)
         self._number = 0
         self._gradients = self._gradients_of[0]
+        # Whether the candidate's first step since it was chosen is still to come.
+        self._is_new = True
         # None until the workers agree: one worker alone exchanges nothing, and has nothing to choose.
         self._chooser: Chooser | None = None
         self._seconds: list[float] = []
@@ -59,6 +61,7 @@ class AutoEngine(Engine):
         if isinstance(other, AutoEngine) and other._auto == self._auto:
             self._take_candidate(other._number)
             self._settle(other._choice)
+            self._is_new = other._is_new
         super().take_over(other)
 
     @property
@@ -79,6 +82,10 @@ class AutoEngine(Engine):
             self._streams.wait_for_current(parameter.device)
             with self._streams.current():
                 self._direct.start(gradient, incoming)
+
+    def _number_of_step(self) -> int:
+        # Nobody knows yet how large its factors are, which may travel in half precision later.
+        return 0 if self._is_new else super()._number_of_step()
 
     def _goes_directly(self) -> bool:
         """Whether the step's gradients all travel as they are, one by one; begins such a step."""
@@ -117,6 +124,8 @@ class AutoEngine(Engine):
     def commit(self) -> None:
         steps = self.steps
         super().commit()
+        if self.steps > steps and self._choice.number is not None:
+            self._is_new = False
         if self.steps == steps or self._chooser is None:
             self._last = None  # what the next step takes is not known
             return
@@ -142,6 +151,7 @@ class AutoEngine(Engine):
         before = {gradient.name: gradient for gradient in self._gradients}
         if choice.number is not None and choice.number != self._number:
             self._take_candidate(choice.number)
+            self._is_new = True
             if self._config.keeps_memory:
                 for gradient in self._gradients:
                     _inherit(gradient, before[gradient.name])
@@ -158,10 +168,11 @@ class AutoEngine(Engine):
         super().agreed(root, by_name)
 
     def _take_state(self, root: int) -> None:
-        number, choice = from_worker(self.workers, root, (self._number, self._choice))
+        number, choice, is_new = from_worker(self.workers, root, (self._number, self._choice, self._is_new))
         self._take_candidate(number)
         self._settle(choice)
         super()._take_state(root)
+        self._is_new = is_new
 
     def _settle(self, choice: Choice) -> None:
         shapes = {gradient.name: gradient.layout.shape for gradient in self._gradients}
@@ -190,6 +201,7 @@ class AutoEngine(Engine):
         chosen = first.get("auto")
         choice = Choice(self._number) if chosen is None else Choice(chosen["number"], frozenset(chosen["plain"]))
         self._settle(choice)
+        self._is_new = choice.number is None
 
 
 def _inherit(gradient: PlainGradient, other: PlainGradient) -> None:

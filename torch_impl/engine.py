@@ -354,7 +354,7 @@ class Engine:
         self._arriving = {gradient.parameter: gradient for gradient in gradients}
         self._parity = not self._parity
         self._step = Step(
-            number=self.steps,
+            number=self._number_of_step(),
             parity=self._parity,
             scale=1.0 if self._scaler is None else self._scaler.get_scale(),
             factor=self.workers.count if self._sum_gradients else 1,
@@ -365,6 +365,10 @@ class Engine:
         for bucket in self._buckets:
             exchange = bucket.exchange(self._step)
             self._wait(exchange, next(exchange))
+
+    def _number_of_step(self) -> int:
+        """How many steps came before the next one, with its compressor."""
+        return self.steps
 
     def _agree(self) -> None:
         if self.workers.count > 1:

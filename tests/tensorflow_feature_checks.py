@@ -27,6 +27,7 @@ from horovod_powersgd import (
 from horovod_powersgd.layout import trailing_columns
 from horovod_powersgd.tensorflow.clipping import after_clipping
 from horovod_powersgd.tensorflow.training import known_states
+from horovod_powersgd.tensorflow.workers import Workers
 from tensorflow_trainee import EagerTrainee, FunctionTrainee, KerasTrainee
 
 SHAPE = (24, 32)
@@ -641,6 +642,22 @@ def check_gathering_while_a_worker_has_joined_is_refused():
     exchange([v], [tf.constant(matrix())], TopK(0.1))
     exchange([w], [tf.constant(matrix())], RandomK(0.1))
     assert [hvd.compression_stats([variable]).steps for variable in (v, w)] == [7, 5]
+
+
+def check_a_constant_is_not_gathered_in_a_branch_that_is_not_taken():
+    workers = Workers(hvd.global_process_set, "untaken")
+
+    def build(taken):
+        return tf.cond(taken, lambda: workers.allgather(tf.ones(2), "constant"), lambda: tf.zeros(2))
+
+    in_function = tf.function(build, autograph=False)
+    if hvd.rank() == 0:
+        # A worker that gathered would wait for the others.
+        in_function(tf.constant(False))
+        with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+            taken = tf.compat.v1.placeholder(tf.bool, ())
+            session.run(build(taken), {taken: False})
+    assert in_function(tf.constant(True)).shape == build(tf.constant(True)).shape == 2 * hvd.size()
 
 
 def check_the_tape_knows_the_learning_rate():

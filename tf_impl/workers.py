@@ -138,8 +138,11 @@ class Workers:
 
 def _not_constant(tensor: tf.Tensor) -> tf.Tensor:
     """The tensor, hidden from constant folding: of a constant, TensorFlow would run the collective while it optimizes
-    the graph, even one in a branch that is not taken."""
-    return tf.cond(mpi_ops.rank_op() >= 0, lambda: tensor, lambda: tf.zeros_like(tensor))
+    the graph, even one in a branch that is not taken. Where a slice begins is known only when the graph runs; all of
+    the tensor is in this one."""
+    hidden = tensor[tf.minimum(mpi_ops.rank_op(), 0) :]
+    hidden.set_shape(tensor.shape)
+    return hidden
 
 
 def elastic() -> bool:

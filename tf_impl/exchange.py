@@ -20,6 +20,7 @@ from horovod_powersgd.tensorflow.gradient import PlainGradient, Step
 from horovod_powersgd.tensorflow.host_mean import HostMean
 from horovod_powersgd.tensorflow.message import Message, nbytes
 from horovod_powersgd.tensorflow.order import Order
+from horovod_powersgd.tensorflow.quantization import Number
 from horovod_powersgd.tensorflow.settings import Settings
 from horovod_powersgd.tensorflow.shared_host import SharedHost
 from horovod_powersgd.tensorflow.snapshot import Snapshot
@@ -337,16 +338,16 @@ def _kind_of_message(request: AllreduceMean | QuantizedMean | Allgather | HostMe
 
 def _bytes_uncompressed(gradients: Sequence[Tensor]) -> tf.Tensor:
     """What plain allreduce would be handed, int64."""
-    total = tf.constant(0, tf.int64)
+    total: Number = 0
     for gradient in gradients:
         parts = (gradient.values, gradient.indices) if isinstance(gradient, tf.IndexedSlices) else (gradient,)
         total += sum(nbytes(part) for part in parts)
-    return total
+    return tf.convert_to_tensor(total, tf.int64)
 
 
 def _total(traffics: Sequence[Traffic]) -> Traffic:
-    zero = tf.constant(0, tf.int64)
-    return Traffic(*(sum(parts, zero) for parts in zip(Traffic(zero, zero), *traffics)))
+    """Of int64 tensors."""
+    return Traffic(*(tf.convert_to_tensor(sum(parts), tf.int64) for parts in zip(Traffic(0, 0), *traffics)))
 
 
 def _initialise(variable: tf.Variable) -> tf.Operation:

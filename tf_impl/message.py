@@ -18,7 +18,7 @@ class Message:
         parts: each sender's tensors, flat.
 
     Attributes:
-        traffic: in bytes, int64, once it is exchanged.
+        traffic: in bytes, integers or int64, once it is exchanged.
     """
 
     def __init__(self, parts: Sequence[Sequence[tf.Tensor]]):
@@ -64,7 +64,7 @@ class Message:
             workers: that exchange.
             name: of the message.
         """
-        self.traffic = Traffic(tf.constant(0, tf.int64), tf.constant(0, tf.int64))
+        self.traffic = Traffic(0, 0)
         if workers.alone:
             return self._by_sender(self._flat)
         share = host.share
@@ -95,9 +95,10 @@ class Message:
         return [[next(remaining) for _ in of_one] for of_one in self._parts]
 
 
-def nbytes(tensor: tf.Tensor) -> tf.Tensor:
-    """Of a tensor's content, int64."""
-    return tf.size(tensor, tf.int64) * tensor.dtype.size
+def nbytes(tensor: tf.Tensor) -> Number:
+    """Of a tensor's content: an integer, or int64."""
+    numbers = tensor.shape.num_elements()
+    return (tf.size(tensor, tf.int64) if numbers is None else numbers) * tensor.dtype.size
 
 
 def _joined(tensors: Sequence[tf.Tensor]) -> tf.Tensor:

@@ -22,6 +22,7 @@ from horovod_powersgd.environment.installation import (
     find_mpi,
     horovod_patches,
     horovod_version,
+    mpi_problem,
 )
 from horovod_powersgd.environment.logged_run import BuildError
 from horovod_powersgd.expression import compressor_from
@@ -151,16 +152,16 @@ def _install_horovod(options: argparse.Namespace) -> int:
         for problem in problems:
             if problem.command != INSTALL_COMMAND:
                 raise BuildError(str(problem))
-        outdated = missing_patches()
+        stale = [what for what in (build.mpi and mpi_problem(), missing_patches()) if what]
         # One that somebody else built, with settings of their own, is theirs to replace.
-        if not problems and (outdated is None or horovod_patches() is None):
+        if not problems and (not stale or horovod_patches() is None):
             _say(f"Horovod {horovod_version()} works already, for {_titles(build)}, with {_names(features)}.")
             if build.mpi and not features["mpi"]:
                 _say(f"It was built without MPI, and {find_mpi().version} is here: {INSTALL_COMMAND} --force uses it.")
-            if outdated is not None:
-                _say(f"{outdated}: {INSTALL_COMMAND} --force builds one that has all of it.")
+            for what in stale:
+                _say(f"{what}: {INSTALL_COMMAND} --force mends that.")
             return 0
-        for what in [problem.what for problem in problems] or (outdated,):
+        for what in [problem.what for problem in problems] or stale:
             _say(f"{what}.")
 
     wheel = None if options.force else build.cached_wheel()

@@ -121,6 +121,7 @@ def launch_environment() -> dict[str, str]:
     environment["PATH"] = os.pathsep.join([*folders, environment.get("PATH", os.defpath)])
     # More workers than cores is fine for a test or a demonstration.
     environment.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")
+    environment.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")  # Open MPI 5
     if os.geteuid() == 0:
         environment.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
         environment.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")

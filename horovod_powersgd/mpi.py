@@ -6,6 +6,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+# The title, as people write it, of those whose library has this name; and the name: MPICH and Intel have agreed on it.
+_SHARED, _SHARED_NAME = "MPICH or Intel MPI", r"\blibmpi(ch)?\.so\.12\b"
+
 
 @dataclass(frozen=True)
 class LoadedMpi:
@@ -41,6 +44,21 @@ def recognised(maps: str, prefix: str) -> LoadedMpi | None:
         return LoadedMpi("Open MPI", "PMIx", here=True)
     if "/libopen-pal.so" in maps:
         return LoadedMpi("Open MPI", None)  # some are built with Slurm's PMI
-    if re.search(r"/libmpi(ch)?\.so\.12\b", maps):  # the name that they have agreed on
-        return LoadedMpi("MPICH or Intel MPI", None if "/libpmix.so" in maps else "PMI")
+    if re.search(_SHARED_NAME, maps):
+        return LoadedMpi(_SHARED, None if "/libpmix.so" in maps else "PMI")
     return None
+
+
+def linked_mpi(library: Path) -> str | None:
+    """The title of the MPI for which a library was compiled; None where that is none, or none that is known."""
+    content = library.read_bytes()
+    if b"\0libmpi.so.40\0" in content:  # of the releases since 2018
+        return "Open MPI"
+    return _SHARED if re.search(_SHARED_NAME.encode(), content) else None
+
+
+def title_of(version: str) -> str | None:
+    """The title of an MPI, as linked_mpi gives it, by its name and version; None where it is none that is known."""
+    if version.startswith("Open MPI "):
+        return "Open MPI"
+    return _SHARED if version.startswith(("MPICH ", "Intel MPI ")) else None

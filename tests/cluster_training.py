@@ -1,4 +1,4 @@
-"""A training by two workers that a framework for clusters starts, or mpirun, on this machine.
+"""A training by two workers on this machine, which this starts with a framework for clusters, or which mpirun starts.
 
     python cluster_training.py ray        or spark
     mpirun -np 2 python cluster_training.py mpirun
@@ -42,4 +42,5 @@ def with_spark():
 
 
 if __name__ == "__main__":
-    print("results:", {"ray": with_ray, "spark": with_spark, "mpirun": train}[sys.argv[1]]())
+    results = {"ray": with_ray, "spark": with_spark, "mpirun": train}[sys.argv[1]]()
+    sys.stdout.write(f"results: {results}\n")  # in one piece, which another worker's cannot tear

@@ -13,7 +13,7 @@ import pytest
 
 from environments import Environment, link_programs
 from horovod_powersgd import __main__ as command_line
-from horovod_powersgd.environment import doctor, horovod_build, horovod_patches
+from horovod_powersgd.environment import doctor, horovod_build, horovod_patches, installation
 
 COMMAND = "python -m horovod_powersgd install-horovod"
 REPORT_KEYS = {"works", "python", "frameworks", "keras", "mpi", "nccl", "kernels", "horovod", "jobs", "problems"}
@@ -59,16 +59,33 @@ def test_a_horovod_for_another_version_is_named_and_replaced(environment):
 
 
 @pytest.mark.framework
-def test_a_horovod_with_older_patches_is_replaced(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "module, name, value, words",
+    [
+        (
+            horovod_patches,
+            "PATCH_VERSION",
+            horovod_patches.PATCH_VERSION + 1,
+            "Horovod was built without the latest of what install-horovod mends",
+        ),
+        (
+            installation,
+            "find_mpi",
+            lambda: installation.Mpi(None, None, "MPICH 5.0.2"),
+            "Horovod was built for Open MPI, and MPICH 5.0.2 is here",
+        ),
+    ],
+)
+def test_a_horovod_with_older_patches_or_for_another_mpi_is_replaced(monkeypatch, capsys, module, name, value, words):
     def build(*arguments, **options):
         raise horovod_build.BuildError("it goes on to build")
 
-    monkeypatch.setattr(horovod_patches, "PATCH_VERSION", horovod_patches.PATCH_VERSION + 1)
+    monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(horovod_build.HorovodBuild, "cached_wheel", lambda self: None)
     monkeypatch.setattr(horovod_build, "build_wheel", build)
     assert command_line.main(["install-horovod"]) == 1
     output, errors = capsys.readouterr()
-    assert output.startswith("Horovod was built without the latest of what install-horovod mends")
+    assert output.startswith(words)
     assert errors == "error: it goes on to build\n"
 
 
@@ -77,7 +94,7 @@ def test_a_horovod_that_somebody_else_built_is_left_alone_with_a_word_on_what_it
     for module in (horovod_patches, command_line):
         monkeypatch.setattr(module, "horovod_patches", lambda: None)
     assert command_line.main(["install-horovod"]) == 0
-    assert f"{COMMAND} --force builds one that has all of it." in capsys.readouterr().out
+    assert f"{COMMAND} --force mends that." in capsys.readouterr().out
 
 
 def test_a_framework_that_does_not_load_is_not_for_horovod_to_mend(environment):
@@ -245,6 +262,7 @@ def test_doctor_names_a_horovod_without_the_latest_patches(monkeypatch):
     [
         ("", ""),
         ("starting\nsh: env: not found\n", "sh: env: not found"),
+        ("---\nNOTE: a common cause\n\n   Executable: none\n---\n", "Executable: none"),
         ("Traceback\nImportError: no torch\n---\nmpirun has exited\n", "ImportError: no torch"),
         ("[0]<stderr>:sh: env: not found\nRuntimeError: Horovod detected it\n", "sh: env: not found"),
         ("[1,0]<stderr>:ValueError: [1,0]<stderr>:three\nExit code: 1\n", "ValueError: three"),

@@ -170,9 +170,23 @@ def test_the_real_horovod_tells_what_it_was_built_with(framework):
     [
         ("mpirun (Open MPI) 4.1.8\n\nReport bugs to ...", "Open MPI 4.1.8"),
         ("HYDRA build details:\n    Version:                                 5.0.2\n", "MPICH 5.0.2"),
+        ("Intel(R) MPI Library for Linux* OS, Version 2021.18.1 Build 20260626\nMore", "Intel MPI 2021.18.1"),
         ("Some other MPI 1.0\nmore", "Some other MPI 1.0"),
         ("", "unknown"),
     ],
 )
 def test_an_mpi_is_named_by_what_its_mpirun_says(said, version):
     assert installation._mpi_version(said) == version
+
+
+def test_an_mpi_whose_programs_look_for_each_other_is_found_in_an_environment_that_is_not_activated(environment):
+    programs = environment.folder / "venv/bin"  # as Intel's are, where pip has put them
+    for name, text in {
+        "mpirun": "helper",
+        "helper": "echo 'Intel(R) MPI Library for Linux* OS, Version 2021.18.1 Build 20260626'",
+        "mpicxx": 'echo "g++ -I$I_MPI_ROOT/include"',
+    }.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    code = "from horovod_powersgd.environment.installation import find_mpi; print(find_mpi().identity())"
+    assert environment.run("-c", code).stdout == "Intel MPI 2021.18.1: g++ -IPREFIX/include\n"

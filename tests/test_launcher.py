@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from horovod_powersgd import launcher
-from horovod_powersgd.mpi import LoadedMpi, recognised
+from horovod_powersgd.mpi import LoadedMpi, linked_mpi, recognised, title_of
 
 PLACES = ("OMPI_", "PMI_", "PMIX_", "MPI_", "SLURM_", "HOROVOD_", "OPAL_")
 OPEN_MPI, MPICH = LoadedMpi("Open MPI", "PMIx", here=True), LoadedMpi("MPICH or Intel MPI", "PMI")
@@ -158,6 +158,20 @@ def test_an_mpi_is_recognised_by_its_files():
     built_with_pmix = maps("/usr/lib/libmpich.so.12.2.1", "/usr/lib/libpmix.so.2.6.2")
     assert recognised(built_with_pmix, "/env") == LoadedMpi("MPICH or Intel MPI", None)
     assert recognised(maps("/usr/lib/libc.so.6"), "/env") is None
+
+
+@pytest.mark.parametrize(
+    "name, version, title",
+    [
+        ("libmpi.so.40", "Open MPI 5.0.11", "Open MPI"),
+        ("libmpi.so.12", "MPICH 5.0.2", "MPICH or Intel MPI"),
+        ("libmpich.so.12", "Intel MPI 2021.18.1", "MPICH or Intel MPI"),
+        ("libm.so.6", "unknown", None),
+    ],
+)
+def test_an_mpi_is_the_one_of_the_file_that_a_library_was_linked_to(tmp_path, name, version, title):
+    (tmp_path / "library.so").write_bytes(b"\x7fELF\0libc.so.6\0" + name.encode() + b"\0libtorch.so\0")
+    assert linked_mpi(tmp_path / "library.so") == title_of(version) == title
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])

@@ -1,34 +1,49 @@
-"""A Horovod for MPICH under MPICH's mpirun."""
+"""MPICH, for which this environment's Horovod is built; and Open MPI with its own Horovod, of .venv."""
 
-import os
 import sys
-from pathlib import Path
 
 import pytest
 
+from horovod_powersgd.environment import doctor
+from horovod_powersgd.environment.installation import find_mpi
 from horovod_powersgd.launcher import launch_command
 from job import HERE, run
 
-pytestmark = pytest.mark.skipif(
-    not Path(sys.prefix, "bin/mpichversion").exists(),
-    reason="this environment has no MPICH; .ci/integrations tests with one",
-)
-TRAINING = [sys.executable, str(HERE / "cluster_training.py"), "mpirun"]
-SETTINGS = {"PYTHONPATH": os.pathsep.join(map(str, (HERE.parent, HERE)))}
+if not (find_mpi().version or "").startswith("MPICH "):
+    pytest.skip(f"the MPI here is {find_mpi().version}; .ci/integrations tests with MPICH", allow_module_level=True)
+OPEN_MPIS = HERE.parent / ".venv" / "bin"
 
 
-def test_workers_of_mpichs_mpirun_are_one_job_and_send_what_powersgd_sends():
-    output = run(launch_command("mpirun", 2, TRAINING), 120, SETTINGS)
+def train(python, mpirun=None):
+    """What a training by two workers says.
+
+    Args:
+        python: of the workers.
+        mpirun: this environment's by default.
+    """
+    command = launch_command("mpirun", 2, [str(python), str(HERE / "cluster_training.py"), "mpirun"])
+    return run([str(mpirun or command[0]), *command[1:]], 120)
+
+
+def test_workers_of_mpich_are_one_job_and_send_what_powersgd_sends():
+    output = train(sys.executable)
     assert "results: (0, 2)\n" in output and "results: (1, 2)\n" in output, output
 
 
-def test_doctor_names_it():
-    output = run([sys.executable, "-m", "horovod_powersgd", "doctor"], 120, SETTINGS)
-    assert "MPICH" in output and "A job of two workers works." in output, output
+def test_doctor_names_mpich_and_finds_that_horovod_was_built_for_it():
+    report = doctor.find_facts()
+    assert report["mpi"]["version"].startswith("MPICH 5.") and report["horovod"]["mpi"]
+    assert "Horovod was built for" not in str(doctor.find_problems(report))
 
 
-def test_open_mpis_mpirun_is_refused():
-    mpirun = HERE.parent / ".venv/bin/mpirun"
-    output = run([str(mpirun), "-np", "2", *TRAINING], 120, SETTINGS)
-    assert "mpirun started 2 workers, but it is Open MPI's, and Horovod was built for MPICH" in output, output
-    assert "results:" not in output, output
+@pytest.mark.parametrize(
+    "python, mpirun, words",
+    [
+        (sys.executable, OPEN_MPIS / "mpirun", "is Open MPI's, and Horovod was built for MPICH or Intel MPI"),
+        (OPEN_MPIS / "python", None, "is MPICH or Intel MPI's, and Horovod was built for Open MPI"),
+    ],
+    ids=["Open MPI's", "MPICH's"],
+)
+def test_the_mpirun_of_another_mpi_is_refused(python, mpirun, words):
+    output = train(python, mpirun)
+    assert f"RuntimeError: mpirun started 2 workers, but it {words}: they would" in output, output

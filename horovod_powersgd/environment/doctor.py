@@ -26,6 +26,7 @@ from horovod_powersgd.environment.installation import (
     examine_horovod,
     find_mpi,
     horovod_version,
+    mpi_problem,
 )
 from horovod_powersgd.launcher import GLOO_CHOICES, LAUNCHERS, launch_command, launch_environment
 
@@ -139,9 +140,9 @@ def find_problems(report: dict) -> list[dict]:
     horovod, mpi = report["horovod"], report["mpi"]
     if all(framework["version"] is None for framework in report["frameworks"].values()):
         add("Neither PyTorch nor TensorFlow is installed", "python -m pip install torch")
-    outdated = missing_patches()
-    if usable and outdated is not None:
-        add(outdated, f"{INSTALL_COMMAND} --force", optional=True)
+    for what in (missing_patches(), mpi_problem()):
+        if usable and what is not None:
+            add(what, f"{INSTALL_COMMAND} --force", optional=True)
 
     if usable and not horovod["mpi"]:
         if mpi["mpicxx"] is not None:
@@ -240,7 +241,7 @@ def _last_words(output: str) -> str:
     mark = re.compile(r"\[[\d,]+\]<std(out|err)>:")  # of a worker; mpirun puts it wherever a write began
     # Where the launcher marks what workers say, its own words only tell that a worker failed.
     lines = [line for line in output.splitlines() if mark.match(line)] or output.splitlines()
-    lines = [unmarked for line in lines if (unmarked := mark.sub("", line).strip())]
+    lines = [unmarked for line in lines if re.search(r"\w", unmarked := mark.sub("", line).strip())]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     return (errors or lines or [""])[-1]
 

@@ -32,6 +32,7 @@ from horovod_powersgd.environment.installation import (
     extension_path,
     find_mpi,
     find_program,
+    mpi_variables,
 )
 from horovod_powersgd.environment.logged_run import BuildError, LoggedRun
 
@@ -263,7 +264,7 @@ def _build_environment(build: HorovodBuild, tools: Path, jobs: int) -> dict[str,
         environment[f"HOROVOD_{chosen}_{feature}"] = "1"
     compiler = find_program("mpicxx")
     if compiler is not None:  # CMake looks for it in PATH
-        environment["PATH"] = os.pathsep.join([str(compiler.parent), environment.get("PATH", os.defpath)])
+        environment.update(mpi_variables(compiler))
     # Started by make, this has the flags of that make, which are not for the one inside.
     if "MAKELEVEL" in environment or "MAKEFLAGS" not in environment:
         environment["MAKEFLAGS"] = f"-j{jobs}"

@@ -19,6 +19,8 @@ import pytest
 from horovod_powersgd.launcher import launch_command, launch_environment
 
 HERE = Path(__file__).parent
+# What jobs see of this process's: later, one may begin while a test has variables of its own.
+ENVIRONMENT = launch_environment()
 # Far more than a check takes where the workers share two cores with others; and than all of a launch take.
 CHECK_SECONDS, LAUNCH_SECONDS = 240, 1800
 COMPARING = "equals|equal_the|same_bits"
@@ -238,7 +240,7 @@ def run(command, seconds, environment=None):
         "TF_USE_LEGACY_KERAS": "0",
         "HOROVOD_DYNAMIC_PROCESS_SETS": "1",
     }
-    environment = {**launch_environment(), **settings, **(environment or {})}
+    environment = {**ENVIRONMENT, **settings, **(environment or {})}
     job = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     _running.add(job)
     try:

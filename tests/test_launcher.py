@@ -86,6 +86,7 @@ def test_workers_that_came_up_as_separate_jobs_say_so():
 
 def test_a_worker_of_a_launcher_is_not_isolated(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("PMIX_RANK", "0")
     launcher.prepare_worker()
     assert "OMPI_MCA_ess_singleton_isolated" not in os.environ
 

@@ -9,8 +9,10 @@ import tensorflow as tf
 from tensorflow import keras
 
 import cases
+import choices as choices_of_all
 import horovod_powersgd.tensorflow as hvd
 import horovod_powersgd.tensorflow.keras as hvd_keras
+from choices import PLAIN, mean_gradients
 from horovod_powersgd import Auto, PowerSGD, TopK
 from horovod_powersgd.choosing import Choice, Chooser
 from horovod_powersgd.cost import Curve, Network, Work
@@ -21,7 +23,7 @@ from horovod_powersgd.tensorflow.training import known_states
 from tensorflow_trainee import EagerTrainee, FunctionTrainee
 
 AUTO = Auto(PowerSGD(rank=2, min_compression_rate=1), hvd.Compression.fp16, TopK(0.1))
-PLAIN, MEASURING = Choice(), (auto_exchange, calibration)
+MEASURING = auto_exchange, calibration
 SHAPES = {name: cases.SHAPES[name] for name in ("linear", "tall", "vector")}
 # "tall" is the small one.
 SMALL = Choice(0, frozenset({"tall"}))
@@ -29,15 +31,9 @@ SMALL = Choice(0, frozenset({"tall"}))
 
 @contextlib.contextmanager
 def choosing(*choices):
-    """Makes these choices after the steps, one after the other; the last one stays. Nothing is measured."""
-    coming = iter(choices)
-
-    def report(self, seconds, calibrate):
-        self.choice = next(coming, self.choice)
-        return self.choice
-
+    """choices.choosing, after each step. Nothing is measured."""
     with (
-        mock.patch.object(Chooser, "report", report),
+        choices_of_all.choosing(*choices),
         mock.patch.object(Chooser, "interval", 1),
         mock.patch.object(auto_exchange, "passes", lambda *_: []),
         mock.patch.object(auto_exchange, "SMALL_NUMBERS", 48 * 64),
@@ -47,11 +43,6 @@ def choosing(*choices):
 
 def gradients(step, dtype="float64"):
     return cases.gradients(step, hvd.rank(), dtype, SHAPES)
-
-
-def mean_gradients(step, dtype="float64"):
-    everyone = [cases.gradients(step, worker, dtype, SHAPES) for worker in range(hvd.size())]
-    return {name: np.mean([mine[name] for mine in everyone], axis=0) for name in everyone[0]}
 
 
 def memories(trainee):
@@ -71,14 +62,15 @@ def check_no_gradient_is_lost_and_candidates_do_as_they_do_alone():
             # The first step begins the clock, so what is chosen after a step counts from the third on.
             chosen = script[step - 2] if step > 1 else PLAIN
             before, updates = memories(trainee), trainee.exchange(gradients(step))
-            for name, mean in mean_gradients(step).items():
+            means = mean_gradients(step, hvd.size(), "float64", SHAPES)
+            for name, mean in means.items():
                 given[name], taken[name] = given.get(name, 0) + mean, taken.get(name, 0) + updates[name]
             after = memories(trainee)
             waits = set(before) if chosen.number in (None, 1) else chosen.plain
             for name in waits:
                 np.testing.assert_array_equal(after[name], before[name])
             for name in SHAPES if chosen == PLAIN else [*chosen.plain, "vector"]:
-                assert cases.error(updates[name], mean_gradients(step)[name]) < 1e-9, (step, name)
+                assert cases.error(updates[name], means[name]) < 1e-9, (step, name)
     # Half precision keeps nothing of what it rounds.
     for name, memory in after.items():
         assert cases.error(taken[name] + memory.reshape(taken[name].shape), given[name]) < 2**-11, name

@@ -9,36 +9,18 @@ import torch
 
 import cases
 import horovod_powersgd.torch as hvd
+from choices import PLAIN, choosing, mean_gradients
 from horovod_powersgd import Auto, PowerSGD, TopK
-from horovod_powersgd.choosing import Choice, Chooser
+from horovod_powersgd.choosing import Choice
 from horovod_powersgd.cost import Curve, Network, Work
 from horovod_powersgd.torch.auto_engine import AutoEngine
 from trainee import DEVICE, Trainee
 
 AUTO = Auto(PowerSGD(rank=2, min_compression_rate=1), hvd.Compression.fp16, TopK(0.1), PowerSGD(rank=1))
-PLAIN = Choice()
-
-
-@contextlib.contextmanager
-def choosing(*choices):
-    """Makes these choices after the steps, one after the other; the last one stays."""
-    coming = iter(choices)
-
-    def report(self, seconds, calibrate):
-        self.choice = next(coming, self.choice)
-        return self.choice
-
-    with mock.patch.object(Chooser, "report", report):
-        yield
 
 
 def gradients(step, dtype="float32"):
     return cases.gradients(step, hvd.rank(), dtype)
-
-
-def mean_gradients(step, dtype="float32"):
-    everyone = [cases.gradients(step, worker, dtype) for worker in range(hvd.size())]
-    return {name: np.mean([mine[name] for mine in everyone], axis=0) for name in everyone[0]}
 
 
 def mean_memory(trainee):
@@ -60,10 +42,11 @@ def check_no_gradient_is_lost_whatever_is_chosen():
         for step in range(len(script) + 3):
             chosen.append(trainee.optimizer._engine._choice)
             updates = trainee.exchange(gradients(step, dtype))
-            for name, mean in mean_gradients(step, dtype).items():
+            means = mean_gradients(step, hvd.size(), dtype)
+            for name, mean in means.items():
                 given[name], taken[name] = given.get(name, 0) + mean, taken.get(name, 0) + updates[name]
             if chosen[-1] == PLAIN:
-                cases.assert_close(updates, mean_gradients(step, dtype), 1e-9, step)
+                cases.assert_close(updates, means, 1e-9, step)
     assert len(set(chosen)) == len(set(script))
     for name, memory in mean_memory(trainee).items():
         assert cases.error(taken[name] + memory.reshape(taken[name].shape), given[name]) < 1e-9, name

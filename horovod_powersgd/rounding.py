@@ -13,6 +13,8 @@ from horovod_powersgd.randomness import MASK, SPARE, draw
 
 # What a number in 16 bits lacks of single precision's bits.
 BITS_CUT_OFF = {"bfloat16": 16, "float16": 13}
+# A memory with less than this has the unit of one with this.
+SMALLEST = 2.0**-100
 
 
 def of_rows_and_columns(xp, key, rows, columns) -> tuple[Any, Any]:
@@ -36,6 +38,16 @@ def of_step(xp, step, worker) -> Any:
         worker: this one's number; in an exchange of two levels, its host's.
     """
     return draw(xp, 0, step, MASK - xp.integers(worker)) & 0xFFFF
+
+
+def unit_of_halves(xp, largest) -> Any:
+    """A power of two that a memory of "float16" is divided by: its largest number comes to 2^14 or more.
+
+    Args:
+        xp: the operations of the framework.
+        largest: of the numbers' magnitudes, a float32 scalar.
+    """
+    return xp.power_of_two(xp.where(largest > SMALLEST, largest, SMALLEST)) * 2.0**-14
 
 
 def rounded(xp, memory, dtype: str, rows, columns) -> Any:

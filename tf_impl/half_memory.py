@@ -26,6 +26,5 @@ def rounded(memory: tf.Tensor, rows: tf.Tensor, columns: tf.Tensor, dtype: str) 
 
 
 def unit_of(memory: tf.Tensor) -> tf.Tensor:
-    """A power of two that a memory is divided by, for half precision: the largest comes to 2^14 or more; float32."""
-    largest = tf.cast(tf.reduce_max(tf.abs(memory)), tf.float32)
-    return arrays.power_of_two(tf.maximum(largest, 2.0**-100)) * 2.0**-14
+    """rounding.unit_of_halves."""
+    return rounding.unit_of_halves(arrays, tf.cast(tf.reduce_max(tf.abs(memory)), tf.float32))

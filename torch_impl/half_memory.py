@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from horovod_powersgd import arrays, rounding
-from horovod_powersgd.torch import kernels
+from horovod_powersgd.torch import arrays as tensors, kernels
 from horovod_powersgd.torch.kernels import Memory
 
 # PyTorch's operations work on so many numbers at a time, which stay in the cache.
@@ -105,9 +105,8 @@ def keep(task: Keep) -> HalfMemory:
 
 
 def _unit(memory: torch.Tensor) -> torch.Tensor:
-    """A power of two that a memory is divided by, for half precision: the largest comes to 2^14 or more."""
-    largest = torch.linalg.vector_norm(memory, torch.inf).float()
-    return torch.exp2(torch.floor(torch.log2(largest.clamp(min=2.0**-100)))) * 2.0**-14
+    """rounding.unit_of_halves; makes no copy of the memory."""
+    return rounding.unit_of_halves(tensors, torch.linalg.vector_norm(memory, torch.inf).float())
 
 
 def _parts(matrix: torch.Tensor, columns: int | None = None) -> tuple[torch.Tensor, ...]:

@@ -18,14 +18,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent))
+sys.path += map(str, (HERE.parent, HERE.parents[1] / "examples"))
+
+from torch_lm import numbered  # noqa: E402
 
 from compressions import METHODS  # noqa: E402
 from horovod_powersgd.launcher import launch_command, launch_environment  # noqa: E402
@@ -42,8 +43,7 @@ def words(folder, most):
         part = parts[number % HELD_EVERY == 0]
         part += re.findall(r"\w+|[^\w\s]|\n", file.read_text(encoding="utf-8", errors="replace"))
     parts = [part[:most] for part in parts]
-    numbers = {word: i for i, (word, _) in enumerate(Counter(parts[0]).most_common(VOCABULARY - 1), start=1)}
-    return [np.array([numbers.get(word, 0) for word in part], np.int32) for part in parts]
+    return numbered(parts, VOCABULARY)[0]
 
 
 def train(run, folder):

@@ -132,7 +132,7 @@ class Training:
 
     def _columns(self, file):
         """This worker's columns of the words, as they are shared out in every step."""
-        words, batch = torch.from_numpy(np.load(file)).long(), self._learner.batch
+        words, batch = torch.from_numpy(np.load(file)), self._learner.batch
         length = len(words) // batch
         return words[: length * batch].view(batch, length)[hvd.rank() :: hvd.size()].t().contiguous().to(DEVICE)
 

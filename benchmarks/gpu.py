@@ -37,7 +37,7 @@ MODULES = {
     "torch_auto_checks": (2,),
     "torch_two_level_checks": (4,),
 }
-RANKS = 1, 2, 4, 8, 16
+RANKS = 1, 2, 4, 8, 16, 32
 ROUNDS = 30
 WORKING_SET = 2**28  # bytes; larger than a GPU's cache
 # That the device sleeps, while the host asks for what is timed.

@@ -23,7 +23,7 @@ from horovod_powersgd.torch.half_memory import Drawn, HalfMemory, Keep
 from horovod_powersgd.torch.kernels import HalfStep, Memory, Product
 from trainee import DEVICE, Trainee
 
-RANKS = 1, 3, 8, 16
+RANKS = 1, 3, 8, 16, 32
 # More than one program's share of rows, and of columns; and what fills no tile.
 SHAPES = (50, 70), (3, 16500), (300, 20), (30, 260)
 CONFIGS = [
@@ -91,12 +91,15 @@ def check_grouped_memories_in_16_bits_are_rounded_as_the_references():
 def check_grouped_orthogonalization_makes_bases_of_the_same_spaces():
     torch.manual_seed(0)
     for rank in RANKS:
-        factors = [random(rank, n) for n in (20, 300, 1100)]
+        factors = [random(rank, n) for n in (40, 300, 1100)]
         spares = [random(*factor.shape, dtype=torch.float64) for factor in (*factors, factors[0])]
         factors.append(torch.zeros_like(factors[0]))
         if rank > 1:
             factors[0][1] = factors[0][0]  # a direction of its own comes from the spare rows
-        for factor, basis in zip(factors, orthogonalize(factors, spares)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grouped_kernels, "PROGRAMS_OF_A_FACTOR", 4)  # so that each takes several blocks of columns
+            bases = orthogonalize(factors, spares)
+        for factor, basis in zip(factors, bases):
             basis = basis.double()
             assert (basis @ basis.t() - torch.eye(rank, device=DEVICE)).abs().max() < 1e-6
             outside = factor.double() - factor.double() @ basis.t() @ basis

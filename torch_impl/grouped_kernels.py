@@ -25,13 +25,15 @@ except ImportError:
     triton = None
 
 # Of the factors; with more rows, a tile's sums do not fit into registers.
-LARGEST_RANK = 16
+LARGEST_RANK = 32
 # A program's tile, rows and columns, of which it takes one after the other: to make P it goes along its rows, to make
 # Q down its columns, at most so far. What several programs find of the same number is added up by another kernel.
 ROWS, COLUMNS = 8, 128
 COLUMNS_OF_A_PROGRAM, ROWS_OF_A_PROGRAM = 16384, 256
 # Numbers that a program of the adding kernel takes.
 SUMS = 1024
+# Of the kernels that orthogonalize: numbers that a program takes at once, and the most programs that share a factor.
+TILE, PROGRAMS_OF_A_FACTOR = 4096, 64
 
 
 def serve(device: torch.device, dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> bool:
@@ -80,7 +82,7 @@ def half_steps(tasks: Sequence[HalfStep], dtype: torch.dtype) -> torch.Tensor:
     for makes_q, tiles in plan.tiles:
         _half_step[(len(tiles),)](
             table, tiles, found, makes_q, adds, plan.rank, ROWS, COLUMNS,
-            ROWS_OF_A_PROGRAM if makes_q else COLUMNS_OF_A_PROGRAM,
+            ROWS_OF_A_PROGRAM if makes_q else COLUMNS_OF_A_PROGRAM, num_warps=8 if plan.rank > 16 else 4,
         )  # fmt: skip
     if plan.sums is None:
         return found.to(dtype)
@@ -119,20 +121,68 @@ def keep_all(tasks: Sequence[Keep]) -> None:
 def orthogonalize(factors: Sequence[torch.Tensor], spares: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """orthogonalization.orthogonalize of float32 factors (r, n), on a GPU; the spares are there."""
     device = factors[0].device
-    sizes = [factor.numel() for factor in factors]
-    bases = torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
-    rows = torch.empty(2 * sum(sizes), dtype=torch.float64, device=device)
-    address, table = rows.data_ptr(), []
-    for factor, spare, basis in zip(factors, spares, bases):
-        nbytes = spare.nbytes
+    plan = _columns_plan(tuple(tuple(factor.shape) for factor in factors), device)
+    bases = torch.empty(plan.numbers, dtype=torch.float32, device=device).split(plan.sizes)
+    # For each number twice, after sums and inverses of all programs and factors.
+    work = torch.empty(2 * plan.numbers + plan.found, dtype=torch.float64, device=device)
+    address, table = work.data_ptr(), []
+    for factor, spare, basis, size in zip(factors, spares, bases, plan.sizes):
+        nbytes = 8 * size
         table.append(
             (factor.data_ptr(), spare.data_ptr(), basis.data_ptr(), address, address + nbytes, *factor.shape)
         )
         address += 2 * nbytes
-    rank = _padded(max(map(len, factors)))
-    length = min(1024, 8192 // rank)
-    _orthogonalize[(len(factors),)](_on(device, table), TINY, rank, length, num_warps=16)
+    found, on = work[2 * plan.numbers :], _on(device, table)
+    programs, sizes = (len(plan.tiles),), (plan.rank, plan.length)
+    _squares[programs](on, plan.tiles, found, *sizes)
+    _regularize[programs](on, plan.tiles, plan.parts, found, *sizes, TINY)
+    _inverse[(len(factors),)](on, plan.parts, found, plan.rank)
+    _multiply[programs](on, plan.tiles, plan.parts, found, *sizes, False)
+    _inverse[(len(factors),)](on, plan.parts, found, plan.rank)
+    _multiply[programs](on, plan.tiles, plan.parts, found, *sizes, True)
     return [basis.view_as(factor) for basis, factor in zip(bases, factors)]
+
+
+@dataclass(frozen=True)
+class _ColumnsPlan:
+    """How orthogonalize shares out its work, for factors of these shapes.
+
+    Attributes:
+        rank: of the largest, as the kernels see it.
+        length: so many columns a program takes at once.
+        sizes: how many numbers each factor has.
+        tiles: a table with a row for each program: the factor, its first column and the one after its last, where its
+            sums are.
+        parts: a table with a row for each factor: where its first program's sums are, how many programs it has, where
+            its inverse is.
+        found: how many numbers all sums and inverses are.
+    """
+
+    rank: int
+    length: int
+    sizes: list[int]
+    tiles: torch.Tensor
+    parts: torch.Tensor
+    found: int
+
+    @property
+    def numbers(self) -> int:
+        return sum(self.sizes)
+
+
+@functools.lru_cache(maxsize=256)
+def _columns_plan(shapes: tuple[tuple[int, int], ...], device: torch.device) -> _ColumnsPlan:
+    rank = _padded(max(rank for rank, _ in shapes))
+    length, size = TILE // rank, rank * (rank + 2)  # of two rows of squares and a Gram matrix
+    tiles, parts, found = [], [], 0
+    for i, (_, n) in enumerate(shapes):
+        blocks = -(-n // length)
+        step = length * -(-blocks // PROGRAMS_OF_A_FACTOR)
+        starts = range(0, n, step)
+        tiles += [(i, start, min(start + step, n), found + k * size) for k, start in enumerate(starts)]
+        parts.append((found, len(starts), found + len(starts) * size))
+        found += len(starts) * size + rank * rank
+    return _ColumnsPlan(rank, length, [r * n for r, n in shapes], _on(device, tiles), _on(device, parts), found)
 
 
 @dataclass(frozen=True)
@@ -313,10 +363,80 @@ if triton is not None:
             tl.store(halves + places, (bits >> 16).to(tl.int16), inside)
 
     @triton.jit
-    def _inverse_triangle(gram, RANK: tl.constexpr):
-        """The inverse of the Cholesky factor of a matrix (RANK, RANK)."""
+    def _squares(table, tiles, found, RANK: tl.constexpr, LENGTH: tl.constexpr):
+        """Sums, over some columns, of the squares of a factor's rows and of the spare ones."""
+        tile = tiles + 4 * tl.program_id(0)
+        i, last = tl.load(tile), tl.load(tile + 2)
+        factor, spare = _pointer(table, i, 0, 7, tl.float32), _pointer(table, i, 1, 7, tl.float64)
+        rank, n = tl.load(table + 7 * i + 5), tl.load(table + 7 * i + 6)
+        ranks, length = tl.arange(0, RANK), tl.arange(0, LENGTH)
+        squares, spare_squares = tl.zeros((RANK, LENGTH), tl.float64), tl.zeros((RANK, LENGTH), tl.float64)
+        for at in range(tl.load(tile + 1), last, LENGTH):
+            inside, places = (ranks < rank)[:, None] & (at + length < last)[None, :], at + length[None, :]
+            numbers = tl.load(factor + ranks[:, None] * n + places, inside, 0.0).to(tl.float64)
+            others = tl.load(spare + ranks[:, None] * n + places, inside, 0.0)
+            squares += numbers * numbers
+            spare_squares += others * others
+        to = found + tl.load(tile + 3) + ranks
+        tl.store(to, tl.sum(squares, axis=1))
+        tl.store(to + RANK, tl.sum(spare_squares, axis=1))
+
+    @triton.jit
+    def _gram(rows, rank, n, first, last, RANK: tl.constexpr, LENGTH: tl.constexpr):
+        """Of some columns of rows (rank, n)."""
+        ranks, length = tl.arange(0, RANK), tl.arange(0, LENGTH)
+        gram = tl.zeros((RANK, RANK), tl.float64)
+        for at in range(first, last, LENGTH):
+            inside, places = at + length < last, at + length
+            some = (ranks < rank)[:, None] & inside[None, :]
+            numbers = tl.load(rows + ranks[:, None] * n + places[None, :], some, 0.0)
+            for j in range(rank):
+                row = tl.load(rows + j * n + places, inside, 0.0)
+                gram += tl.where(ranks[None, :] == j, tl.sum(numbers * row[None, :], axis=1)[:, None], 0.0)
+        return gram
+
+    @triton.jit
+    def _put_gram(gram, to, RANK: tl.constexpr):
         ranks = tl.arange(0, RANK)
+        tl.store(to + 2 * RANK + RANK * ranks[:, None] + ranks[None, :], gram)
+
+    @triton.jit
+    def _regularize(table, tiles, parts, found, RANK: tl.constexpr, LENGTH: tl.constexpr, TINY: tl.constexpr):
+        """Writes some columns of a factor's rows, to which the spare ones are added, as long as a rounding; and what
+        these columns have of the Gram matrix."""
+        tile = tiles + 4 * tl.program_id(0)
+        i, first, last = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+        factor, spare = _pointer(table, i, 0, 7, tl.float32), _pointer(table, i, 1, 7, tl.float64)
+        rows = _pointer(table, i, 3, 7, tl.float64)
+        rank, n = tl.load(table + 7 * i + 5), tl.load(table + 7 * i + 6)
+        ranks, length = tl.arange(0, RANK), tl.arange(0, LENGTH)
+        squares, spare_squares = tl.zeros((RANK,), tl.float64), tl.zeros((RANK,), tl.float64)
+        of = found + tl.load(parts + 3 * i) + ranks
+        for part in range(tl.load(parts + 3 * i + 1)):
+            squares += tl.load(of + part * RANK * (RANK + 2))
+            spare_squares += tl.load(of + part * RANK * (RANK + 2) + RANK)
+        rounding = 1.1920928955078125e-07 * tl.sqrt(tl.max(squares, axis=0)) + TINY
+        weights = rounding / tl.sqrt(tl.where(ranks < rank, spare_squares, 1.0))
+        for at in range(first, last, LENGTH):
+            inside, places = (ranks < rank)[:, None] & (at + length < last)[None, :], at + length[None, :]
+            numbers = tl.load(factor + ranks[:, None] * n + places, inside, 0.0).to(tl.float64)
+            numbers += weights[:, None] * tl.load(spare + ranks[:, None] * n + places, inside, 0.0)
+            tl.store(rows + ranks[:, None] * n + places, numbers, inside)
+        # What one thread has written, another one reads.
+        tl.debug_barrier()
+        _put_gram(_gram(rows, rank, n, first, last, RANK, LENGTH), found + tl.load(tile + 3), RANK)
+
+    @triton.jit
+    def _inverse(table, parts, found, RANK: tl.constexpr):
+        """Writes the inverse of the Cholesky factor of a whole Gram matrix."""
+        i = tl.program_id(0)
+        rank, ranks = tl.load(table + 7 * i + 5), tl.arange(0, RANK)
         down, across = ranks[:, None], ranks[None, :]
+        # Rows that are not there are those of the identity.
+        gram = tl.where((down == across) & (ranks >= rank)[:, None], 1.0, 0.0).to(tl.float64)
+        of = found + tl.load(parts + 3 * i) + 2 * RANK + RANK * down + across
+        for part in range(tl.load(parts + 3 * i + 1)):
+            gram += tl.load(of + part * RANK * (RANK + 2))
         triangle = tl.zeros((RANK, RANK), tl.float64)
         for j in range(RANK):
             column = tl.sum(tl.where(across == j, gram, 0.0), axis=1)
@@ -331,64 +451,29 @@ if triton is not None:
             pivot = tl.sum(tl.where(ranks == j, row, 0.0), axis=0)
             known = tl.sum(tl.where(down < j, row[:, None] * inverse, 0.0), axis=0)
             inverse = tl.where(down == j, ((tl.where(ranks == j, 1.0, 0.0) - known) / pivot)[None, :], inverse)
-        return inverse
+        tl.store(found + tl.load(parts + 3 * i + 2) + RANK * down + across, inverse)
 
     @triton.jit
-    def _gram(rows, rank, n, absent, RANK: tl.constexpr, LENGTH: tl.constexpr):
-        """Of rows (rank, n). What is read again is near."""
+    def _multiply(table, tiles, parts, found, RANK: tl.constexpr, LENGTH: tl.constexpr, IS_LAST: tl.constexpr):
+        """Writes some columns of the inverse times the rows; of the basis, or in double precision, and what these
+        columns have of the Gram matrix."""
+        tile = tiles + 4 * tl.program_id(0)
+        i, first, last = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+        rank, n = tl.load(table + 7 * i + 5), tl.load(table + 7 * i + 6)
+        rows, once = _pointer(table, i, 3, 7, tl.float64), _pointer(table, i, 4, 7, tl.float64)
+        inverse = found + tl.load(parts + 3 * i + 2)
         ranks, length = tl.arange(0, RANK), tl.arange(0, LENGTH)
-        gram = absent
-        for j in range(rank):
-            sums = tl.zeros((RANK, LENGTH), tl.float64)
-            for at in range(0, n, LENGTH):
-                inside, places = at + length < n, at + length
-                some = (ranks < rank)[:, None] & inside[None, :]
-                numbers = tl.load(rows + ranks[:, None] * n + places[None, :], some, 0.0)
-                sums += numbers * tl.load(rows + j * n + places, inside, 0.0)[None, :]
-            gram += tl.where(ranks[None, :] == j, tl.sum(sums, axis=1)[:, None], 0.0)
-        return gram
-
-    @triton.jit
-    def _multiply(matrix, rows, out, rank, n, RANK: tl.constexpr, LENGTH: tl.constexpr):
-        """Writes the matrix times rows (rank, n)."""
-        ranks, length = tl.arange(0, RANK), tl.arange(0, LENGTH)
-        for at in range(0, n, LENGTH):
-            inside, places = at + length < n, at + length
+        for at in range(first, last, LENGTH):
+            inside, places = at + length < last, at + length
             product = tl.zeros((RANK, LENGTH), tl.float64)
             for j in range(rank):
-                column = tl.sum(tl.where(ranks[None, :] == j, matrix, 0.0), axis=1)
-                product += column[:, None] * tl.load(rows + j * n + places, inside, 0.0)[None, :]
-            some = (ranks < rank)[:, None] & inside[None, :]
-            tl.store(out + ranks[:, None] * n + places[None, :], product.to(out.dtype.element_ty), some)
-
-    @triton.jit
-    def _orthogonalize(table, TINY: tl.constexpr, RANK: tl.constexpr, LENGTH: tl.constexpr):
-        i = tl.program_id(0)
-        factor, spare = _pointer(table, i, 0, 7, tl.float32), _pointer(table, i, 1, 7, tl.float64)
-        basis, rows = _pointer(table, i, 2, 7, tl.float32), _pointer(table, i, 3, 7, tl.float64)
-        once = _pointer(table, i, 4, 7, tl.float64)
-        rank, n = tl.load(table + 7 * i + 5), tl.load(table + 7 * i + 6)
-        ranks, length = tl.arange(0, RANK), tl.arange(0, LENGTH)
-        # Rows that are not there are those of the identity.
-        absent = tl.where((ranks[:, None] == ranks[None, :]) & (ranks >= rank)[:, None], 1.0, 0.0).to(tl.float64)
-        squares, spare_squares = tl.zeros((RANK, LENGTH), tl.float64), tl.zeros((RANK, LENGTH), tl.float64)
-        for at in range(0, n, LENGTH):
-            inside, places = (ranks < rank)[:, None] & (at + length < n)[None, :], at + length[None, :]
-            numbers = tl.load(factor + ranks[:, None] * n + places, inside, 0.0).to(tl.float64)
-            others = tl.load(spare + ranks[:, None] * n + places, inside, 0.0)
-            squares += numbers * numbers
-            spare_squares += others * others
-        rounding = 1.1920928955078125e-07 * tl.sqrt(tl.max(tl.sum(squares, axis=1), axis=0)) + TINY
-        weights = rounding / tl.sqrt(tl.where(ranks < rank, tl.sum(spare_squares, axis=1), 1.0))
-        for at in range(0, n, LENGTH):
-            inside, places = (ranks < rank)[:, None] & (at + length < n)[None, :], at + length[None, :]
-            numbers = tl.load(factor + ranks[:, None] * n + places, inside, 0.0).to(tl.float64)
-            numbers += weights[:, None] * tl.load(spare + ranks[:, None] * n + places, inside, 0.0)
-            tl.store(rows + ranks[:, None] * n + places, numbers, inside)
-        # What one thread has written, another one reads.
-        tl.debug_barrier()
-        inverse = _inverse_triangle(_gram(rows, rank, n, absent, RANK, LENGTH), RANK)
-        _multiply(inverse, rows, once, rank, n, RANK, LENGTH)
-        tl.debug_barrier()
-        inverse = _inverse_triangle(_gram(once, rank, n, absent, RANK, LENGTH), RANK)
-        _multiply(inverse, once, basis, rank, n, RANK, LENGTH)
+                row = tl.load((once if IS_LAST else rows) + j * n + places, inside, 0.0)
+                product += tl.load(inverse + RANK * ranks + j)[:, None] * row[None, :]
+            some, to = (ranks < rank)[:, None] & inside[None, :], ranks[:, None] * n + places[None, :]
+            if IS_LAST:
+                tl.store(_pointer(table, i, 2, 7, tl.float32) + to, product.to(tl.float32), some)
+            else:
+                tl.store(once + to, product, some)
+        if not IS_LAST:
+            tl.debug_barrier()
+            _put_gram(_gram(once, rank, n, first, last, RANK, LENGTH), found + tl.load(tile + 3), RANK)

@@ -100,8 +100,16 @@ METHODS = {
     # Of a rank, in fewer bits.
     **{
         f"rank-{r}-{dtype}": Method(f"PowerSGD, rank {r}, {dtype}", rank(r, wire_dtype=dtype))
-        for r in (2, 4, 8, 16)
+        for r in (2, 4, 8, 16, 32)
         for dtype in ("float16", "int8")
+    },
+    # The first tenth of the steps as they are.
+    **{
+        f"rank-{r}-int8-warmup": Method(
+            f"PowerSGD, rank {r}, int8, warm-up",
+            lambda model, r=r: powersgd.PowerSGD(rank=r, wire_dtype="int8", warmup_steps=model.interval),
+        )
+        for r in (8, 16)
     },
     **{
         f"rank-4-memory-{dtype}": Method(f"PowerSGD, rank 4, memory in {dtype}", rank(4, memory_dtype=dtype))

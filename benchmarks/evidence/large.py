@@ -88,7 +88,10 @@ def main():
         if "failed" in row:
             print(f"{what} failed")
         else:
-            print(f"{what} perplexity {row['perplexity']:.2f}, {row['megabytes']:.2f} MB and {row['ms']:.1f} ms a step")
+            print(
+                f"{what} perplexity {row['perplexity']:.2f}, {row['megabytes']:.2f} MB and {row['ms']:.1f} ms a step, "
+                f"clipped to {row['clipped_to']:.2f} in the mean"
+            )
 
 
 if __name__ == "__main__":

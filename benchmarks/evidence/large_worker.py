@@ -151,7 +151,7 @@ class Training:
 
     def run(self):
         """Trains; the results, the same on every worker."""
-        hidden, curve, seconds, steps = None, [], [], self._run["steps"]
+        hidden, curve, seconds, norms, steps = None, [], [], [], self._run["steps"]
         for step, (words, following, begins) in zip(range(steps), self._batches(self._train)):
             began, done = time.perf_counter(), step / steps
             factor = min(done / WARMUP, 0.5 + 0.5 * math.cos(math.pi * max(0.0, done - WARMUP) / (1 - WARMUP)))
@@ -162,7 +162,7 @@ class Training:
             self._optimizer.zero_grad()
             loss.backward()
             self._optimizer.synchronize()
-            torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._learner.largest_norm)
+            norms.append(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._learner.largest_norm))
             with self._optimizer.skip_synchronize():
                 self._optimizer.step()
             seconds.append(time.perf_counter() - began)
@@ -175,8 +175,10 @@ class Training:
         if hasattr(self._optimizer, "compression_stats"):
             stats = self._optimizer.compression_stats()
             sent = stats.total_bytes_sent / stats.steps
+        cut = (self._learner.largest_norm / torch.stack(norms)).clamp(max=1)
         return {
             "perplexity": curve[-1][1],
+            "clipped_to": cut.mean().item(),
             "curve": curve,
             "parameters": numbers,
             "megabytes": sent / 1e6,

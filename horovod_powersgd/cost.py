@@ -27,6 +27,18 @@ LONG_MESSAGE = 0.05
 SAMPLES = [[(48, 48)] * 24, [(1024, 2048)] * 2, [(16384, 48)] * 2]
 
 
+def samples_of(
+    compressor: Compressor, samples: Sequence[Sequence[tuple[int, int]]] = SAMPLES
+) -> list[list[tuple[int, int]]]:
+    """The matrices whose steps tell what a compressor takes: each is made larger until it is compressed."""
+    return [[_compressed_by(compressor, *shape) for shape in shapes] for shapes in samples]
+
+
+def _compressed_by(compressor: Compressor, n: int, m: int) -> tuple[int, int]:
+    larger = [(times * n, times * m) for times in (1, 2, 4, 8)]
+    return next((shape for shape in larger if layout_of(shape, compressor).compressed), (n, m))
+
+
 @dataclass(frozen=True)
 class Curve:
     """Seconds of a message by its bytes: straight lines between what was measured, and beyond it.

@@ -3,7 +3,8 @@
 import pytest
 
 from horovod_powersgd import Float16, Int8, NoCompression, PowerSGD, TopK
-from horovod_powersgd.cost import Curve, Network, Work, predict, predict_plain
+from horovod_powersgd.cost import SAMPLES, Curve, Network, Work, predict, predict_plain, samples_of
+from horovod_powersgd.layout import layout_of
 
 # A message takes a millisecond, and a nanosecond for each byte; of halves, and of a gather, two.
 MESSAGES = Network(2, *(Curve(((0, 1e-3), (1e6, 1e-3 + slope))) for slope in (1e-3, 2e-3, 2e-3)))
@@ -33,6 +34,14 @@ def test_work_is_found_from_samples(true):
     samples = [[(50, 50)] * 20, [(1000, 2000)], [(9000, 40)] * 3]
     found = Work.fitted([(shapes, true.seconds(shapes)) for shapes in samples])
     assert found == pytest.approx(true, abs=1e-12)
+
+
+@pytest.mark.parametrize("compressor", [PowerSGD(4), PowerSGD(32, wire_dtype="int8"), Int8(), TopK(0.01)])
+def test_what_is_measured_is_compressed(compressor):
+    samples = samples_of(compressor)
+    assert [len(shapes) for shapes in samples] == [len(shapes) for shapes in SAMPLES]
+    assert all(layout_of(shape, compressor).compressed for shapes in samples for shape in shapes)
+    assert samples == SAMPLES or compressor == PowerSGD(32, wire_dtype="int8")
 
 
 def test_no_part_of_the_work_is_negative():

@@ -37,6 +37,13 @@ def test_a_slow_link_is_recommended_the_most_careful_of_the_fast_ones():
     assert "less" in found.reason()
 
 
+def test_a_large_model_is_recommended_a_higher_rank():
+    large = {"embedding": (40_000, 500), "weight": (500, 500)}
+    for link in ("10mbit", "100mbit"):
+        assert plan(link, shapes=large).recommended.setting == 'hvd.PowerSGD(rank=32, wire_dtype="int8")'
+        assert plan(link).recommended.setting in CAREFUL
+
+
 def test_a_fast_link_is_recommended_none():
     assert plan("4000gbit").recommended.setting == PLAIN
     assert plan(backward=60.0).recommended.setting == PLAIN

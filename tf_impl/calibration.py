@@ -9,6 +9,7 @@ from tensorflow.python.eager import context
 from horovod_powersgd import calibration
 from horovod_powersgd.calibration import seconds_of
 from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.cost import samples_of
 from horovod_powersgd.tensorflow.exchange import Exchange
 from horovod_powersgd.tensorflow.fast_paths import gradient_class_of
 from horovod_powersgd.tensorflow.settings import Settings
@@ -58,11 +59,11 @@ class _Alone(Workers):
 
 
 def passes(compressor: Compressor, process_set: ProcessSet) -> list[float]:
-    """Seconds that steps of SAMPLES take of this worker's processor, without messages. Not to be called inside a step,
-    whose threads they may need."""
+    """Seconds that steps of samples_of(compressor, SAMPLES) take of this worker's processor, without messages. Not to
+    be called inside a step, whose threads they may need."""
     # In a graph that is being built, too, of whichever TensorFlow.
     with context.eager_mode():
-        return [_seconds_of_step(shapes, compressor, process_set) for shapes in SAMPLES]
+        return [_seconds_of_step(shapes, compressor, process_set) for shapes in samples_of(compressor, SAMPLES)]
 
 
 def _seconds_of_step(shapes: Sequence[tuple[int, int]], compressor: Compressor, process_set: ProcessSet) -> float:

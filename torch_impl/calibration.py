@@ -10,7 +10,7 @@ from horovod_powersgd import calibration
 from horovod_powersgd.calibration import seconds_of
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.precision import is_horovods_fp16
-from horovod_powersgd.cost import SAMPLES, Work
+from horovod_powersgd.cost import Work, samples_of
 from horovod_powersgd.torch import agreement
 from horovod_powersgd.torch.control_messages import largest
 from horovod_powersgd.torch.engine import Engine
@@ -49,7 +49,8 @@ class Calibration(calibration.Calibration):
             step_of = partial(_cast, self._device)
         else:
             step_of = partial(_step, compressor, self.workers.process_set, self._device)
-        return Work.fitted([(shapes, seconds_of(step_of(shapes), self._slowest)) for shapes in SAMPLES])
+        samples = samples_of(compressor)
+        return Work.fitted([(shapes, seconds_of(step_of(shapes), self._slowest)) for shapes in samples])
 
     def works(self, settings: Mapping[str, Compressor | None]) -> dict[str, Work]:
         """Of each compressor, by the names that they are given with; None takes none."""

@@ -14,17 +14,10 @@ from horovod_powersgd import activation, planning
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.environment import doctor, horovod_build
 from horovod_powersgd.environment.horovod_patches import missing_patches
-from horovod_powersgd.environment.installation import (
-    FEATURES,
-    INSTALL_COMMAND,
-    Problem,
-    examine_horovod,
-    find_mpi,
-    horovod_patches,
-    horovod_version,
-    mpi_problem,
-)
+from horovod_powersgd.environment.installed_horovod import FEATURES, examine_horovod, horovod_patches, horovod_version
+from horovod_powersgd.environment.installed_mpi import find_mpi, mpi_problem
 from horovod_powersgd.environment.logged_run import BuildError
+from horovod_powersgd.environment.problem import INSTALL_COMMAND, Problem
 from horovod_powersgd.expression import compressor_from
 from horovod_powersgd.program import run_program
 

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from horovod_powersgd.environment.installation import INSTALL_COMMAND, find_program
+from horovod_powersgd.environment.packages import find_program
+from horovod_powersgd.environment.problem import INSTALL_COMMAND
 from horovod_powersgd.mpi import LoadedMpi, loaded_mpi
 
 LAUNCHERS = ("horovodrun --gloo", "horovodrun --mpi", "mpirun")

@@ -6,7 +6,8 @@ import sys
 from typing import Any
 
 from horovod_powersgd.cost import Network
-from horovod_powersgd.environment.installation import TORCH, horovod_problem
+from horovod_powersgd.environment.frameworks import TORCH
+from horovod_powersgd.environment.installed_horovod import horovod_problem
 from horovod_powersgd.plan import SETTINGS, TYPICAL_WORK, Plan, bytes_per_second, seconds
 from horovod_powersgd.shapes import Tensors, Unreadable, of_file, of_function
 

@@ -13,7 +13,7 @@ import pytest
 
 from environments import Environment, link_programs
 from horovod_powersgd import __main__ as command_line
-from horovod_powersgd.environment import doctor, horovod_build, horovod_patches, installation
+from horovod_powersgd.environment import doctor, horovod_build, horovod_patches, installed_mpi
 
 COMMAND = "python -m horovod_powersgd install-horovod"
 REPORT_KEYS = {"works", "python", "frameworks", "keras", "mpi", "nccl", "kernels", "horovod", "jobs", "problems"}
@@ -69,9 +69,9 @@ def test_a_horovod_for_another_version_is_named_and_replaced(environment):
             "Horovod was built without the latest of what install-horovod mends",
         ),
         (
-            installation,
+            installed_mpi,
             "find_mpi",
-            lambda: installation.Mpi(None, None, "MPICH 5.0.2"),
+            lambda: installed_mpi.Mpi(None, None, "MPICH 5.0.2"),
             "Horovod was built for Open MPI, and MPICH 5.0.2 is here",
         ),
     ],

@@ -3,7 +3,7 @@
 import pytest
 
 from horovod_powersgd.environment import cuda_toolkit
-from horovod_powersgd.environment.installation import TORCH
+from horovod_powersgd.environment.frameworks import TORCH
 from horovod_powersgd.environment.logged_run import BuildError
 
 

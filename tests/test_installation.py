@@ -1,11 +1,12 @@
-"""Importing without a usable Horovod says what is wrong and names the command that mends it."""
+"""What is installed is found; importing without a usable Horovod says what is wrong and the command that mends it."""
 
 import time
 
 import pytest
 
 from environments import Environment
-from horovod_powersgd.environment import horovod_build, installation
+from horovod_powersgd.environment import horovod_build, installed_horovod, installed_mpi
+from horovod_powersgd.environment.frameworks import FRAMEWORKS
 
 COMMAND = "python -m horovod_powersgd install-horovod"
 
@@ -16,8 +17,8 @@ def environment(tmp_path):
 
 
 def import_error(environment, framework="torch", before="pass", **variables):
-    code = f"from horovod_powersgd.environment import installation; {before}; "
-    code += f"installation.require_horovod({framework!r})"
+    code = f"from horovod_powersgd.environment import horovod_import, installed_horovod; {before}; "
+    code += f"horovod_import.require_horovod({framework!r})"
     outcome = environment.run("-c", code, **variables)
     assert outcome.returncode == 1
     return outcome.stderr.splitlines()[-1]
@@ -79,7 +80,7 @@ def test_a_framework_that_does_not_load_is_not_for_horovod_to_mend(environment, 
     program = program.replace("REASON", repr(reason.partition(": ")[2]))
     (environment.packages / framework / "__init__.py").write_text(program)
     assert import_error(environment, framework) == (
-        f"ImportError: {installation.FRAMEWORKS[framework].title} itself cannot be imported, with or without Horovod "
+        f"ImportError: {FRAMEWORKS[framework].title} itself cannot be imported, with or without Horovod "
         f"({reason}); pip brings what it needs. Run: pip install --force-reinstall {framework}"
     )
 
@@ -89,7 +90,7 @@ def fails_without_its_fault(environment, framework, program, **variables):
     environment.add_framework(framework, "2.21.0")
     environment.add_horovod(**{framework: "2.21.0"})
     (environment.packages / "horovod" / framework / "__init__.py").write_text(program)
-    loads = "installation.horovod_features = lambda framework: {}"
+    loads = "installed_horovod.horovod_features = lambda framework: {}"
     return import_error(environment, framework, before=loads, **variables)
 
 
@@ -147,22 +148,22 @@ def test_looking_at_what_is_installed_imports_no_framework(environment):
 @pytest.mark.framework
 def test_the_real_horovod_is_found_usable_quickly():
     began = time.monotonic()
-    for framework in installation.FRAMEWORKS.values():
-        assert installation.horovod_problem(framework) is None
+    for framework in FRAMEWORKS.values():
+        assert installed_horovod.horovod_problem(framework) is None
     assert time.monotonic() - began < 1
 
 
 @pytest.mark.framework
 def test_the_real_horovod_tells_which_patches_it_has():
-    assert installation.horovod_patches() == horovod_build.PATCH_VERSION
+    assert installed_horovod.horovod_patches() == horovod_build.PATCH_VERSION
 
 
 @pytest.mark.framework
-@pytest.mark.parametrize("framework", installation.FRAMEWORKS.values(), ids=lambda framework: framework.name)
+@pytest.mark.parametrize("framework", FRAMEWORKS.values(), ids=lambda framework: framework.name)
 def test_the_real_horovod_tells_what_it_was_built_with(framework):
-    features = installation.horovod_features(framework)
+    features = installed_horovod.horovod_features(framework)
     assert features["mpi"] and features["gloo"]
-    assert set(features) == set(installation.FEATURES)
+    assert set(features) == set(installed_horovod.FEATURES)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_the_real_horovod_tells_what_it_was_built_with(framework):
     ],
 )
 def test_an_mpi_is_named_by_what_its_mpirun_says(said, version):
-    assert installation._mpi_version(said) == version
+    assert installed_mpi._mpi_version(said) == version
 
 
 def test_an_mpi_whose_programs_look_for_each_other_is_found_in_an_environment_that_is_not_activated(environment):
@@ -188,5 +189,5 @@ def test_an_mpi_whose_programs_look_for_each_other_is_found_in_an_environment_th
     }.items():
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
-    code = "from horovod_powersgd.environment.installation import find_mpi; print(find_mpi().identity())"
+    code = "from horovod_powersgd.environment.installed_mpi import find_mpi; print(find_mpi().identity())"
     assert environment.run("-c", code).stdout == "Intel MPI 2021.18.1: g++ -IPREFIX/include\n"

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from horovod_powersgd.environment import doctor
-from horovod_powersgd.environment.installation import find_mpi
+from horovod_powersgd.environment.installed_mpi import find_mpi
 from horovod_powersgd.launcher import launch_command
 from job import HERE, run
 

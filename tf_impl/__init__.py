@@ -3,7 +3,7 @@
     import horovod_powersgd.tensorflow as hvd       # was: import horovod.tensorflow as hvd
 """
 
-from horovod_powersgd.environment.installation import require_horovod
+from horovod_powersgd.environment.horovod_import import require_horovod
 
 require_horovod("tensorflow")
 

@@ -3,7 +3,7 @@
     import horovod_powersgd.torch as hvd            # was: import horovod.torch as hvd
 """
 
-from horovod_powersgd.environment.installation import require_horovod
+from horovod_powersgd.environment.horovod_import import require_horovod
 
 require_horovod("torch")
 

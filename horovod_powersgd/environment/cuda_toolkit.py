@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from horovod_powersgd.environment.installation import TORCH
+from horovod_powersgd.environment.frameworks import TORCH
 from horovod_powersgd.environment.logged_run import BuildError
 
 # What Horovod's build looks at, to know whether it is for GPUs.

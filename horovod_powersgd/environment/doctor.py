@@ -16,18 +16,12 @@ from pathlib import Path
 
 from horovod_powersgd import kernels
 from horovod_powersgd.environment.cuda_toolkit import cuda_version, has_gpu
+from horovod_powersgd.environment.frameworks import FRAMEWORKS
 from horovod_powersgd.environment.horovod_patches import missing_patches
-from horovod_powersgd.environment.installation import (
-    FEATURES,
-    FRAMEWORKS,
-    INSTALL_COMMAND,
-    built_for,
-    distribution_version,
-    examine_horovod,
-    find_mpi,
-    horovod_version,
-    mpi_problem,
-)
+from horovod_powersgd.environment.installed_horovod import FEATURES, built_for, examine_horovod, horovod_version
+from horovod_powersgd.environment.installed_mpi import find_mpi, mpi_problem
+from horovod_powersgd.environment.packages import distribution_version
+from horovod_powersgd.environment.problem import INSTALL_COMMAND
 from horovod_powersgd.launcher import GLOO_CHOICES, LAUNCHERS, launch_command, launch_environment
 
 JSON_HELP = """\

@@ -24,17 +24,12 @@ from functools import partial
 from pathlib import Path
 
 from horovod_powersgd.environment.cuda_toolkit import compiler_environment, nccl_environment, wants_gpu
+from horovod_powersgd.environment.frameworks import TENSORFLOW, TORCH, Framework
 from horovod_powersgd.environment.horovod_patches import PATCH_VERSION, patch_source
-from horovod_powersgd.environment.installation import (
-    TENSORFLOW,
-    TORCH,
-    Framework,
-    extension_path,
-    find_mpi,
-    find_program,
-    mpi_variables,
-)
+from horovod_powersgd.environment.installed_horovod import extension_path
+from horovod_powersgd.environment.installed_mpi import find_mpi, mpi_variables
 from horovod_powersgd.environment.logged_run import BuildError, LoggedRun
+from horovod_powersgd.environment.packages import find_program
 
 HOROVOD_VERSION = "0.28.1"
 # Versions that were tried together. Horovod's setup.py fails with later setuptools, its copy of Gloo with CMake 4.

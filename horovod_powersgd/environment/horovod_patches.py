@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from horovod_powersgd.environment.installation import PATCHES_KEY, horovod_patches, horovod_version
+from horovod_powersgd.environment.installed_horovod import PATCHES_KEY, horovod_patches, horovod_version
 from horovod_powersgd.environment.logged_run import BuildError
 
 # Part of the key of cached wheels: raise it whenever what patch_source makes changes, of what can be built already.

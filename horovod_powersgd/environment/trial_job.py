@@ -6,7 +6,7 @@
 import importlib
 import sys
 
-from horovod_powersgd.environment.installation import require_horovod
+from horovod_powersgd.environment.horovod_import import require_horovod
 from horovod_powersgd.launcher import check_world, prepare_worker
 
 

@@ -26,7 +26,7 @@ def gradients(step, dtype="float32"):
 def mean_memory(trainee):
     """The mean of all workers' memories, of all candidates' gradients."""
     engine, found = trainee.optimizer._engine, {}
-    for some in engine._gradients_of:
+    for some in engine._gradient_sets:
         for gradient in some:
             if getattr(gradient, "memory", None) is not None:
                 found[gradient.name] = found.get(gradient.name, 0) + gradient.memory.cpu().numpy()

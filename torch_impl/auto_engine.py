@@ -18,6 +18,7 @@ from horovod_powersgd.torch.direct_means import DirectMeans
 from horovod_powersgd.torch.engine import Engine
 from horovod_powersgd.torch.generation import generation
 from horovod_powersgd.torch.gradient import PlainGradient
+from horovod_powersgd.torch.gradient_set import GradientSet
 from horovod_powersgd.torch.workers import Workers
 
 
@@ -29,11 +30,11 @@ class AutoEngine(Engine):
     """
 
     def __init__(self, auto: Auto, workers: Workers, **kwargs):
-        self._auto = auto
-        self._gradients_of: list[list[PlainGradient]] = [[] for _ in auto.candidates]
         super().__init__(auto.candidates[0], workers, **kwargs)
+        self._auto = auto
+        others = [GradientSet(candidate, self._gradients.sparse_as_dense) for candidate in auto.candidates[1:]]
+        self._gradient_sets += others
         self._number = 0
-        self._gradients = self._gradients_of[0]
         # Whether the candidate's first step since it was chosen is still to come.
         self._is_new = True
         # None until the workers agree: one worker alone exchanges nothing, and has nothing to choose.
@@ -45,16 +46,11 @@ class AutoEngine(Engine):
         self._directly: dict[torch.nn.Parameter, PlainGradient] = {}
 
     def add(self, name: str, parameter: torch.nn.Parameter) -> None:
-        number = self._number
-        for i in range(len(self._auto.candidates)):
-            self._take_candidate(i)
-            super().add(name, parameter)
-        self._take_candidate(number)
+        super().add(name, parameter)
         self._as_they_are |= {name}
 
     def _take_candidate(self, number: int) -> None:
-        self._number, self._config = number, self._auto.candidates[number]
-        self._gradients, self._bucketed = self._gradients_of[number], ()
+        self._number, self._gradients, self._bucketed = number, self._gradient_sets[number], ()
 
     def take_over(self, other: Engine) -> None:
         """Goes on where another engine ends, with what that one has chosen."""
@@ -140,7 +136,7 @@ class AutoEngine(Engine):
         self._last = time.perf_counter()
 
     def _calibrate(self) -> tuple[Network, Sequence[Work]]:
-        device = self._gradients[0].parameter.device
+        device = next(iter(self._gradients)).parameter.device
         calibration = Calibration(self.workers.process_set, self.workers.prefix, device)
         works = [calibration.work(candidate) for candidate in self._auto.candidates]
         # A worker that has joined (hvd.join) takes part in means only.
@@ -148,7 +144,7 @@ class AutoEngine(Engine):
 
     def _go_over(self, choice: Choice) -> None:
         """Exchanges as this choice says, from the next step on. What memories hold goes along."""
-        before = {gradient.name: gradient for gradient in self._gradients}
+        before = self._gradients.by_name()
         if choice.number is not None and choice.number != self._number:
             self._take_candidate(choice.number)
             self._is_new = True
@@ -157,33 +153,26 @@ class AutoEngine(Engine):
                     _inherit(gradient, before[gradient.name])
         self._as_they_are = set(before if choice.number is None else choice.plain)
 
-    def agreed(self, root: int | None, by_name: bool) -> None:
-        if by_name:
-            for gradients in self._gradients_of:
-                gradients.sort(key=lambda gradient: gradient.name)
+    def _begin_generation(self, root: int | None) -> None:
         self._directly = {}
         self._direct.forget()
-        # Other workers are perhaps on other links: it looks again, from what it has chosen.
-        self._settle(self._choice)
-        super().agreed(root, by_name)
-
-    def _take_state(self, root: int) -> None:
-        number, choice, is_new = from_worker(self.workers, root, (self._number, self._choice, self._is_new))
+        state = self._number, self._choice, self._is_new
+        number, choice, is_new = state if root is None else from_worker(self.workers, root, state)
         self._take_candidate(number)
+        # Other workers are perhaps on other links: it looks again, from what was chosen.
         self._settle(choice)
-        super()._take_state(root)
+        super()._begin_generation(root)
         self._is_new = is_new
 
     def _settle(self, choice: Choice) -> None:
-        shapes = {gradient.name: gradient.layout.shape for gradient in self._gradients}
-        self._chooser = Chooser(self._auto, shapes, leading_rows)
+        self._chooser = Chooser(self._auto, self._gradients.shapes(), leading_rows)
         self._chooser.settle(choice)
         self._go_over(choice)
         self._seconds, self._last = [], None
 
-    def _tensor_stats(self, gradient: PlainGradient) -> TensorStats:
+    def _tensor_stats(self) -> tuple[TensorStats, ...]:
         chooser = self._chooser or Chooser(self._auto, {}, leading_rows)
-        return chooser.told(super()._tensor_stats(gradient), self._config)
+        return tuple(chooser.told(stats, self._config) for stats in super()._tensor_stats())
 
     def state_dict(self) -> dict[str, object]:
         choice = self._choice

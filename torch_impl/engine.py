@@ -1,45 +1,34 @@
 """The exchange of one optimizer's gradients, step by step, while backward computes them."""
 
-import itertools
 import threading
-import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from horovod.common.exceptions import HorovodInternalError
 
-from horovod_powersgd import checkpoint
 from horovod_powersgd.agreement import Description
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.hosts import Host, host_key, host_of
-from horovod_powersgd.layout import layout_of
 from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.torch import agreement as agreement_of_workers
 from horovod_powersgd.torch.byte_counters import ByteCounters
-from horovod_powersgd.torch.clipping import factors_of
-from horovod_powersgd.torch.compressed_gradient import CompressedGradient
 from horovod_powersgd.torch.control_messages import from_worker, largest
-from horovod_powersgd.torch.fast_paths import make_buckets, path_of
-from horovod_powersgd.torch.futures import Future
+from horovod_powersgd.torch.exchange_driver import ExchangeDriver
+from horovod_powersgd.torch.fast_paths import make_buckets
 from horovod_powersgd.torch.generation import generation
 from horovod_powersgd.torch.gradient import PlainGradient
+from horovod_powersgd.torch.gradient_set import GradientSet
 from horovod_powersgd.torch.gradient_watch import GradientWatch
 from horovod_powersgd.torch.model_description import describe, sparse_dim
 from horovod_powersgd.torch.ownership import overlapping
 from horovod_powersgd.torch.step import Step, Verdict
 from horovod_powersgd.torch.streams import Streams
-from horovod_powersgd.torch.two_level_gradient import TwoLevelGradient
 from horovod_powersgd.torch.workers import Workers
-
-# Between two looks at what has come, where several optimizers are waited for at once.
-POLL_SECONDS = 1e-4
-DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16
 
 
 class Engine:
-    """Runs the buckets' exchanges: each goes on as soon as what it waits for is there, whatever the others do.
+    """Exchanges an optimizer's gradients, a step's at a time.
 
     An exchange that has ended is pending until its step is taken (commit) or not (discard).
 
@@ -70,10 +59,11 @@ class Engine:
         learning_rates: Callable[[], Mapping[torch.nn.Parameter, float]] = dict,
     ):
         self._learning_rates = learning_rates
-        self._config, self.workers, self._agreement = config, workers, agreement
-        self._sum_gradients, self._groups, self._sparse_as_dense = sum_gradients, groups, sparse_as_dense
-        self._gradients: list[PlainGradient] = []
-        self._plain: dict[PlainGradient, PlainGradient] = {}
+        self.workers, self._agreement = workers, agreement
+        self._sum_gradients, self._groups = sum_gradients, groups
+        self._gradients = GradientSet(config, sparse_as_dense)
+        # Those of all compressors: Auto goes over from one's to another's.
+        self._gradient_sets = [self._gradients]
         self._bucketed: tuple = ()
         # This worker's host where the exchange has two levels, and why it has one where two were asked for.
         self._host: Host | None = None
@@ -81,10 +71,8 @@ class Engine:
         self._warming_up = False
         # Names of those that are averaged as they are, whatever the compressor would do: Auto's choice.
         self._as_they_are: set[str] = set()
-        self._waiting: dict[Generator[Future, Any, None], Future] = {}
-        # Of these, who waits for a gradient, by the gradient; and who for other workers, in the order of sending.
-        self._by_gradient: dict[PlainGradient, Generator[Future, Any, None]] = {}
-        self._sent: dict[Generator[Future, Any, None], None] = {}
+        self._streams = Streams()
+        self._exchanges = ExchangeDriver(self._streams)
         self._arriving: dict[torch.nn.Parameter, PlainGradient] = {}
         # Those whose gradients were there before the workers had agreed.
         self._early: set[torch.nn.Parameter] = set()
@@ -101,37 +89,19 @@ class Engine:
         self._unscaled: float | torch.Tensor = 1.0
         # Backward has a thread for each device.
         self._lock = threading.RLock()
-        self._streams = Streams()
         self.steps, self._parity = 0, False
         self._byte_counters = ByteCounters()
         agreement_of_workers.enter(self)
 
     def add(self, name: str, parameter: torch.nn.Parameter) -> None:
         """Takes in a parameter, between two steps."""
-        if not (parameter.is_floating_point() or parameter.is_complex()):
-            return  # it cannot have a gradient
-        if parameter.dtype not in DTYPES:
-            kind = type(self._config).__name__
-            raise ValueError(f"{kind} exchanges real gradients of 16 to 64 bits; {name} is {parameter.dtype}")
-        layout = layout_of(parameter.shape, self._config)
-        plain = PlainGradient(name, parameter, layout, self._sparse_as_dense)
-        gradient = plain
-        if layout.compressed:
-            cls = path_of(self._config).gradient
-            gradient = cls(name, parameter, layout, self._config, self._sparse_as_dense)
-        self._gradients.append(gradient)
-        self._plain[gradient] = plain
+        for gradient_set in self._gradient_sets:
+            gradient_set.add(name, parameter)
 
     def take_over(self, other: "Engine") -> None:
         """Goes on where another engine ends, if it is one of the same parameters and configuration."""
-        mine, theirs = ({g.name: g for g in engine._gradients} for engine in (self, other))
-        if self._config != other._config or mine.keys() != theirs.keys():
-            return
-        if any(gradient.parameter is not theirs[name].parameter for name, gradient in mine.items()):
-            return
-        self.steps, self._parity = other.steps, other._parity
-        for name, gradient in mine.items():
-            gradient.take_over(theirs[name])
+        if self._gradients.take_over(other._gradients):
+            self.steps, self._parity = other.steps, other._parity
 
     def follow_loss_scale(self, scaler) -> None:
         """Asks the scaler (get_scale) for the loss scale in each step: gradients and memory are in that scale."""
@@ -174,7 +144,7 @@ class Engine:
                     self._watch.note(parameter, incoming)
                 self._streams.wait_for_current(parameter.device)
                 gradient.arrived, gradient.incoming = True, incoming
-                self._resume_with(gradient)
+                self._exchanges.resume_with(gradient)
                 gradient.incoming = None
             except BaseException as error:  # Ctrl-C, too
                 self._fail(error)
@@ -227,12 +197,12 @@ class Engine:
                         self._watch.note(parameter)
                 gradient.arrived = True
             changed = self._watch.changes(self._arriving.values())
-            self._drive()
+            self._exchanges.drive(self._resume_others)
             if changed:
                 raise RuntimeError(changed)
             _mark_overlaps(self._arriving.values())
             self._step.undoable, self._step.verdict.called_for, self._unscaled = undoable, True, 1.0
-            self._resume()
+            self._exchanges.resume()
             self._watch.clear()
             for parameter in self._arriving if undoable else ():
                 self._watch.note(parameter)
@@ -253,23 +223,10 @@ class Engine:
         (gradients, finite), self._pending = self._pending, None
         if finite:
             self.steps += 1
-            factors = self._clipping(gradients) if gradients and self._step.undoable else {}
+            factors = self._watch.clipping(gradients, self._unscaled) if gradients and self._step.undoable else {}
             for gradient in gradients:
                 gradient.commit(factors.get(gradient))
         self._watch.clear()
-
-    def _clipping(self, gradients: Sequence[PlainGradient]) -> dict[PlainGradient, float]:
-        """What each update was clipped to, between 0 and 1, since the exchange has ended."""
-        samples = {}
-        for gradient in gradients:
-            sample = None if self._watch.is_known(gradient.parameter) else gradient.sample()
-            if sample is not None:
-                samples[gradient] = sample
-        factors = dict.fromkeys(gradients, 1.0)
-        unscaled = float(self._unscaled) if samples else 1.0
-        for gradient, factor in zip(samples, factors_of(list(samples.values()))):
-            factors[gradient] = min(factor / unscaled, 1.0)
-        return factors
 
     def discard(self) -> None:
         """Leaves memories, factors and steps as they were before the exchange that has ended: its step is not taken."""
@@ -284,7 +241,8 @@ class Engine:
         """Forgets an exchange that was begun."""
         for gradient in self._arriving.values():
             gradient.arrived, gradient.incoming = False, None
-        self._arriving, self._waiting, self._by_gradient, self._sent = {}, {}, {}, {}
+        self._arriving = {}
+        self._exchanges.forget()
         self._early.clear()
         self._streams.release()
 
@@ -293,14 +251,13 @@ class Engine:
         return CompressionStats(
             steps=self.steps + bool(self._pending and self._pending[1]),
             **vars(self._byte_counters),
-            tensors=tuple(self._tensor_stats(gradient) for gradient in self._gradients),
+            tensors=self._tensor_stats(),
             flat_because=self._flat_because,
         )
 
     def state_dict(self) -> dict[str, object]:
         """What this worker has to keep for the exchange to go on where it is: tensors, numbers and strings."""
-        tensors = {gradient.name: gradient.state_dict() for gradient in self._gradients}
-        return checkpoint.state_dict(self._config, self.workers.count, self.workers.index, self.steps, tensors)
+        return self._gradients.state_dict(self.workers, self.steps)
 
     def load_state_dict(self, states: Mapping | Iterable[Mapping]) -> None:
         """Goes on where the state was made.
@@ -312,36 +269,21 @@ class Engine:
         Raises:
             ValueError: the state is of another model or configuration, or does not serve this number of workers.
         """
-        shapes = {gradient.name: gradient.layout.shape for gradient in self._gradients}
-        share = checkpoint.share_of(states, self._config, shapes, self.workers.count, self.workers.index)
+        share = self._gradients.share_of(states, self.workers)
         self.discard()
         self.steps = share.steps
-        for gradient in self._gradients:
-            memories = share.memories.get(gradient.name, ())
-            gradient.load_state_dict(share.tensors[gradient.name], memories, share.weight)
+        self._gradients.load(share)
 
-    def _tensor_stats(self, gradient: PlainGradient) -> TensorStats:
-        decisions = gradient.accordion.decisions if isinstance(gradient, CompressedGradient) else ()
-        return TensorStats.of(
-            gradient.name,
-            gradient.layout,
-            self._config,
-            gradient.is_sparse,
-            self._warming_up,
-            gradient.residual,
-            decisions,
-        )
+    @property
+    def _config(self) -> Compressor:
+        return self._gradients.config
+
+    def _tensor_stats(self) -> tuple[TensorStats, ...]:
+        return self._gradients.stats(self._warming_up)
 
     def _trainable(self) -> tuple[PlainGradient, ...]:
-        """The gradients of a step: a frozen parameter has none, on all workers."""
-        gradients = tuple(gradient for gradient in self._gradients if gradient.parameter.requires_grad)
-        if self.steps < self._config.warmup_steps:
-            return tuple(self._plain[gradient] for gradient in gradients)
-        return tuple(self._plain[g] if g.name in self._as_they_are else g for g in gradients)
-
-    def _ways(self) -> Iterable[PlainGradient]:
-        """All that the parameters' gradients may go through in some step."""
-        return itertools.chain(self._plain, self._plain.values())
+        """The gradients of the next step."""
+        return self._gradients.of_step(self.steps, self._as_they_are)
 
     @torch.no_grad()
     def _begin(self) -> None:
@@ -363,8 +305,7 @@ class Engine:
             workers=self.workers,
         )
         for bucket in self._buckets:
-            exchange = bucket.exchange(self._step)
-            self._wait(exchange, next(exchange))
+            self._exchanges.begin(bucket.exchange(self._step))
 
     def _number_of_step(self) -> int:
         """How many steps came before the next one, with its compressor."""
@@ -394,17 +335,17 @@ class Engine:
             by_name: whether the workers have the parameters in different orders.
         """
         if by_name:
-            self._gradients.sort(key=lambda gradient: gradient.name)
-        if root is not None:
-            self._take_state(root)
+            for gradient_set in self._gradient_sets:
+                gradient_set.sort()
+        self._begin_generation(root)
         if self._config.family.hierarchical:
             self._look_for_hosts()
         # A worker that computed no gradient cannot know that it is sparse.
         gradients = self._trainable()
         found = largest(self.workers, [sparse_dim(gradient.parameter) for gradient in gradients], "sparse")
         dims = {gradient.name: dim for gradient, dim in zip(gradients, found)}
-        for gradient in self._ways():
-            gradient.sparse_dim = 0 if self._sparse_as_dense else dims.get(gradient.name, 0)
+        for gradient_set in self._gradient_sets:
+            gradient_set.set_sparse_dims(dims)
         self.generation, self._failures, self._bucketed = generation(), 0, ()
         for parameter in tuple(self._early):
             if parameter.requires_grad:
@@ -421,90 +362,31 @@ class Engine:
     def share_host(self, host: Host | None) -> None:
         """Between two steps: lets the exchange have two levels, or one where the host is None."""
         self._host, self._bucketed = host, ()
-        for gradient in self._gradients:
-            if isinstance(gradient, TwoLevelGradient):
-                gradient.share = None if host is None else host.share
+        self._gradients.share_host(host)
 
-    def _take_state(self, root: int) -> None:
-        compressed = [gradient for gradient in self._gradients if isinstance(gradient, CompressedGradient)]
-        mine = self.steps, self._parity, [gradient.shared_state() for gradient in compressed]
-        self.steps, self._parity, states = from_worker(self.workers, root, mine)
-        for gradient, state in zip(compressed, states):
-            gradient.load_shared_state(state)
+    def _begin_generation(self, root: int | None) -> None:
+        """Takes the shared state of the root, if there is one."""
+        if root is not None:
+            mine = self.steps, self._parity, self._gradients.shared_state()
+            self.steps, self._parity, states = from_worker(self.workers, root, mine)
+            self._gradients.load_shared_state(states)
 
-    def _drive(self) -> None:
-        """Lets this engine's exchanges go on until all of them wait for the verdict; meanwhile, those of other engines
-        as well: workers may step two optimizers in different orders."""
-        self._resume()
-        while True:
-            sent = [item for item in self._waiting.items() if not isinstance(item[1], Verdict)]
-            if not sent:
-                return
-            others = [
-                other
-                for other in agreement_of_workers.parties()
-                if other is not self and isinstance(other, Engine) and other._waiting
-            ]
-            if not others:
-                self._go_on(*sent[0])
-            for other in others:
-                other._resume_aside()
-            if others and not any(awaited.done() for _, awaited in sent):
-                time.sleep(POLL_SECONDS)
-            self._resume()
+    def _resume_others(self) -> bool:
+        """Lets the exchanges of other engines go on, whose step other workers may have come to first; whether there are
+        any."""
+        engines = [engine for engine in agreement_of_workers.parties() if isinstance(engine, Engine)]
+        others = [engine for engine in engines if engine is not self and engine._exchanges.busy]
+        for other in others:
+            other._resume_aside()
+        return bool(others)
 
     def _resume_aside(self) -> None:
         """Lets the exchanges go on while another engine waits; an error is this one's finish to tell."""
         with self._lock:
             try:
-                self._resume()
+                self._exchanges.resume()
             except Exception as error:
                 self._fail(error)
-
-    def _resume(self) -> None:
-        """Lets every exchange go on that has what it waits for."""
-        for exchange in list(self._waiting):
-            self._run(exchange)
-
-    def _resume_with(self, gradient: PlainGradient) -> None:
-        """Lets the exchange go on that waits for this gradient, and then those that other workers have answered, in the
-        order in which they were sent: there may be hundreds, and asking each for each gradient would take long."""
-        exchange = self._by_gradient.get(gradient)
-        if exchange is not None:
-            self._run(exchange)
-        while self._sent:
-            exchange = next(iter(self._sent))
-            if not self._waiting[exchange].done():
-                return
-            self._run(exchange)
-
-    def _run(self, exchange: Generator[Future, Any, None]) -> None:
-        """Lets an exchange go on as far as it can."""
-        awaited: Future | None = self._waiting[exchange]
-        while awaited is not None and awaited.done():
-            awaited = self._go_on(exchange, awaited)
-
-    def _wait(self, exchange: Generator[Future, Any, None], awaited: Future) -> Future:
-        self._waiting[exchange] = awaited
-        if isinstance(awaited, PlainGradient):
-            self._by_gradient[awaited] = exchange
-        elif not isinstance(awaited, Verdict):
-            self._sent[exchange] = None
-        return awaited
-
-    @torch.no_grad()
-    def _go_on(self, exchange: Generator[Future, Any, None], awaited: Future) -> Future | None:
-        """Resumes an exchange with what it waits for; returns what it waits for next, or None at its end."""
-        if isinstance(awaited, PlainGradient):
-            self._by_gradient.pop(awaited, None)
-        self._sent.pop(exchange, None)
-        try:
-            with self._streams.current():
-                following = exchange.send(awaited.result())
-            return self._wait(exchange, following)
-        except StopIteration:
-            del self._waiting[exchange]
-            return None
 
     def _fail(self, error: BaseException) -> None:
         """Drops a step whose exchange has failed: some of its gradients are local ones, others are averages."""

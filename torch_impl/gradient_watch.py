@@ -1,9 +1,10 @@
 """Whether anybody changes gradients while they are exchanged, or afterwards."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from horovod_powersgd.torch.clipping import factors_of
 from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.ownership import owns_storage
 
@@ -30,7 +31,7 @@ class GradientWatch:
         tells = gradient.is_sparse or owns_storage(gradient, incoming)
         self._noted[parameter] = gradient, gradient._version if tells else None
 
-    def is_known(self, parameter: torch.nn.Parameter) -> bool:
+    def _is_known(self, parameter: torch.nn.Parameter) -> bool:
         """Whether the gradient is certainly as it was noted."""
         gradient, version = self._noted[parameter]
         return parameter.grad is gradient and gradient._version == version
@@ -57,6 +58,26 @@ class GradientWatch:
             f"The gradient of {', '.join(gradient.name for gradient in changed[:3])}{more} was changed while it was "
             "exchanged: call synchronize() first, then change it, then step() inside skip_synchronize()"
         )
+
+    def clipping(
+        self, gradients: Sequence[PlainGradient], unscaled: float | torch.Tensor
+    ) -> dict[PlainGradient, float]:
+        """What each update was clipped to, between 0 and 1, since the exchange has ended.
+
+        Args:
+            gradients: of the step.
+            unscaled: what all of them were multiplied by, which is no clipping.
+        """
+        samples = {}
+        for gradient in gradients:
+            sample = None if self._is_known(gradient.parameter) else gradient.sample()
+            if sample is not None:
+                samples[gradient] = sample
+        factors = dict.fromkeys(gradients, 1.0)
+        divisor = float(unscaled) if samples else 1.0
+        for gradient, factor in zip(samples, factors_of(list(samples.values()))):
+            factors[gradient] = min(factor / divisor, 1.0)
+        return factors
 
     def clear(self) -> None:
         """Forgets all."""

@@ -25,7 +25,7 @@ TIERS = {
         arrays kernels orthogonalization packaging tensorflow tensorflow_arrays torch torch_device torch_quantization
         torch_streams
     """,
-    "job": "examples mpi mpich ray slurm spark tensorflow_elastic torch_elastic torch_resume",
+    "job": "examples integrations mpi mpich slurm tensorflow_elastic torch_elastic torch_resume",
 }
 FILES = {f"test_{name}": tier for tier, names in TIERS.items() for name in names.split()}
 

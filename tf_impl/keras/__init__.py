@@ -31,9 +31,9 @@ from horovod_powersgd.tensorflow.keras.error_feedback_sgd import ErrorFeedbackSG
 from horovod_powersgd.tensorflow.keras.optimizer import (
     DistributedOptimizer as DistributedOptimizer,
     PartialDistributedOptimizer as PartialDistributedOptimizer,
-    load_model as load_model,
 )
 from horovod_powersgd.tensorflow.keras.patches import patch_keras
+from horovod_powersgd.tensorflow.keras.saved_model import load_model as load_model
 
 if TYPE_CHECKING:
 

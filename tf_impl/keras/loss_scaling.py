@@ -21,6 +21,15 @@ def aggregation_inside(optimizer):
     return getattr(getattr(optimizer, "inner_optimizer", None), "_aggregation", None)
 
 
+def expose_inner(loss_scale_optimizer):
+    """Gives it what users ask the distributed optimizer inside for."""
+    inner = loss_scale_optimizer.inner_optimizer
+    for name in ("compression_stats", "compression_state_dict", "load_compression_state_dict", "register_local_var"):
+        if hasattr(inner, name):
+            object.__setattr__(loss_scale_optimizer, name, getattr(inner, name))
+    return loss_scale_optimizer
+
+
 def average_before_apply(cls) -> None:
     """Lets Keras 3's LossScaleOptimizer average first, without the scale: so the memory is right in the next one."""
     original = cls.apply

@@ -285,7 +285,6 @@ class Engine:
         """The gradients of the next step."""
         return self._gradients.of_step(self.steps, self._as_they_are)
 
-    @torch.no_grad()
     def _begin(self) -> None:
         self.discard()
         gradients = self._trainable()

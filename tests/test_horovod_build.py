@@ -54,6 +54,12 @@ SOURCE = {
         "  if (state.mark_cycles_in_timeline) {\n  }\n    auto response_list = ComputeResponseList();\n\n"
         "    if (process_set_id == 0) {\n      state.mark_cycles_in_timeline = x;\n    }\n}\n"
     ),
+    "horovod/tensorflow/mpi_ops.cc": (
+        "// Forward declaration of AsGpuStreamValue\nnamespace stream_executor {\nnamespace gpu {\n"
+        "GpuStreamHandle AsGpuStreamValue(Stream* stream);\n} // namespace stream_executor\n} // namespace gpu\n"
+        "#if TENSORFLOW_VERSION >= 2011000000\n#include NEW\n#else\n#include OLD\n"
+        "#endif // TENSORFLOW_VERSION >= 2011000000\n#endif // HAVE_GPU\n"
+    ),
     "horovod/torch/mpi_ops_v2.cc": (
         "namespace horovod {\n"
         + "tensor.to(kCPU, /*non_blocking=*/true);\n" * 2
@@ -102,6 +108,14 @@ def test_what_includes_a_newer_pytorch_is_compiled_as_cpp20(source):
 def test_only_the_xla_operations_are_left_out(source):
     patch_source(source)
     assert (source / "horovod/tensorflow/CMakeLists.txt").read_text() == "list(A mpi_ops.cc)\nadd_library(x)\n"
+
+
+def test_tensorflows_stream_is_asked_once_its_header_is_there(source):
+    patch_source(source)
+    written = (source / "horovod/tensorflow/mpi_ops.cc").read_text()
+    assert written.startswith("#if") and written.endswith("} // namespace stream_executor\n#endif // HAVE_GPU\n")
+    assert written.index("#include OLD") < written.index("platform_specific_handle().stream")
+    assert written.count("AsGpuStreamValue") == 1
 
 
 def test_a_wheel_finds_mpi_in_the_environment_where_it_is_installed(source):

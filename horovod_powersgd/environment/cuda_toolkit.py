@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from horovod_powersgd.environment.frameworks import TORCH
+from horovod_powersgd.environment.frameworks import TENSORFLOW, TORCH
 from horovod_powersgd.environment.logged_run import BuildError
 
 # What Horovod's build looks at, to know whether it is for GPUs.
@@ -72,18 +72,18 @@ def compiler_environment(
 
 
 def nccl_environment(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """The variables by which Horovod's build finds the NCCL that came with PyTorch, since a process should have one
-    only; none where NCCL is not asked for, or the user says which.
+    """The variables by which Horovod's build finds the NCCL that came with PyTorch or TensorFlow, since a process
+    should have one only; none where NCCL is not asked for, or the user says which.
 
     Args:
         environment: of the build.
         folder: for a link that the linker needs.
     """
-    directory = TORCH.directory()
-    nccl = None if directory is None else directory.parent / "nvidia/nccl"
+    directories = filter(None, (framework.directory() for framework in (TORCH, TENSORFLOW)))
+    nccl = next(filter(Path.is_dir, (directory.parent / "nvidia/nccl" for directory in directories)), None)
     asked = any(value.startswith("NCCL") for name, value in environment.items() if _CHOICES.fullmatch(name))
     said = any(name.startswith("HOROVOD_NCCL") for name in environment)
-    if not asked or said or nccl is None or not nccl.is_dir():
+    if not asked or said or nccl is None:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / "libnccl.so"

@@ -92,6 +92,15 @@ def patch_source(source: Path) -> None:
         '$ORIGIN/../../nvidia/nccl/lib")\n'
         "set(CMAKE_INSTALL_RPATH_USE_LINK_PATH TRUE)",
     )
+    # TensorFlow no longer has the function that gives a stream of the GPU; the stream itself tells.
+    replace(
+        source / "horovod/tensorflow/mpi_ops.cc",
+        r"^// Forward declaration of AsGpuStreamValue\n(?:.*\n){5}(#if TENSORFLOW_VERSION(?:.*\n)+?#endif.*\n)",
+        r"\1namespace stream_executor {\nnamespace gpu {\n"
+        r"static inline GpuStreamHandle AsGpuStreamValue(Stream* stream) {\n"
+        r"  return static_cast<GpuStreamHandle>(stream->platform_specific_handle().stream);\n}\n"
+        r"} // namespace gpu\n} // namespace stream_executor\n",
+    )
     # Tensors of a GPU are copied to the host for operations that Horovod was not built for, and the copy is waited for
     # by an event. A Horovod without CUDA has no events, and sent what was not there yet.
     replace(

@@ -33,15 +33,23 @@ class RowShare(NamedTuple):
 
 
 class Host(NamedTuple):
-    """A worker's host.
+    """A worker's host, among the others.
 
     Attributes:
-        peers: the workers that share it, by their numbers, in ascending order.
-        share: this worker's; all hosts have as many workers.
+        hosts: each one's workers, by their numbers, in ascending order; the hosts in the order of their first ones. All
+            have as many.
+        number: which of them this worker's is, from 0.
+        share: this worker's.
     """
 
-    peers: Any
+    hosts: Any
+    number: Any
     share: RowShare
+
+    @property
+    def peers(self) -> Any:
+        """The workers that share this one's."""
+        return self.hosts[self.number]
 
 
 def host_key() -> int:
@@ -72,4 +80,5 @@ def host_of(keys: Sequence[int], worker: int, config: Compressor) -> Host | str:
     if len(set(counts)) > 1:
         return f"the hosts have different numbers of workers: {', '.join(map(str, counts))}"
     mine = peers[keys[worker]]
-    return Host(tuple(mine), RowShare(mine.index(worker), len(mine)))
+    number, share = [*peers].index(keys[worker]), RowShare(mine.index(worker), len(mine))
+    return Host(tuple(map(tuple, peers.values())), number, share)

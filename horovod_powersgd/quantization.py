@@ -61,13 +61,15 @@ class Slices:
         return self.segments.shape[1] * itemsize + self.size
 
 
-def traffic(lengths: Sequence[int], workers: int, itemsize: int) -> tuple[int, int]:
-    """What a worker hands to Horovod for an average, and what it is handed back, in bytes."""
-    slices = Slices(lengths, slice_count(workers))
-    nbytes = slices.nbytes(itemsize)
+def traffic(lengths: Sequence[int], workers: int, itemsize: int, workers_per_host: int = 1) -> tuple[int, int]:
+    """What a worker hands to Horovod for an average, and what it is handed back, in bytes. Of several that stand for
+    one, their host, each sends a part of every message."""
+    hosts = workers // workers_per_host
+    slices = Slices(lengths, slice_count(hosts))
+    nbytes = -(-slices.nbytes(itemsize) // workers_per_host)
     if slices.count == 1:
         return nbytes, workers * nbytes
-    return (workers + 1) * nbytes, 2 * workers * nbytes
+    return (hosts + 1) * nbytes, (hosts + workers) * nbytes
 
 
 def mean(

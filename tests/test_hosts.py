@@ -21,8 +21,10 @@ def test_shares_are_all_rows_once_and_differ_by_one(n, parts):
 
 
 def test_workers_of_a_host_need_not_be_neighbours():
-    assert host_of([5, 3, 5, 3], 2, CONFIG) == Host(peers=(0, 2), share=RowShare(1, 2))
-    assert host_of([5, 3, 5, 3], 1, CONFIG) == Host(peers=(1, 3), share=RowShare(0, 2))
+    found = host_of([5, 3, 3, 5], 2, CONFIG)
+    assert found == Host(hosts=((0, 3), (1, 2)), number=1, share=RowShare(1, 2))
+    assert found.peers == (1, 2)
+    assert host_of([5, 3, 3, 5], 0, CONFIG) == Host(hosts=((0, 3), (1, 2)), number=0, share=RowShare(0, 2))
 
 
 @pytest.mark.parametrize(
@@ -49,12 +51,14 @@ def test_a_host_is_known_by_its_name(monkeypatch):
     assert host_key() not in (0, key)
 
 
-def test_the_references_two_levels_are_one_worker_a_host_with_the_hosts_mean():
+@pytest.mark.parametrize("wire_dtype", [None, "int8"])
+def test_the_references_two_levels_are_one_worker_a_host_with_the_hosts_mean(wire_dtype):
     everyone = [cases.gradients(0, worker, "float64") for worker in range(6)]
     hosts, alone = ([reference.State() for _ in range(2)] for _ in range(2))
-    found = reference.simulate(everyone, hosts, CONFIG, workers_per_host=3)
+    config = PowerSGD(wire_dtype=wire_dtype, hierarchical=True)
+    found = reference.simulate(everyone, hosts, config, workers_per_host=3)
     means = [{n: np.mean([g[n] for g in some], axis=0) for n in some[0]} for some in (everyone[:3], everyone[3:])]
-    expected = reference.simulate(means, alone, PowerSGD())
+    expected = reference.simulate(means, alone, PowerSGD(wire_dtype=wire_dtype))
     assert len(found) == 6
     for update in found:
         cases.assert_close(update, expected[0], 0, "two levels")

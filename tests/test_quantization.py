@@ -67,6 +67,9 @@ def test_what_is_sent_is_counted():
     assert quantization.traffic([100] * 4, 2, 4) == (416, 832)
     assert quantization.traffic([100] * 4, 3, 4) == (416, 1248)
     assert quantization.traffic([100] * 4, 4, 4) == (4 * 104 + 104, 4 * 104 + 4 * 104)
+    # Three workers of each of two hosts, and of four, send a third of what their hosts do.
+    assert quantization.traffic([100] * 4, 6, 4, 3) == (139, 6 * 139)
+    assert quantization.traffic([100] * 4, 12, 4, 3) == (4 * 35 + 35, 4 * 35 + 12 * 35)
     for workers in (2, 3):
         sent = PowerSGD(rank=2, wire_dtype="int8").traffic([(30, 20), (5,)], workers)
         assert sent.sent == PowerSGD(rank=2, wire_dtype="int8").message_bytes(30, 20, 4) + 20 == 2 * (30 + 20 + 8) + 20
@@ -87,7 +90,7 @@ def test_rows_of_zeros_tiny_numbers_and_what_is_not_finite(workers):
     assert np.isnan(found[20]) and not np.isnan(found[:18]).any()
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("workers, per_host", [(1, 1), (2, 1), (3, 1), (5, 1), (9, 1), (6, 3), (8, 2)])
 @pytest.mark.parametrize(
     "config",
     [
@@ -97,14 +100,14 @@ def test_rows_of_zeros_tiny_numbers_and_what_is_not_finite(workers):
     ],
     ids=str,
 )
-def test_updates_and_the_mean_memory_sum_to_the_mean_gradients(config, workers):
+def test_updates_and_the_mean_memory_sum_to_the_mean_gradients(config, workers, per_host):
     shapes = {"a": (40, 30), "b": (9, 70), "c": (24, 24)}
-    states = [State() for _ in range(workers)]
+    states = [State() for _ in range(workers // per_host)]
     given_sum, update_sum = dict.fromkeys(shapes, 0), dict.fromkeys(shapes, 0)
     for step in range(10):
         rng = np.random.default_rng(step)
         gradients = [{name: rng.standard_normal(shape) for name, shape in shapes.items()} for _ in range(workers)]
-        updates = simulate(gradients, states, config)
+        updates = simulate(gradients, states, config, workers_per_host=per_host)
         for name in shapes:
             assert all((update[name] == updates[0][name]).all() for update in updates)
             given_sum[name] = given_sum[name] + np.mean([g[name] for g in gradients], axis=0)

@@ -32,7 +32,7 @@ CONFIGS = [
 # A job of one, without Horovod.
 ALONE = SimpleNamespace(process_set_id=0, size=lambda: 1, rank=lambda: 0)
 # Two workers share its host, both with what this one has.
-HOST = Host((0, 1), RowShare(0, 2))
+HOST = Host(((0, 1),), 0, RowShare(0, 2))
 
 
 class Exchanged:

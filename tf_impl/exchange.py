@@ -173,7 +173,7 @@ class Exchange:
 
     def _variables(self) -> list[tf.Variable]:
         """All that are kept beside the model's."""
-        found = [] if self._host is None else [self._host.peers]
+        found = [] if self._host is None else [self._host.hosts]
         kept = itertools.chain(*(state.variables().values() for state in self.states))
         return [self._agreement.agreed, *found, *self.counters.variables().values(), *kept]
 

@@ -18,14 +18,14 @@ class SharedHost:
         config: that asks for two levels.
 
     Attributes:
-        peers: int64 variable (k,): Host.peers; this worker alone where the exchange has one level, and before the
+        hosts: int64 variable: Host.hosts; each worker alone where the exchange has one level, and worker 0 before the
             workers have agreed.
         flat_because: CompressionStats.flat_because.
     """
 
     def __init__(self, workers: Workers, config: Compressor):
         self._workers, self._config = workers, config
-        self.peers = make_variable(np.zeros(1, np.int64), (None,))
+        self.hosts = make_variable(np.zeros((1, 1), np.int64), (None, None))
         self.flat_because: str | None = None
 
     def look(self) -> tf.Operation:
@@ -33,16 +33,16 @@ class SharedHost:
         number, count = self._workers.number(), self._workers.count(tf.int64)
         key = tf.ensure_shape(tf.numpy_function(lambda: np.int64(host_key()), [], tf.int64), ())
         keys = self._workers.allreduce(tf.one_hot(number, tf.cast(count, tf.int32), key, np.int64(0)), "hosts", Max)
-        peers = tf.ensure_shape(tf.numpy_function(self._peers_of, [keys, number], tf.int64), (None,))
-        return self.peers.assign(peers, read_value=False)
+        hosts = tf.ensure_shape(tf.numpy_function(self._hosts_of, [keys, number], tf.int64), (None, None))
+        return self.hosts.assign(hosts, read_value=False)
 
-    def _peers_of(self, keys: np.ndarray, number: np.int64) -> np.ndarray:
+    def _hosts_of(self, keys: np.ndarray, number: np.int64) -> np.ndarray:
         found = host_of(keys.tolist(), int(number), self._config.family)
         self.flat_because = found if isinstance(found, str) else None
-        return np.array([number] if isinstance(found, str) else found.peers, np.int64)
+        return np.array([[n] for n in range(len(keys))] if isinstance(found, str) else found.hosts, np.int64)
 
     def now(self) -> Host:
         """The host, of int64 tensors; where the exchange has one level, one that this worker has for itself."""
-        peers = tf.convert_to_tensor(self.peers)
-        place = tf.reduce_sum(tf.cast(peers < self._workers.number(), tf.int64))
-        return Host(peers, RowShare(place, tf.size(peers, tf.int64)))
+        hosts = tf.convert_to_tensor(self.hosts)
+        number, place = tf.unstack(tf.where(tf.equal(hosts, self._workers.number()))[0])
+        return Host(hosts, number, RowShare(place, tf.shape(hosts, tf.int64)[1]))

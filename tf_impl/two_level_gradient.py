@@ -75,7 +75,7 @@ class TwoLevelGradient(PowerSGDGradient):
         own = self._over_hosts(tf.reshape(own, tf.shape(self._own)))
         if self.state.memory_dtype != self.state.dtype:
             assert step.host is not None
-            of_rows, of_columns = self._draw(step, step.host.peers[0] // self._share.parts)
+            of_rows, of_columns = self._draw(step, step.host.number)
             self._drawn = of_rows[self._place : self._place + self._rows], of_columns
         p, q = p_and_q(self._basis, own, self._factor_is_q)
         self._sent_factors = self._own_rows(p), q

@@ -28,7 +28,7 @@ class TwoLevelBucket(PowerSGDBucket):
 
     @property
     def _worker(self) -> int:
-        return self._host.peers[0] // self._host.share.parts
+        return self._host.number
 
     def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
         half_steps = self._start(step)

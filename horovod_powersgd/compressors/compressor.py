@@ -119,6 +119,7 @@ class Compressor:
         itemsize: int = 4,
         step: int = 0,
         matrix_shape: Callable = leading_rows,
+        workers_per_host: int = 1,
     ) -> Traffic:
         """What one worker sends and receives in one step, as compression_stats() counts it where all gradients are in
         one bucket; what QuantizedMean averages takes some bytes more in several.
@@ -130,6 +131,8 @@ class Compressor:
             step: how many were exchanged before.
             matrix_shape: how a tensor is seen as a matrix: leading_rows in PyTorch, horovod_powersgd.layout's
                 trailing_columns in TensorFlow.
+            workers_per_host: in an exchange of two levels (horovod_powersgd.hosts), whose messages inside hosts do not
+                count. 1: in one of one level.
         """
         sent = received = 0
         means: list[list[int]] = []
@@ -147,7 +150,7 @@ class Compressor:
             else:
                 sent, received = (total + math.prod(shape) * itemsize for total in (sent, received))
         for lengths in means:
-            both = quantization.traffic(lengths, workers, max(itemsize, 4))
+            both = quantization.traffic(lengths, workers, max(itemsize, 4), workers_per_host)
             sent, received = sent + both[0], received + both[1]
         return Traffic(sent, received)
 

@@ -11,8 +11,6 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from horovod_powersgd.compressors.compressor import Compressor
-
 
 class RowShare(NamedTuple):
     """A worker's part of the rows of every matrix. Integers, or in TensorFlow's graphs int64 tensors.
@@ -57,16 +55,13 @@ def host_key() -> int:
     return zlib.crc32((os.environ.get("HOROVOD_HOSTNAME") or socket.gethostname()).encode()) // 2 + 1
 
 
-def host_of(keys: Sequence[int], worker: int, config: Compressor) -> Host | str:
+def host_of(keys: Sequence[int], worker: int) -> Host | str:
     """This worker's host, or why the exchange does not have two levels.
 
     Args:
         keys: each worker's host_key(); 0 of one that has joined (hvd.join).
         worker: this one's number.
-        config: that asks for them.
     """
-    if not config.linear:
-        return "factors travel in 8 bits: a column's unit would be another one for each worker's rows"
     if 0 in keys:
         return "a worker has joined"
     peers: dict[int, list[int]] = {}

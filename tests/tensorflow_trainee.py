@@ -25,7 +25,7 @@ class Trainee:
 
     def __init__(self, config, dtype="float32", shapes=cases.SHAPES, **options):
         self.variables = {name: tf.Variable(np.zeros(shape, dtype), name=name) for name, shape in shapes.items()}
-        self._config, self._options = config, options
+        self.config, self._options = config, options
         self._rate = tf.Variable(1.0)
 
     def set_rate(self, rate):
@@ -52,7 +52,7 @@ class Trainee:
 
     def load(self, states):
         """Goes on where a state, or all workers' states, were saved."""
-        hvd.load_compression_state_dict(states, self.variables.values(), compression=self._config)
+        hvd.load_compression_state_dict(states, self.variables.values(), compression=self.config)
 
     def stats(self):
         return hvd.compression_stats(self.variables.values())
@@ -78,7 +78,7 @@ class EagerTrainee(Trainee):
         variables = list(self.variables.values())
         with tf.GradientTape() as tape:
             loss = sum(tf.reduce_sum(v * gradient) for v, gradient in zip(variables, gradients))
-        tape = hvd.DistributedGradientTape(tape, compression=self._config, **self._options)
+        tape = hvd.DistributedGradientTape(tape, compression=self.config, **self._options)
         tape.learning_rate = self._rate
         updates = tape.gradient(loss, variables)
         for variable, update in zip(variables, updates):
@@ -102,7 +102,7 @@ class KerasTrainee(Trainee):
 
         super().__init__(*arguments, **options)
         self.optimizer = hvd_keras.DistributedOptimizer(
-            keras.optimizers.SGD(1.0), compression=self._config, **self._options
+            keras.optimizers.SGD(1.0), compression=self.config, **self._options
         )
         self._apply = tf.function(
             lambda gradients: self.optimizer.apply_gradients(list(zip(gradients, self.variables.values()))),

@@ -13,7 +13,7 @@ from horovod_powersgd.layout import trailing_columns
 from horovod_powersgd.tensorflow.agreement import new_generation
 from horovod_powersgd.tensorflow.training import known_states
 from tensorflow_trainee import EagerTrainee, any_trainee, start_with
-from two_levels import CONFIG, CONFIGS, TwoLevels
+from two_levels import CONFIG, CONFIGS, IN_8_BITS, TwoLevels
 
 
 def levels(trainee, *names):
@@ -29,6 +29,12 @@ def check_two_levels_equal_the_reference():
     # Of those that the other checks leave, half under Gloo and half under MPI; one where there is one level.
     some = CONFIGS[:1] if of_any.flat_because() else CONFIGS[2 + hvd.mpi_enabled() :: 2]
     of_any.equal_the_reference([(config, cases.DTYPES[i % 2]) for i, config in enumerate(some)])
+
+
+def check_two_levels_in_8_bits_equal_the_reference():
+    start_with(hvd.size() + hvd.mpi_enabled())
+    # One keeps a memory in 16 bits, the other is Accordion.
+    of_any.equal_the_reference_in_8_bits(IN_8_BITS[1 + hvd.mpi_enabled() :][:1])
 
 
 def check_a_state_goes_on_as_it_was():
@@ -56,7 +62,7 @@ def discardable(trainee, gradients):
     """A new tape, which could discard the step, and the updates."""
     with tf.GradientTape() as tape:
         loss = sum(tf.reduce_sum(v * gradients[name]) for name, v in trainee.variables.items())
-    tape = hvd.DistributedGradientTape(tape, compression=CONFIG)
+    tape = hvd.DistributedGradientTape(tape, compression=trainee.config)
     tape.discardable = True
     return tape, tape.gradient(loss, list(trainee.variables.values()))
 

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,14 +111,6 @@ def test_everything_that_horovod_exports_is_there_with_horovods_signatures():
     for name in ("callbacks", "elastic"):
         for exported in (n for n in vars(getattr(horovod.tensorflow.keras, name)) if n[0].isupper()):
             assert hasattr(getattr(hvd_keras, name), exported) or exported == "K", exported
-
-
-def test_factors_in_8_bits_go_the_way_of_one_level():
-    from horovod_powersgd.tensorflow.fast_paths import gradient_class_of
-    from horovod_powersgd.tensorflow.powersgd_gradient import PowerSGDGradient
-
-    config = horovod_powersgd.PowerSGD(hierarchical=True, wire_dtype="int8")
-    assert gradient_class_of(config) is PowerSGDGradient is not gradient_class_of(replace(config, wire_dtype=None))
 
 
 def test_slices_that_are_cut_in_a_graph_are_the_others():

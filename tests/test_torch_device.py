@@ -25,6 +25,7 @@ CONFIGS = [
     PowerSGD(rank=4, memory_dtype="bfloat16"),
     Int8(block=64),
     PowerSGD(rank=4, hierarchical=True),
+    PowerSGD(rank=4, hierarchical=True, wire_dtype="int8"),
     PowerSGD(rank=4, num_iters_per_step=1, hierarchical=True, memory_dtype="float16"),
 ]
 
@@ -40,7 +41,7 @@ class Exchanged:
 
     def __init__(self, message, sizes):
         mine = message.split(list(sizes.values()))[0]
-        self._found = torch.stack([mine, mine])
+        self._found = torch.stack([mine, mine]).view(2, -1)
 
     def done(self):
         return True

@@ -8,11 +8,10 @@ import torch
 
 import cases
 import horovod_powersgd.torch as hvd
-from horovod_powersgd import PowerSGD
 from horovod_powersgd.layout import leading_rows
 from horovod_powersgd.torch import generation
 from trainee import Trainee
-from two_levels import CONFIG, CONFIGS, TwoLevels
+from two_levels import CONFIG, CONFIGS, IN_8_BITS, TwoLevels
 
 
 def next_generation():
@@ -27,11 +26,8 @@ def check_two_levels_equal_the_reference():
     two_levels.equal_the_reference([(c, cases.DTYPES[(i + hvd.mpi_enabled()) % 2]) for i, c in enumerate(CONFIGS)])
 
 
-def check_a_factor_in_8_bits_travels_in_one_level():
-    with two_levels.on_hosts():
-        trainee = Trainee(PowerSGD(rank=2, wire_dtype="int8", hierarchical=True))
-        trainee.exchange(two_levels.mine(0, "float32"))
-    assert "8 bits" in trainee.stats().flat_because
+def check_two_levels_in_8_bits_equal_the_reference():
+    two_levels.equal_the_reference_in_8_bits(IN_8_BITS)
 
 
 def check_a_host_has_one_memory():
@@ -44,7 +40,7 @@ def check_a_host_has_one_memory():
 
 
 def check_a_state_goes_on_as_it_was():
-    for config in CONFIGS[:2]:
+    for config in (*CONFIGS[:2], IN_8_BITS[1]):
         two_levels.a_state_goes_on_as_it_was(config, [(Trainee.saved, Trainee.load)])
 
 

@@ -1,6 +1,7 @@
 """An exchange in two levels, by workers that are told that they share hosts, beside the reference; the same for every
 framework."""
 
+import contextlib
 import copy
 import functools
 import os
@@ -11,8 +12,8 @@ import numpy as np
 import cases
 from horovod_powersgd import Accordion, PowerSGD, reference
 
-# How many workers share each host: as many on all, or not.
-HOSTS = {2: (1, 1), 3: (2, 1), 4: (2, 2), 6: (3, 3)}
+# Which workers share each host: neighbours, or not; as many on all, or not.
+HOSTS = {2: [[0], [1]], 3: [[0, 1], [2]], 4: [[0, 3], [1, 2]], 6: [[0, 1, 2], [3, 4, 5]]}
 REASONS = {2: "no two workers share a host", 3: "the hosts have different numbers of workers: 2, 1"}
 CONFIGS = [
     PowerSGD(rank=2, min_compression_rate=1, hierarchical=True),
@@ -21,6 +22,11 @@ CONFIGS = [
     PowerSGD(rank=2, wire_dtype="float16", hierarchical=True),
     PowerSGD(rank=2, error_feedback=False, hierarchical=True),
     Accordion(*(PowerSGD(rank, hierarchical=True, memory_dtype="bfloat16") for rank in (3, 1)), interval=2),
+]
+IN_8_BITS = [
+    PowerSGD(rank=3, wire_dtype="int8", hierarchical=True),
+    PowerSGD(rank=2, wire_dtype="int8", hierarchical=True, num_iters_per_step=1, memory_dtype="bfloat16"),
+    Accordion(*(PowerSGD(rank, wire_dtype="int8", hierarchical=True) for rank in (3, 1)), interval=2),
 ]
 CONFIG, FLAT = CONFIGS[0], PowerSGD(rank=2, min_compression_rate=1)
 
@@ -43,8 +49,7 @@ class TwoLevels:
 
     def on_hosts(self):
         """Lets the workers find themselves on hosts, as Horovod's launcher would tell them."""
-        size = self._hvd.size()
-        host = np.repeat(range(len(HOSTS[size])), HOSTS[size])[self._hvd.rank()]
+        (host,) = [number for number, some in enumerate(HOSTS[self._hvd.size()]) if self._hvd.rank() in some]
         return mock.patch.dict(os.environ, HOROVOD_HOSTNAME=f"host{host}")
 
     def flat_because(self):
@@ -56,14 +61,19 @@ class TwoLevels:
         """A trainee of CONFIG that goes on from check to check, and the hosts' states."""
         return self._trainee(CONFIG, "float64"), self._hosts()
 
-    def _per_host(self):
-        """How many workers share a host in the exchange: one each where it has one level."""
-        return 1 if self.flat_because() else HOSTS[self._hvd.size()][0]
+    def _sharing(self):
+        """Which workers share each host in the exchange: none where it has one level."""
+        size = self._hvd.size()
+        return [[worker] for worker in range(size)] if self.flat_because() else HOSTS[size]
+
+    def _place(self):
+        """The number of this worker's host, and its place there."""
+        rank = self._hvd.rank()
+        return next((number, some.index(rank)) for number, some in enumerate(self._sharing()) if rank in some)
 
     def own_rows(self, array):
         """Of a host's memory, those that this worker has."""
-        n, parts = len(array), self._per_host()
-        place = self._hvd.rank() % parts
+        n, parts, (_, place) = len(array), len(self._sharing()[0]), self._place()
         return array[n * place // parts : n * (place + 1) // parts]
 
     def gradients(self, step, dtype="float64"):
@@ -77,6 +87,8 @@ class TwoLevels:
     def simulate(self, everyone, states, config, rate=None):
         """The updates of one step; `states` are the hosts', and changed."""
         per_host = self._hvd.size() // len(states)
+        if per_host > 1:
+            everyone = [everyone[worker] for some in self._sharing() for worker in some]
         return reference.simulate(everyone, states, config, self._matrix_shape, rate, per_host)[0]
 
     def compare(self, trainee, states, config, dtype, steps):
@@ -88,28 +100,44 @@ class TwoLevels:
             updates = trainee.exchange(everyone[self._hvd.rank()])
             largest = cases.tolerance(config, dtype, self._hvd.size(), step + 1)
             cases.assert_close(updates, expected, largest, (config, dtype, step))
-            memory = states[self._hvd.rank() // self._per_host()].memory
+            memory = states[self._place()[0]].memory
             rows = {name: self.own_rows(array) for name, array in memory.items()}
             cases.assert_close(trainee.state().memory, rows, largest, (config, dtype, step, "memory"), expected)
+            if not isinstance(config, Accordion):  # what that sends depends on its decisions
+                size, per_host, stats = self._hvd.size(), len(self._sharing()[0]), trainee.stats()
+                how = np.dtype(dtype).itemsize, step, self._matrix_shape, per_host
+                assert (stats.bytes_sent, stats.bytes_received) == config.traffic(self._shapes.values(), size, *how)
 
     def _hosts(self):
-        return [reference.State() for _ in range(self._hvd.size() // self._per_host())]
+        return [reference.State() for _ in self._sharing()]
 
     def _divide(self, hosts, shared, memories):
         """Gives the hosts' states what is shared of a state, and the means of their workers' memories."""
-        per_host = self._per_host()
-        for host, state in enumerate(hosts):
-            sharing = memories[host * per_host : (host + 1) * per_host]
+        for some, state in zip(self._sharing(), hosts, strict=True):
+            sharing = [memories[worker] for worker in some]
             state.steps, state.factors = shared.steps, dict(shared.factors)
             state.memory = {name: np.mean([memory[name] for memory in sharing], axis=0) for name in sharing[0]}
 
     def equal_the_reference(self, runs):
-        """Each (configuration, dtype) of these."""
+        """Each (configuration, dtype) of these, and the workers end with the same bits."""
         for config, dtype in runs:
             with self.on_hosts():
                 trainee = self._trainee(config, dtype)
                 self.compare(trainee, self._hosts(), config, dtype, 9)
                 assert trainee.stats().flat_because == self.flat_because()
+                updates = trainee.exchange(self.mine(9, dtype))
+            for theirs in self._hvd.allgather_object(updates, name="updates"):
+                cases.assert_close(theirs, updates, 0, (config, dtype, "bits"))
+
+    def equal_the_reference_in_8_bits(self, configs):
+        """Each of these, whether hosts average in one round of messages or in two."""
+        for rounds in (contextlib.nullcontext(), cases.in_two_rounds()):
+            with rounds:
+                self.equal_the_reference([(config, "float64") for config in configs])
+        with self.on_hosts():
+            nothing = {name: np.zeros(shape, "float32") for name, shape in self._shapes.items()}
+            updates = self._trainee(configs[0], "float32").exchange(nothing)
+            cases.assert_close(updates, nothing, 0, "columns of zeros")
 
     def a_state_goes_on_as_it_was(self, config, ways):
         """Each way is a function that saves a trainee's state, and one that loads that into another."""
@@ -173,13 +201,14 @@ class TwoLevels:
 
     def steps_that_are_not_finite_or_not_taken_leave_no_trace(self, start_and_discard):
         """`start_and_discard` exchanges a trainee's gradients, and does not take the step."""
-        trainee, hosts = self.trained
-        with self.on_hosts():
-            for step in range(3):
-                start_and_discard(trainee, self.mine(step + 99))
-                spoiled = {
-                    name: np.where(self._hvd.rank() == 1, np.nan, array) for name, array in self.mine(step).items()
-                }
-                assert np.isnan(trainee.exchange(spoiled)["linear"]).any()
-                self.compare(trainee, hosts, CONFIG, "float64", 1)
-            assert trainee.stats().steps == hosts[0].steps
+        in_8_bits = self._trainee(IN_8_BITS[0], "float64"), self._hosts()
+        for config, (trainee, hosts) in ((CONFIG, self.trained), (IN_8_BITS[0], in_8_bits)):
+            with self.on_hosts():
+                for step in range(3):
+                    start_and_discard(trainee, self.mine(step + 99))
+                    spoiled = {
+                        name: np.where(self._hvd.rank() == 1, np.nan, array) for name, array in self.mine(step).items()
+                    }
+                    assert np.isnan(trainee.exchange(spoiled)["linear"]).any()
+                    self.compare(trainee, hosts, config, "float64", 1)
+                assert trainee.stats().steps == hosts[0].steps

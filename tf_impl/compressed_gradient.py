@@ -10,8 +10,8 @@ from horovod_powersgd.compressors.collectives import Allgather, QuantizedMean
 from horovod_powersgd.quantization import rows_of
 from horovod_powersgd.tensorflow.gradient import PlainGradient, Step, all_finite
 from horovod_powersgd.tensorflow.graph_function import zeros_unless
-from horovod_powersgd.tensorflow.quantization import Number
 from horovod_powersgd.tensorflow.variable_state import VariableState
+from horovod_powersgd.tensorflow.workers import Number
 
 
 class CompressedGradient(PlainGradient):

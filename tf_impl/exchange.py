@@ -20,12 +20,12 @@ from horovod_powersgd.tensorflow.gradient import PlainGradient, Step
 from horovod_powersgd.tensorflow.host_mean import HostMean
 from horovod_powersgd.tensorflow.message import Message, nbytes
 from horovod_powersgd.tensorflow.order import Order
-from horovod_powersgd.tensorflow.quantization import Number
+from horovod_powersgd.tensorflow.senders import Hosts, Senders
 from horovod_powersgd.tensorflow.settings import Settings
 from horovod_powersgd.tensorflow.shared_host import SharedHost
 from horovod_powersgd.tensorflow.snapshot import Snapshot
 from horovod_powersgd.tensorflow.variable_state import VariableState
-from horovod_powersgd.tensorflow.workers import Workers, transportable
+from horovod_powersgd.tensorflow.workers import Number, Workers, transportable
 
 Tensor: TypeAlias = tf.Tensor | tf.IndexedSlices
 
@@ -66,7 +66,7 @@ class Exchange:
             settings.device,
             settings.device_sparse,
         )
-        self._host = SharedHost(self._workers, self._config) if self._config.family.hierarchical else None
+        self._host = SharedHost(self._workers) if self._config.family.hierarchical else None
         self._agreement = Agreement(
             description, self.states, self._workers, self._look, name_of_agreement, self._in_session
         )
@@ -274,8 +274,9 @@ class Exchange:
                 if kind == "quantized":
                     compressed = [sender for sender, _ in senders if isinstance(sender, CompressedGradient)]
                     rows = [pair for sender in compressed for pair in sender.rows]
+                    who = Senders(self._workers) if step.host is None else Hosts(self._workers, step.host)
                     with tf.control_dependencies([there()]):
-                        answers = message.averaged_in_8_bits(rows, self._workers, f"{name}.{i}.{kind}")
+                        answers = message.averaged_in_8_bits(rows, who, f"{name}.{i}.{kind}")
                 elif kind == "gathered":
                     with tf.control_dependencies([there()]):
                         answers = message.gathered(self._workers, f"{name}.{i}.{kind}")

@@ -13,6 +13,6 @@ FAST = {PowerSGD: PowerSGDGradient}
 def gradient_class_of(config: Compressor) -> type[CompressedGradient]:
     """What a compressed gradient of this compressor goes through: the fast path where there is one, otherwise the
     compressor's generator."""
-    if config.family.hierarchical and config.linear:
+    if config.family.hierarchical:
         return TwoLevelGradient
     return next((path for cls, path in FAST.items() if isinstance(config.family, cls)), GeneratorGradient)

@@ -7,8 +7,9 @@ import tensorflow as tf
 from horovod_powersgd.compressors.compressor import Traffic
 from horovod_powersgd.hosts import Host
 from horovod_powersgd.tensorflow.host_mean import HostMean
-from horovod_powersgd.tensorflow.quantization import Number, quantized_mean
-from horovod_powersgd.tensorflow.workers import Workers
+from horovod_powersgd.tensorflow.quantization import quantized_mean
+from horovod_powersgd.tensorflow.senders import Senders
+from horovod_powersgd.tensorflow.workers import Number, Workers
 
 
 class Message:
@@ -41,16 +42,16 @@ class Message:
         return self._by_sender([_from_bytes(part, sent.dtype) for part, sent in zip(parts, self._flat)])
 
     def averaged_in_8_bits(
-        self, rows: Sequence[tuple[Number, Number]], workers: Workers, name: str
+        self, rows: Sequence[tuple[Number, Number]], senders: Senders, name: str
     ) -> list[list[tf.Tensor]]:
-        """The averages of matrices of one dtype, and this worker's parts of them, each flat.
+        """The averages of matrices of one dtype, and this sender's parts of them, each flat.
 
         Args:
-            rows: of the senders' matrices, in their order.
-            workers: that average.
+            rows: of the matrices, in their order.
+            senders: that average.
             name: of the message.
         """
-        mean, own, self.traffic = quantized_mean(_joined(self._flat), rows, workers, name)
+        mean, own, self.traffic = quantized_mean(_joined(self._flat), rows, senders, name)
         return [list(both) for both in zip(*(_split(part, self._flat, 0) for part in (mean, own)))]
 
     def averaged_in_host(

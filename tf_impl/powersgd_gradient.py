@@ -77,6 +77,7 @@ class PowerSGDGradient(CompressedGradient):
             is_q = _not(is_q)
             shape = [amount, self._columns(is_q)]
             if config.wire_dtype == "int8":
+                own = yield from self._of_host(own)
                 factor, own = yield QuantizedMean(tf.reshape(own, shape))
             elif step.sends_halves:
                 longer = tf.cast(tf.shape(last)[1] / tf.shape(own)[1], state.dtype)
@@ -84,12 +85,12 @@ class PowerSGDGradient(CompressedGradient):
                 # By way of float32, as processors do it.
                 sent = tf.cast(tf.cast(own * scale, tf.float32), tf.float16)
                 mean = yield AllreduceMean(tf.reshape(sent, [-1]))
-                factor = tf.cast(tf.reshape(mean, shape), state.dtype) / scale
+                factor = self._over_hosts(tf.cast(tf.reshape(mean, shape), state.dtype) / scale)
                 own = tf.cast(sent, state.dtype) / scale
             else:
                 mean = yield AllreduceMean(tf.reshape(own, [-1]))
-                factor = tf.reshape(mean, shape)
-            last = factor = self._over_hosts(factor)
+                factor = self._over_hosts(tf.reshape(mean, shape))
+            last = factor
         self._basis, self._factor, self._factor_is_q, self._own = basis, factor, is_q, own
 
     def _multiply(self, basis: tf.Tensor, is_q: Flag) -> tf.Tensor:
@@ -99,6 +100,11 @@ class PowerSGDGradient(CompressedGradient):
             lambda: tf.matmul(basis, self._delta, transpose_b=True),
             lambda: tf.matmul(basis, self._delta),
         )
+
+    def _of_host(self, own: tf.Tensor) -> Generator[Any, Any, tf.Tensor]:
+        """Yields requests; returns the host's factor, from what this worker has made of it."""
+        yield from ()
+        return own
 
     def _over_hosts(self, mean: tf.Tensor) -> tf.Tensor:
         """The mean of factors over the hosts, from that over the workers."""

@@ -1,7 +1,6 @@
 """Averages in 8 bits a number, as ops in a graph: horovod_powersgd.quantization, of tensors."""
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -9,10 +8,8 @@ import tensorflow as tf
 from horovod_powersgd import quantization
 from horovod_powersgd.compressors.compressor import Traffic
 from horovod_powersgd.quantization import LEVELS
-from horovod_powersgd.tensorflow.workers import Workers, elastic
-
-# Where it is not known before the graph runs, a scalar int64 tensor.
-Number: TypeAlias = int | tf.Tensor
+from horovod_powersgd.tensorflow.senders import Senders
+from horovod_powersgd.tensorflow.workers import Number
 
 
 class Slices:
@@ -20,19 +17,19 @@ class Slices:
 
     Args:
         rows: for each matrix, how many there are, and how long they are.
-        workers: how many average them.
+        senders: how many average them.
         dtype: of the numbers.
     """
 
-    def __init__(self, rows: Sequence[tuple[Number, Number]], workers: Number, dtype: tf.DType):
+    def __init__(self, rows: Sequence[tuple[Number, Number]], senders: Number, dtype: tf.DType):
         self._dtype = dtype
         counts, lengths = zip(*rows)
-        if all(isinstance(number, int) for number in (workers, *counts, *lengths)):
-            slices = quantization.Slices(np.repeat(lengths, counts), quantization.slice_count(workers))
+        if all(isinstance(number, int) for number in (senders, *counts, *lengths)):
+            slices = quantization.Slices(np.repeat(lengths, counts), quantization.slice_count(senders))
             self._segments, self.size = slices.segments, slices.size
         else:
             of_each, long = (tf.stack([tf.cast(n, tf.int64) for n in numbers]) for numbers in (counts, lengths))
-            self._segments, self.size = _cut(of_each, long, tf.cast(workers, tf.int64))
+            self._segments, self.size = _cut(of_each, long, tf.cast(senders, tf.int64))
         self.count, self._width = tf.unstack(tf.shape(self._segments, tf.int64))
 
     def encoded(self, numbers: tf.Tensor, index: tf.Tensor | None = None) -> tf.Tensor:
@@ -65,14 +62,14 @@ class Slices:
         codes = tf.reshape(tf.bitcast(messages[:, self._width * itemsize :], tf.int8), [-1])
         return tf.cast(codes, self._dtype) * tf.repeat(units, tf.reshape(segments, [-1]))
 
-    def summed(self, messages: tf.Tensor, index: tf.Tensor, workers: tf.Tensor) -> tf.Tensor:
-        """The mean of what all workers' messages (W, bytes) say of one slice, in the workers' order."""
+    def summed(self, messages: tf.Tensor, index: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
+        """The mean of what all senders' messages (count, bytes) say of one slice, in the senders' order."""
 
-        def add(worker, total):
-            return worker + 1, total + self.decoded(messages[worker : worker + 1], index, workers)
+        def add(sender, total):
+            return sender + 1, total + self.decoded(messages[sender : sender + 1], index, count)
 
         zeros = tf.zeros([self.size], self._dtype)
-        return tf.while_loop(lambda worker, _: worker < workers, add, [tf.constant(0, tf.int64), zeros])[1]
+        return tf.while_loop(lambda sender, _: sender < count, add, [tf.constant(0, tf.int64), zeros])[1]
 
     def _of(self, index: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
         if index is None:
@@ -80,9 +77,9 @@ class Slices:
         return tf.convert_to_tensor(self._segments)[index : index + 1], tf.constant(1, tf.int64)
 
 
-def _cut(counts: tf.Tensor, lengths: tf.Tensor, workers: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def _cut(counts: tf.Tensor, lengths: tf.Tensor, senders: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """The segments and the size of quantization.Slices, where the rows are not known before the graph runs."""
-    count = tf.where(workers >= quantization.TWO_ROUNDS, workers, 1)
+    count = tf.where(senders >= quantization.TWO_ROUNDS, senders, 1)
     size = -(-tf.reduce_sum(counts * lengths) // count)
     ends = tf.concat([tf.cumsum(tf.repeat(lengths, counts)), size * tf.range(1, count + 1)], 0)
     ends = tf.unique(tf.sort(ends))[0]
@@ -94,44 +91,44 @@ def _cut(counts: tf.Tensor, lengths: tf.Tensor, workers: tf.Tensor) -> tuple[tf.
 
 
 def quantized_mean(
-    flat: tf.Tensor, rows: Sequence[tuple[Number, Number]], workers: Workers, name: str
+    flat: tf.Tensor, rows: Sequence[tuple[Number, Number]], senders: Senders, name: str
 ) -> tuple[tf.Tensor, tf.Tensor, Traffic]:
-    """quantization.mean of this worker's rows and the others'.
+    """quantization.mean of this sender's rows and the others'.
 
     Args:
         flat: the rows, one after the other.
         rows: as Slices'.
-        workers: that average.
+        senders: that average.
         name: of the messages.
 
     Returns:
-        The mean and this worker's part of it, both flat, and what was sent.
+        The mean and this sender's part of it, both flat, and what was sent.
     """
-    count = workers.count(tf.int64) if elastic() else workers.process_set.size()
+    count = senders.count
     slices, total = Slices(rows, count, flat.dtype), tf.size(flat, tf.int64)
     message = slices.encoded(flat)
-    nbytes, own = tf.size(message, tf.int64), slices.decoded(message)
-    if workers.alone:
-        return own[:total], own[:total], Traffic(nbytes, nbytes)
+    own = slices.decoded(message)
+    if senders.workers.alone:
+        return own[:total], own[:total], Traffic(0, 0)
     many = tf.cast(count, tf.int64)
 
     def one_round():
-        messages = workers.gather(message[0], f"{name}.gather")
-        return slices.summed(messages, tf.constant(0, tf.int64), many), own, nbytes, nbytes * many
+        messages, traffic = senders.gather(message[0], f"{name}.gather")
+        return slices.summed(messages, tf.constant(0, tf.int64), many), own, traffic
 
     def two_rounds():
-        index = workers.number()
-        mine = slices.summed(workers.alltoall(message, f"{name}.alltoall"), index, many)
-        rounded = slices.encoded(mine, index)
-        mean = slices.decoded(workers.gather(rounded[0], f"{name}.rounded"))
+        index = senders.number()
+        messages, first = senders.exchange(message, f"{name}.alltoall")
+        mine = slices.summed(messages, index, many)
+        messages, second = senders.gather(slices.encoded(mine, index)[0], f"{name}.rounded")
+        mean = slices.decoded(messages)
         start = index * slices.size
         changed = (mean[start : start + slices.size] - mine) * tf.cast(many, flat.dtype)
         corrected = own + tf.pad(changed, [[start, tf.size(own, tf.int64) - start - slices.size]])
-        again = tf.size(rounded, tf.int64)
-        return mean, corrected, nbytes + again, nbytes + again * many
+        return mean, corrected, Traffic(*map(sum, zip(first, second)))
 
     if isinstance(count, int):
-        mean, own, sent, received = (two_rounds if count >= quantization.TWO_ROUNDS else one_round)()
+        mean, own, traffic = (two_rounds if count >= quantization.TWO_ROUNDS else one_round)()
     else:
-        mean, own, sent, received = tf.cond(count >= quantization.TWO_ROUNDS, two_rounds, one_round)
-    return mean[:total], own[:total], Traffic(sent, received)
+        mean, own, traffic = tf.cond(count >= quantization.TWO_ROUNDS, two_rounds, one_round)
+    return mean[:total], own[:total], traffic

@@ -4,7 +4,6 @@ import numpy as np
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import Max
 
-from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.hosts import Host, RowShare, host_key, host_of
 from horovod_powersgd.tensorflow.variable import make_variable
 from horovod_powersgd.tensorflow.workers import Workers
@@ -15,7 +14,6 @@ class SharedHost:
 
     Args:
         workers: that exchange.
-        config: that asks for two levels.
 
     Attributes:
         hosts: int64 variable: Host.hosts; each worker alone where the exchange has one level, and worker 0 before the
@@ -23,8 +21,8 @@ class SharedHost:
         flat_because: CompressionStats.flat_because.
     """
 
-    def __init__(self, workers: Workers, config: Compressor):
-        self._workers, self._config = workers, config
+    def __init__(self, workers: Workers):
+        self._workers = workers
         self.hosts = make_variable(np.zeros((1, 1), np.int64), (None, None))
         self.flat_because: str | None = None
 
@@ -37,7 +35,7 @@ class SharedHost:
         return self.hosts.assign(hosts, read_value=False)
 
     def _hosts_of(self, keys: np.ndarray, number: np.int64) -> np.ndarray:
-        found = host_of(keys.tolist(), int(number), self._config.family)
+        found = host_of(keys.tolist(), int(number))
         self.flat_because = found if isinstance(found, str) else None
         return np.array([[n] for n in range(len(keys))] if isinstance(found, str) else found.hosts, np.int64)
 

@@ -70,9 +70,8 @@ class TwoLevelGradient(PowerSGDGradient):
         yield from self._half_steps(step, amount)
         if memory is None:
             return self._update(), None
-        # Error feedback from the host's own last factor.
-        own = yield HostMean(self._own)
-        own = self._over_hosts(tf.reshape(own, tf.shape(self._own)))
+        # Error feedback from the host's own last factor, which in 8 bits it is already.
+        own = (yield from self._of_host(self._own)) if self.state.config.linear else self._own
         if self.state.memory_dtype != self.state.dtype:
             assert step.host is not None
             of_rows, of_columns = self._draw(step, step.host.number)
@@ -87,6 +86,10 @@ class TwoLevelGradient(PowerSGDGradient):
             return tf.pad(tf.matmul(basis, self._delta, transpose_b=True), [[0, 0], [self._place, after]])
 
         return choose(is_q, make_p, lambda: tf.matmul(self._own_rows(basis), self._delta))
+
+    def _of_host(self, own: tf.Tensor) -> Generator[Any, Any, tf.Tensor]:
+        mean = yield HostMean(own)
+        return self._over_hosts(tf.reshape(mean, tf.shape(own)))
 
     def _over_hosts(self, mean: tf.Tensor) -> tf.Tensor:
         # A host's factor is the sum over its workers.

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import tensorflow as tf
 from horovod.tensorflow import mpi_ops
@@ -10,6 +11,9 @@ from horovod.tensorflow.mpi_ops import Average, ProcessSet, Sum
 
 from horovod_powersgd.compressors.collectives import refusal_of_join
 from horovod_powersgd.compressors.compressor import Compressor
+
+# Where it is not known before the graph runs, a scalar int64 tensor.
+Number: TypeAlias = int | tf.Tensor
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,12 @@ class Workers:
         return tf.ensure_shape(sent, messages.shape)
 
     def exchange(self, tensor: tf.Tensor, peers: tf.Tensor, sizes: tf.Tensor, name: str) -> tf.Tensor:
-        """What some workers, this one among them, have sent to this one, of flat tensors, in their order.
+        """What some workers, this one among them, have sent to this one, one after the other.
 
         Args:
             tensor: what this one sends them, in their order.
             peers: their numbers, ascending, int64.
-            sizes: how much each of them is sent, int64.
+            sizes: how much of its first axis each of them is sent, int64.
             name: of the message.
         """
         splits = tf.scatter_nd(peers[:, None], tf.cast(sizes, tf.int32), self.count(tf.int64)[None])

@@ -354,7 +354,7 @@ class Engine:
         """Decides, on all workers alike, whether the exchange has two levels."""
         keys = [0] * self.workers.count
         keys[self.workers.index] = host_key()
-        found = host_of(largest(self.workers, keys, "hosts"), self.workers.index, self._config.family)
+        found = host_of(largest(self.workers, keys, "hosts"), self.workers.index)
         self._flat_because = found if isinstance(found, str) else None
         self.share_host(None if isinstance(found, str) else found)
 

@@ -13,6 +13,7 @@ from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.generator_gradient import GeneratorGradient
 from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.quantization import quantized_mean
+from horovod_powersgd.torch.senders import Senders
 from horovod_powersgd.torch.step import Step
 
 
@@ -50,7 +51,7 @@ class GeneratorBucket(Bucket):
         parts = [gradient.parts()[0] for gradient in gradients]
         rows = tuple(itertools.chain(*(_rows_of(gradient, part) for gradient, part in zip(gradients, parts))))
         flat = joined([part.reshape(-1) for part in parts])
-        mean, own = yield from quantized_mean(flat, rows, name, step, self._config)
+        mean, own = yield from quantized_mean(flat, rows, name, Senders(step, self._config))
         sizes = [part.numel() for part in parts]
         for gradient, part, *both in zip(gradients, parts, mean.split(sizes), own.split(sizes)):
             gradient.go_on([some.view(part.shape) for some in both])

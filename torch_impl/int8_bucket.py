@@ -7,6 +7,7 @@ from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.int8_gradient import Int8Gradient
 from horovod_powersgd.torch.quantization import add_from, coded_mean, slices_of
+from horovod_powersgd.torch.senders import Senders
 from horovod_powersgd.torch.step import Step
 
 
@@ -24,9 +25,10 @@ class Int8Bucket(Bucket):
         parts = [gradient.part() for gradient in dense]
         left = [part.delta for part in parts]
         rows = [pair for gradient in dense for pair in gradient.rows]
-        slices = slices_of(rows, step.workers.count, left[0])
+        senders = Senders(step, self._config)
+        slices = slices_of(rows, senders.count, left[0])
         message, norms = slices.encoded_parts(parts)
-        mean = yield from coded_mean(slices, message, self._name, step, self._config)
+        mean = yield from coded_mean(slices, message, self._name, senders)
         add_from(left, mean.first, mean.more, -1)
         writers = slices.writers(mean.messages, mean.divisor, [len(delta) for delta in left])
         for gradient, norm, write in zip(dense, norms, writers):

@@ -12,6 +12,7 @@ from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.orthogonalization import orthogonalize
 from horovod_powersgd.torch.powersgd_gradient import PowerSGDGradient
 from horovod_powersgd.torch.quantization import quantized_mean
+from horovod_powersgd.torch.senders import Senders
 from horovod_powersgd.torch.step import Step
 from horovod_powersgd.torch.workers import Workers
 
@@ -68,14 +69,17 @@ class PowerSGDBucket(Bucket):
         finite: bool | torch.Tensor = True
         if matrices:
             rows, flat = tuple(gradient.rows for gradient in matrices), joined(sent[: len(sent) - len(plain)])
-            flat, own = yield from quantized_mean(flat, rows, f"{self._name}.{number}", step, self._config)
+            flat, own = yield from self._quantized_mean(flat, rows, f"{self._name}.{number}", step)
             sizes = [count * length for count, length in rows]
-            for gradient, part in zip(matrices, own.split(sizes)):
-                gradient.made(part)
             finite = self._received(matrices, flat, sizes)
+            for gradient, part in zip(matrices, own.split(sizes)):
+                gradient.take_own(part)
         if mean is not None:
             finite = self._received(senders[len(matrices) :], (yield mean), [part.numel() for part in plain]) & finite
         return finite
+
+    def _quantized_mean(self, flat: torch.Tensor, rows: Sequence[tuple[int, int]], name: str, step: Step):
+        return quantized_mean(flat, rows, name, Senders(step, self._config))
 
 
 def bases_of(matrices: Sequence[PowerSGDGradient]) -> dict[PowerSGDGradient, torch.Tensor]:

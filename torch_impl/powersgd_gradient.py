@@ -155,7 +155,7 @@ class PowerSGDGradient(InPlaceGradient):
         return HalfStep(self._delta, basis, not self._mean_is_q, memory, self._scale / self._kept.scale)
 
     def made(self, own: torch.Tensor) -> None:
-        """Takes this worker's factor, as it is sent, or as a part of the mean."""
+        """Takes this worker's factor, as it is sent."""
         self._own, self._scale_of_own = own.view(self._rank, -1), self._scale_of_halves
 
     def multiply(self, basis: torch.Tensor) -> torch.Tensor:
@@ -169,6 +169,10 @@ class PowerSGDGradient(InPlaceGradient):
         self._mean_is_q = not self._mean_is_q
         self._take_scale_of_halves(to_q=not self._mean_is_q)
 
+    def take_own(self, own: torch.Tensor) -> None:
+        """Takes this worker's part of the mean that has come, flat, where it is not as it was sent."""
+        self._own = own.view(self._rank, -1)
+
     def _take_scale_of_halves(self, to_q: bool) -> None:
         """Of the next half-step, which makes Q or P."""
         longer = self._mean.shape[1] / self._matrix_shape[1 if to_q else 0]
@@ -180,8 +184,8 @@ class PowerSGDGradient(InPlaceGradient):
 
     @property
     def rows(self) -> tuple[int, int]:
-        """How many the factor has that was made last, and how long they are."""
-        return self._rank, self._own.shape[1]
+        """How many the factor has that is being averaged, and how long they are."""
+        return self._rank, self._matrix_shape[0 if self._mean_is_q else 1]
 
     @property
     def mean_is_q(self) -> bool:

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 
 from horovod_powersgd import quantization
-from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.kernels import codes as _codes
 from horovod_powersgd.quantization import LEVELS
 from horovod_powersgd.torch.bucket import joined
 from horovod_powersgd.torch.finite import all_finite
-from horovod_powersgd.torch.step import Step
+from horovod_powersgd.torch.senders import Senders
 
 
 class Part(NamedTuple):
@@ -179,12 +178,12 @@ class Slices:
 
 
 class CodedMean(NamedTuple):
-    """All workers' mean, as it has come.
+    """All senders' mean, as it has come.
 
     Attributes:
         messages: (senders, slices, bytes): what they say sums to the mean,
         divisor: over this.
-        first, more: what this worker is to add to its part of the mean, flat, and from which number on.
+        first, more: what this sender is to add to its part of the mean, flat, and from which number on.
     """
 
     messages: torch.Tensor
@@ -202,44 +201,40 @@ def _copy(part: torch.Tensor, out: torch.Tensor) -> None:
 _slices = functools.lru_cache(1024)(Slices)
 
 
-def slices_of(rows: Sequence[tuple[int, int]], workers: int, like: torch.Tensor) -> Slices:
-    """Those of rows, as Slices takes them, that so many workers average; the numbers are of the kind of `like`."""
-    return _slices(tuple(rows), quantization.slice_count(workers), like.dtype, like.device)
+def slices_of(rows: Sequence[tuple[int, int]], senders: int, like: torch.Tensor) -> Slices:
+    """Those of rows, as Slices takes them, that so many average; the numbers are of the kind of `like`."""
+    return _slices(tuple(rows), quantization.slice_count(senders), like.dtype, like.device)
 
 
 def coded_mean(
-    slices: Slices, message: torch.Tensor, name: str, step: Step, compressor: Compressor
+    slices: Slices, message: torch.Tensor, name: str, senders: Senders
 ) -> Generator[Any, Any, CodedMean]:
-    """quantization.mean of what all workers' messages say. Yields what it waits for.
+    """quantization.mean of what all senders' messages say. Yields what it waits for.
 
     Args:
-        message: this worker's, of all slices.
+        message: this sender's, of all slices.
         name: of the messages.
-        step: that this belongs to.
-        compressor: that asks for it.
+        senders: that average.
     """
-    workers = step.workers
     nothing = torch.empty(0, dtype=slices.dtype, device=message.device)
-    if workers.count == 1:
+    if senders.count == 1:
         return CodedMean(message.unsqueeze(0), 1, 0, nothing)
-    step.count(message.nbytes, message.nbytes if slices.count > 1 else message.nbytes * workers.count)
     if slices.count == 1:
-        messages = yield workers.gather(message[0], f"{name}.gather", step.parity, compressor)
-        return CodedMean(messages.unsqueeze(1), workers.count, 0, nothing)
-    messages = yield workers.exchange(message, f"{name}.alltoall", step.parity, compressor)
-    index = workers.index
-    mine = slices.decoded(messages.unsqueeze(1), workers.count, index)
+        messages = yield from senders.gather(message[0], name)
+        return CodedMean(messages.unsqueeze(1), senders.count, 0, nothing)
+    messages = yield from senders.exchange(message, name)
+    index = senders.index
+    mine = slices.decoded(messages.unsqueeze(1), senders.count, index)
     message = slices.encoded(mine, index)
     rounded = slices.decoded(message.unsqueeze(0), index=index)
-    step.count(message.nbytes, message.nbytes * workers.count)
-    messages = yield workers.gather(message[0], f"{name}.gather", step.parity, compressor)
-    return CodedMean(messages.unsqueeze(0), 1, index * slices.size, (rounded - mine) * workers.count)
+    messages = yield from senders.gather(message[0], name)
+    return CodedMean(messages.unsqueeze(0), 1, index * slices.size, (rounded - mine) * senders.count)
 
 
 def quantized_mean(
-    flat: torch.Tensor, rows: Sequence[tuple[int, int]], name: str, step: Step, compressor: Compressor
+    flat: torch.Tensor, rows: Sequence[tuple[int, int]], name: str, senders: Senders
 ) -> Generator[Any, Any, tuple[torch.Tensor, torch.Tensor]]:
-    """quantization.mean of this worker's rows and the others'. Yields what it waits for.
+    """quantization.mean of this sender's rows and the others'. Yields what it waits for.
 
     Args:
         flat: the rows, one after the other.
@@ -247,12 +242,12 @@ def quantized_mean(
         (the others): as coded_mean's.
 
     Returns:
-        The mean and this worker's part of it, both flat.
+        The mean and this sender's part of it, both flat.
     """
-    slices = slices_of(rows, step.workers.count, flat)
+    slices = slices_of(rows, senders.count, flat)
     message = slices.encoded(flat)
     own = slices.decoded(message.unsqueeze(0))
-    mean = yield from coded_mean(slices, message, name, step, compressor)
+    mean = yield from coded_mean(slices, message, name, senders)
     add_from([own], mean.first, mean.more, 1)
     return slices.decoded(mean.messages, mean.divisor), own
 

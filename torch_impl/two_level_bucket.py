@@ -10,6 +10,8 @@ from horovod_powersgd.torch.bucket import joined
 from horovod_powersgd.torch.futures import Gathered, SparseMean
 from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.powersgd_bucket import PowerSGDBucket, bases_of
+from horovod_powersgd.torch.quantization import quantized_mean
+from horovod_powersgd.torch.senders import Hosts
 from horovod_powersgd.torch.step import Step
 from horovod_powersgd.torch.two_level_gradient import TwoLevelGradient
 from horovod_powersgd.torch.workers import Workers
@@ -18,7 +20,8 @@ from horovod_powersgd.torch.workers import Workers
 class TwoLevelBucket(PowerSGDBucket):
     """A PowerSGDBucket whose matrices are first averaged among the workers of a host, each of which then works on a
     share of their rows. That takes one round more; and one small message beside the last, where that makes Q: for the
-    memory each worker has to know the host's part of Q, not only its own rows'."""
+    memory each worker has to know the host's part of Q, not only its own rows'. Factors in 8 bits are a host's: its
+    workers first tell each other what their rows have made of them."""
 
     def __init__(
         self, name: str, gradients: Sequence[PlainGradient], workers: Workers, config: Compressor, host: Host
@@ -44,8 +47,9 @@ class TwoLevelBucket(PowerSGDBucket):
             sent = [gradient.multiply(bases[gradient]) for gradient in matrices]
             senders = matrices if half_step else dense
             own = None
-            if half_step == half_steps - 1 and self._config.keeps_memory and matrices and not matrices[0].mean_is_q:
-                own = self._start_own(matrices, step)
+            is_last_q = half_step == half_steps - 1 and matrices and not matrices[0].mean_is_q
+            if is_last_q and self._config.keeps_memory and self._config.linear:
+                own = self._tell(joined([gradient.own.reshape(-1) for gradient in matrices]), step)
             sent += [gradient.send() for gradient in senders[len(matrices) :]]
             finite = (yield from self._average(senders, sent, step, half_step, in_place=True)) & finite
             if own is not None:
@@ -59,21 +63,20 @@ class TwoLevelBucket(PowerSGDBucket):
         places = range(self._host.share.parts)
         message = joined([gradient.send_to(place) for place in places for gradient in matrices])
         sizes = [sum(gradient.size_of(place) for gradient in matrices) for place in places]
-        received = yield self._start_exchange(message, sizes, "shares", step)
+        to = dict(zip(self._host.peers, sizes))
+        received = yield self._workers.exchange(message, f"{self._name}.shares", step.parity, self._config, to)
         mean = self._sum(received).div_(len(places))
         mine = [gradient.size_of(self._host.share.place) for gradient in matrices]
         for gradient, part in zip(matrices, mean.split(mine)):
             gradient.take(part)
 
-    def _start_own(self, matrices: Sequence[TwoLevelGradient], step: Step) -> Gathered:
-        """Starts giving all workers of the host what this one's rows have made of each Q."""
-        own, parts = joined([gradient.own.reshape(-1) for gradient in matrices]), self._host.share.parts
-        return self._start_exchange(own.repeat(parts), [len(own)] * parts, "own", step)
+    def _tell(self, own: torch.Tensor, step: Step) -> Gathered:
+        """Starts giving all workers of the host what this one's rows have made of the factors."""
+        return self._workers.tell(self._host.peers, own, f"{self._name}.own", step.parity, self._config)
 
-    def _start_exchange(self, message: torch.Tensor, sizes: Sequence[int], name: str, step: Step) -> Gathered:
-        """Starts sending each worker of the host as many of these numbers."""
-        name, to = f"{self._name}.{name}", dict(zip(self._host.peers, sizes))
-        return self._workers.exchange(message, name, step.parity, self._config, to)
+    def _quantized_mean(self, flat: torch.Tensor, rows: Sequence[tuple[int, int]], name: str, step: Step):
+        flat = self._sum((yield self._tell(flat, step)))
+        return (yield from quantized_mean(flat, rows, name, Hosts(step, self._config, self._host)))
 
     @staticmethod
     def _sum(received: torch.Tensor) -> torch.Tensor:

@@ -61,8 +61,10 @@ class TwoLevelGradient(PowerSGDGradient):
         return self._own
 
     def take_own(self, own: torch.Tensor) -> None:
-        """Takes the host's part of the Q that was made last, flat: the sum over the parts of its workers' rows."""
-        self._own = own.view(self._own.shape)
+        """With two levels: the host's part, of which P's other rows are not needed."""
+        super().take_own(own)
+        if self.share is not None and not self._mean_is_q:
+            self._own = _columns(self._own, *self._rows())
 
     @property
     def factor_size(self) -> int:
@@ -88,8 +90,9 @@ class TwoLevelGradient(PowerSGDGradient):
         return torch.nn.functional.pad(self._own, (first, self._matrix_shape[0] - first - rows)).view(-1)
 
     def receive(self, mean: torch.Tensor) -> None:
-        if self.share is not None:
+        if self.share is not None and self._config.linear:
             # A host's factor is the sum of its workers' parts. Not before they travel: halves would be rounded twice.
+            # In 8 bits it is the hosts that average.
             mean = mean.to(self.dtype).mul_(self.share.parts)
         super().receive(mean)
 

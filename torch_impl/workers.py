@@ -1,6 +1,6 @@
 """The workers that exchange gradients, by Horovod's asynchronous collectives."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,14 +75,21 @@ class Workers:
         sizes: Mapping[int, int] | None = None,
     ) -> Gathered:
         """Starts sending each worker one of these messages (W, bytes), for a compressor; gives what all have sent to
-        this one. With sizes, of a flat tensor, in this order: by the numbers of some workers, this one among them, how
-        much each is sent; gives what those have sent to this one, as much each."""
+        this one. With sizes, of a flat tensor or of messages, in this order: by the numbers of some workers, this one
+        among them, how much each is sent, or how many; gives what those have sent to this one, as much each."""
         splits = None
         if sizes is not None:
             splits = torch.tensor([sizes.get(worker, 0) for worker in range(self.count)], dtype=torch.int32)
         messages = messages.unsqueeze(-1) if parity else messages  # as in _start_gather
         handle = alltoall_async(messages, splits, f"{self.prefix}.{name}", self.process_set)
         return Gathered(messages, self.count if sizes is None else len(sizes), compressor, handle)
+
+    def tell(
+        self, whom: Sequence[int], message: torch.Tensor, name: str, parity: bool, compressor: Compressor
+    ) -> Gathered:
+        """Starts sending each of some workers, this one among them, a flat tensor, for a compressor; gives what those
+        have sent to this one, in ascending order."""
+        return self.exchange(message.repeat(len(whom), 1), name, parity, compressor, dict.fromkeys(whom, 1))
 
     def _start_gather(self, tensor: torch.Tensor, name: str, parity: bool) -> int:
         """Horovod remembers the shape of an allgather by its name. Where a worker has joined, an allgather of the shape

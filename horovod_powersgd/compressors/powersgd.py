@@ -49,9 +49,9 @@ class PowerSGD(Compressor):
             Chen, Yuan, arXiv 2509.11254). None: never.
         hierarchical: exchange in two levels: the workers of a host average their gradients among themselves, and each
             then multiplies, and remembers, a share of every matrix's rows (horovod_powersgd.hosts). That is PowerSGD
-            with one worker a host. It takes several hosts with equally many workers, more than one, and a wire_dtype of
-            None or "float16"; else compression_stats().flat_because says what is missing. hvd.join() is refused. None:
-            where that is never slower, which so far is nowhere.
+            with one worker a host, and it is between hosts that wire_dtype counts. It takes several hosts with equally
+            many workers, more than one; else compression_stats().flat_because says what is missing. hvd.join() is
+            refused. None: where that is never slower, which so far is nowhere.
         memory_dtype: None: the error-feedback memory is in single precision, and in double precision for gradients in
             that. "bfloat16" or "float16": in 16 bits a number, half of the memory, rounded stochastically
             (horovod_powersgd.rounding); "float16" has three bits more, and takes longer.

@@ -7,8 +7,7 @@ from setuptools import Extension, setup
 
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "horovod_powersgd/__init__.py").read_text()).group(1)
-# Where the repository is published, as in https://host/owner/horovod-powersgd: not known yet. With it, what a package
-# index shows has links to it.
+# Where the repository is published, as in https://host/owner/horovod-powersgd: not known yet.
 REPOSITORY = ""
 PROJECT_URLS = {
     "Horovod": "https://github.com/horovod/horovod",
@@ -45,9 +44,11 @@ EXTRAS = {
 
 
 def long_description():
-    """README.md; its links into the repository lead there from elsewhere, too."""
-    text = (HERE / "README.md").read_text()
-    return re.sub(r"\]\((?!https?:|#)", f"]({REPOSITORY}/blob/v{VERSION}/", text) if REPOSITORY else text
+    """README.md, as a package index shows it: its links into the repository lead there from elsewhere, too; without
+    an address, only their words are left."""
+    into_repository = r"\[([^\]]*)\]\((?!https?:|#)([^)]*)\)"
+    link = rf"[\1]({REPOSITORY}/blob/v{VERSION}/\2)" if REPOSITORY else r"\1"
+    return re.sub(into_repository, link, (HERE / "README.md").read_text())
 
 
 setup(

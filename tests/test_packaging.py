@@ -1,6 +1,7 @@
 """The package as others install it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,13 @@ def test_what_a_source_distribution_installs_is_what_the_repository_installs(sdi
     pip_install(tmp_path / "site", "--no-deps", str(sdist))
     package = "horovod_powersgd"
     assert files_under(tmp_path / "site" / package) == files_under(site / package)
+
+
+def test_what_a_package_index_shows_has_no_links_that_lead_nowhere(site):
+    [metadata] = site.glob("horovod_powersgd-*.dist-info/METADATA")
+    description = metadata.read_text()
+    assert "PowerSGD gradient compression" in description and "docs/evidence.md" in description
+    assert re.findall(r"\]\((?!https?:|#)[^)]*\)", description) == []
 
 
 def test_a_plain_install_works_anywhere(site, tmp_path):

@@ -63,13 +63,14 @@ class Slices:
 
 def traffic(lengths: Sequence[int], workers: int, itemsize: int, workers_per_host: int = 1) -> tuple[int, int]:
     """What a worker hands to Horovod for an average, and what it is handed back, in bytes. Of several that stand for
-    one, their host, each sends a part of every message."""
+    one, their host, each sends a part of every message to one worker of each host."""
     hosts = workers // workers_per_host
     slices = Slices(lengths, slice_count(hosts))
-    nbytes = -(-slices.nbytes(itemsize) // workers_per_host)
-    if slices.count == 1:
-        return nbytes, workers * nbytes
-    return (hosts + 1) * nbytes, (hosts + workers) * nbytes
+    nbytes, is_one_round = -(-slices.nbytes(itemsize) // workers_per_host), slices.count == 1
+    if workers_per_host > 1:
+        both = hosts * nbytes * (1 if is_one_round else 2)
+        return both, both
+    return (nbytes, workers * nbytes) if is_one_round else ((workers + 1) * nbytes, 2 * workers * nbytes)
 
 
 def mean(

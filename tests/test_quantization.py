@@ -67,9 +67,9 @@ def test_what_is_sent_is_counted():
     assert quantization.traffic([100] * 4, 2, 4) == (416, 832)
     assert quantization.traffic([100] * 4, 3, 4) == (416, 1248)
     assert quantization.traffic([100] * 4, 4, 4) == (4 * 104 + 104, 4 * 104 + 4 * 104)
-    # Three workers of each of two hosts, and of four, send a third of what their hosts do.
-    assert quantization.traffic([100] * 4, 6, 4, 3) == (139, 6 * 139)
-    assert quantization.traffic([100] * 4, 12, 4, 3) == (4 * 35 + 35, 4 * 35 + 12 * 35)
+    # Each of a host's three workers sends a third to each host: of two, and of four, in slices and then of the means.
+    assert quantization.traffic([100] * 4, 6, 4, 3) == (2 * 139, 2 * 139)
+    assert quantization.traffic([100] * 4, 12, 4, 3) == (2 * 4 * 35, 2 * 4 * 35)
     for workers in (2, 3):
         sent = PowerSGD(rank=2, wire_dtype="int8").traffic([(30, 20), (5,)], workers)
         assert sent.sent == PowerSGD(rank=2, wire_dtype="int8").message_bytes(30, 20, 4) + 20 == 2 * (30 + 20 + 8) + 20

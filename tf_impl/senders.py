@@ -42,8 +42,8 @@ class Senders:
 
 @dataclass(frozen=True)
 class Hosts(Senders):
-    """The hosts. All workers of one have its messages; each sends a part of every message, so that all of it leaves the
-    host once.
+    """The hosts. All workers of one have its messages; each sends a part of every message to its likes on the other
+    hosts, who tell theirs: so a message comes to each host once.
 
     Attributes:
         host: this worker's, of tensors.
@@ -59,9 +59,11 @@ class Hosts(Senders):
         return self.host.number
 
     def gather(self, message: tf.Tensor, name: str) -> tuple[tf.Tensor, Traffic]:
-        found, traffic = super().gather(self._my_part(message[None])[0], name)
-        by_host = tf.gather(found, tf.reshape(self.host.hosts, [-1]))
-        return tf.reshape(by_host, tf.stack([self.count, -1]))[:, : tf.size(message)], traffic
+        def part_by_part():
+            return self.exchange(tf.repeat(message[None], self.count, 0), name)
+
+        # In one level each worker is a host.
+        return tf.cond(self.host.share.parts > 1, part_by_part, lambda: Senders.gather(self, message, f"{name}.whole"))
 
     def exchange(self, messages: tf.Tensor, name: str) -> tuple[tf.Tensor, Traffic]:
         mine, host = self._my_part(messages), self.host
@@ -82,7 +84,7 @@ class Hosts(Senders):
         return whole[:, : tf.shape(messages)[1]], Traffic(nbytes, nbytes)
 
     def _my_part(self, messages: tf.Tensor) -> tf.Tensor:
-        """Of messages (count, bytes), (count, part of the bytes); zeros make all workers' parts equally long."""
+        """Of messages (count, bytes), (count, part of the bytes); zeros make all parts equally long."""
         (place, parts), length = self.host.share, tf.shape(messages, tf.int64)[1]
         size = -(-length // parts)
         return tf.pad(messages, [[0, 0], [0, parts * size - length]])[:, place * size : (place + 1) * size]

@@ -1,6 +1,5 @@
 """Who averages in 8 bits: each worker for itself, or a host for all its workers."""
 
-import itertools
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -50,8 +49,8 @@ class Senders:
 
 @dataclass(frozen=True)
 class Hosts(Senders):
-    """The hosts. All workers of one have its messages; each sends a part of every message, so that all of it leaves the
-    host once.
+    """The hosts. All workers of one have its messages; each sends a part of every message to its likes on the other
+    hosts, who tell theirs: so a message comes to each host once.
 
     Attributes:
         host: this worker's.
@@ -68,8 +67,7 @@ class Hosts(Senders):
         return self.host.number
 
     def gather(self, message: torch.Tensor, name: str) -> Generator[Any, Any, torch.Tensor]:
-        found = yield from super().gather(self._my_part(message), name)
-        return found[list(itertools.chain(*self.host.hosts))].view(self.count, -1)[:, : len(message)]
+        return (yield from self.exchange(message.repeat(self.count, 1), name))
 
     def exchange(self, messages: torch.Tensor, name: str) -> Generator[Any, Any, torch.Tensor]:
         step, mine = self.step, self._my_part(messages)
@@ -83,9 +81,9 @@ class Hosts(Senders):
         whole = parts.view(len(parts), *mine.shape).transpose(0, 1).reshape(len(mine), -1)
         return whole[:, : messages.shape[1]]
 
-    def _my_part(self, message: torch.Tensor) -> torch.Tensor:
-        """(..., part of the bytes), a copy; zeros make all workers' parts equally long."""
-        place, parts = self.host.share
-        size = -(-message.shape[-1] // parts)
-        padded = torch.nn.functional.pad(message, (0, parts * size - message.shape[-1]))
-        return padded.narrow(-1, place * size, size).clone(memory_format=torch.contiguous_format)
+    def _my_part(self, messages: torch.Tensor) -> torch.Tensor:
+        """Of messages (count, bytes), (count, part of the bytes), a copy; zeros make all parts equally long."""
+        (place, parts), length = self.host.share, messages.shape[1]
+        size = -(-length // parts)
+        padded = torch.nn.functional.pad(messages, (0, parts * size - length))
+        return padded.narrow(1, place * size, size).clone(memory_format=torch.contiguous_format)

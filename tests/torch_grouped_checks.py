@@ -23,7 +23,7 @@ from horovod_powersgd.torch.half_memory import Drawn, HalfMemory, Keep
 from horovod_powersgd.torch.kernels import HalfStep, Memory, Product
 from trainee import DEVICE, Trainee
 
-RANKS = 1, 3, 8, 16, 32
+RANKS = 1, 3, 16, 32
 # More than one program's share of rows, and of columns; and what fills no tile.
 SHAPES = (50, 70), (3, 16500), (300, 20), (30, 260)
 CONFIGS = [

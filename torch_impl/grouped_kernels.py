@@ -123,7 +123,7 @@ def orthogonalize(factors: Sequence[torch.Tensor], spares: Sequence[torch.Tensor
     device = factors[0].device
     plan = _columns_plan(tuple(tuple(factor.shape) for factor in factors), device)
     bases = torch.empty(plan.numbers, dtype=torch.float32, device=device).split(plan.sizes)
-    # For each number twice, after sums and inverses of all programs and factors.
+    # Each factor's numbers twice, and then all programs' sums and all inverses.
     work = torch.empty(2 * plan.numbers + plan.found, dtype=torch.float64, device=device)
     address, table = work.data_ptr(), []
     for factor, spare, basis, size in zip(factors, spares, bases, plan.sizes):

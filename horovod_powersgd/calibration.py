@@ -6,26 +6,54 @@ All workers measure at the same time, as they exchange at the same time; what co
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from horovod_powersgd.cost import LONG_MESSAGE, SIZES, Curve, Network
+from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.cost import LONG_MESSAGE, SAMPLES, SIZES, Curve, Network, Work, samples_of
 
 
 class Calibration(ABC):
-    """Measures messages. A framework's subclass sends them, and measures what passes take.
+    """Measures messages and passes. A framework's subclass sends messages, and makes steps.
 
     Attributes:
         count: of the workers that measure.
+        index: this worker's number among them.
+        samples: of matrices, as cost.SAMPLES: steps of these tell what passes take.
     """
 
     count: int
+    index: int
+    samples: Sequence[Sequence[tuple[int, int]]] = SAMPLES
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the worker that speaks for all."""
+        return self.index == 0
 
     def network(self, gathers: bool = True) -> Network:
         """What messages of these workers take; of an allgather, only where it is asked for."""
         mean, halves = (self._curve(partial(self._average, dtype)) for dtype in ("float32", "float16"))
         gather = self._curve(partial(self._gather, self.count), self.count) if gathers else mean
         return Network(self.count, mean, halves, gather)
+
+    def work(self, compressor: Compressor) -> Work:
+        """What a compressor's steps take of a worker's processor, while the others' work as well."""
+        samples = samples_of(compressor, self.samples)
+        return Work.fitted([(shapes, seconds_of(self._step(compressor, shapes), self._slowest)) for shapes in samples])
+
+    def works(self, settings: Mapping[str, Compressor | None]) -> dict[str, Work]:
+        """Of each compressor, by the names that they are given with; None takes none."""
+        return {name: self.work(compressor) for name, compressor in settings.items() if compressor is not None}
+
+    @abstractmethod
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of all workers', number by number. They go on from here together. A worker that has joined
+        (hvd.join) counts as zeros."""
+
+    @abstractmethod
+    def _step(self, compressor: Compressor, shapes: Sequence[tuple[int, int]]) -> Callable[[], None]:
+        """What makes a step of matrices of these shapes, in single precision, without messages; it is called often."""
 
     @abstractmethod
     def _average(self, dtype: str, nbytes: int) -> None:
@@ -35,9 +63,8 @@ class Calibration(ABC):
     def _gather(self, share: int, nbytes: int) -> None:
         """Gathers so many bytes, of which each worker sends one of so many shares."""
 
-    @abstractmethod
     def _slowest(self, nanoseconds: int) -> int:
-        """The largest of all workers' numbers. They go on from here together."""
+        return self.largest([nanoseconds])[0]
 
     def _curve(self, send: Callable[[int], None], share: int = 1) -> Curve:
         points: list[tuple[float, float]] = []

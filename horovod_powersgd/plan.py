@@ -33,8 +33,8 @@ CAREFUL_OF_LARGE = [*CAREFUL[:3], 'hvd.PowerSGD(rank=32, wire_dtype="int8")']
 LARGE = 20_000_000
 # A faster one has to save this part of the exchange to be recommended in place of a more careful one.
 WORTH = 0.1
-# What PyTorch's steps take of one core of an AMD Zen 4 server, where there is no PyTorch to measure them
-# (torch_impl/calibration.py).
+# What PyTorch's steps take of one core of an AMD Zen 4 server, as torch_impl/calibration.py measures them: where there
+# is no Horovod, so that nothing is measured.
 TYPICAL_WORK = {
     HALVES: Work(7.5e-6, 2.1e-10),
     "hvd.Int8()": Work(9e-5, 4.5e-10, 1e-8),

@@ -6,8 +6,9 @@ import sys
 from typing import Any
 
 from horovod_powersgd.cost import Network
-from horovod_powersgd.environment.frameworks import TORCH
+from horovod_powersgd.environment.frameworks import TENSORFLOW, TORCH
 from horovod_powersgd.environment.installed_horovod import horovod_problem
+from horovod_powersgd.layout import trailing_columns
 from horovod_powersgd.plan import SETTINGS, TYPICAL_WORK, Plan, bytes_per_second, seconds
 from horovod_powersgd.shapes import Tensors, Unreadable, of_file, of_function
 
@@ -30,13 +31,13 @@ def main(options: argparse.Namespace) -> int:
     if link is not None and (options.workers is None or options.workers < 1):
         raise Refused("--link is of each worker: say with --workers how many there are")
     tensors = _tensors(options)
-    measured = _calibration()
+    measured = _calibration(tensors)
     if link is not None:
         network = Network.of_links(options.workers, link, latency)
         works, first = (TYPICAL_WORK, True) if measured is None else (measured.works(SETTINGS), measured.is_first)
     elif measured is None:
         raise Refused("there is no Horovod here to measure with: say --link and --workers, or see doctor")
-    elif measured.workers.count == 1:
+    elif measured.count == 1:
         raise Refused("one worker has no network to measure: start horovodrun -np N, or say --link and --workers")
     else:
         network, works, first = measured.network(), measured.works(SETTINGS), measured.is_first
@@ -63,14 +64,18 @@ def _tensors(options: argparse.Namespace) -> Tensors:
     return tensors
 
 
-def _calibration() -> Any:
-    """What measures, with the framework that is here, in the job that was started; None without Horovod for one."""
-    if horovod_problem(TORCH) is not None:
+def _calibration(tensors: Tensors) -> Any:
+    """What measures, in the job that was started; None without Horovod for PyTorch or TensorFlow. Where it serves both,
+    TensorFlow measures for a model of Keras, and PyTorch for others."""
+    is_keras = tensors.matrix_shape is trailing_columns
+    frameworks = [TENSORFLOW, TORCH] if is_keras else [TORCH, TENSORFLOW]
+    framework = next((framework for framework in frameworks if horovod_problem(framework) is None), None)
+    if framework is None:
         return None
-    hvd = importlib.import_module("horovod_powersgd.torch")
-    calibration = importlib.import_module("horovod_powersgd.torch.calibration")
     try:
+        hvd = importlib.import_module(f"horovod_powersgd.{framework.name}")
+        calibration = importlib.import_module(f"horovod_powersgd.{framework.name}.calibration")
         hvd.init()
-    except RuntimeError as error:  # a launcher's workers came up as jobs of one
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a launcher's workers came up as jobs of one
         raise Refused(str(error)) from error
     return calibration.Calibration(hvd.global_process_set)

@@ -1,6 +1,7 @@
 """hvd.Auto in the workers of a job of TensorFlow: choices that are made for it, and its own."""
 
 import contextlib
+import sys
 import tempfile
 from unittest import mock
 
@@ -16,17 +17,20 @@ from choices import PLAIN, mean_gradients
 from horovod_powersgd import Auto, PowerSGD, TopK
 from horovod_powersgd.choosing import Choice, Chooser
 from horovod_powersgd.cost import Curve, Network, Work
-from horovod_powersgd.tensorflow import auto_exchange, calibration
+from horovod_powersgd.tensorflow import auto_exchange
 from horovod_powersgd.tensorflow.agreement import new_generation
 from horovod_powersgd.tensorflow.auto_exchange import AutoExchange
+from horovod_powersgd.tensorflow.calibration import Calibration
 from horovod_powersgd.tensorflow.training import known_states
+from measured_plan import plan_is_measured
 from tensorflow_trainee import EagerTrainee, FunctionTrainee
 
 AUTO = Auto(PowerSGD(rank=2, min_compression_rate=1), hvd.Compression.fp16, TopK(0.1))
-MEASURING = auto_exchange, calibration
 SHAPES = {name: cases.SHAPES[name] for name in ("linear", "tall", "vector")}
 # "tall" is the small one.
 SMALL = Choice(0, frozenset({"tall"}))
+# Each graph takes its time.
+FEW_SAMPLES = [[(48, 48)], [(48, 48)] * 2, [(99, 48)]]
 
 
 @contextlib.contextmanager
@@ -133,7 +137,6 @@ def check_all_workers_choose_alike_in_fit():
         return Network(hvd.size(), slow, slow, slow), [Work(1e-5, 1e-10)] * len(few.candidates)
 
     # Measured and predicted on this machine, and as on a network that is slow.
-    small = [mock.patch.object(module, "SAMPLES", [[(48, 48)], [(48, 48)] * 2, [(99, 48)]]) for module in MEASURING]
     for slowly in (False, True):
         keras.utils.set_random_seed(0)
         model = keras.Sequential([keras.Input((200,)), keras.layers.Dense(100, "tanh"), keras.layers.Dense(50)])
@@ -149,8 +152,7 @@ def check_all_workers_choose_alike_in_fit():
         x = np.random.default_rng(hvd.rank()).standard_normal((8 * 25, 200)).astype("float32")
         y = np.zeros((8 * 25, 50), "float32")
         with contextlib.ExitStack() as patches:
-            for patch in small:
-                patches.enter_context(patch)
+            patches.enter_context(mock.patch.object(Calibration, "samples", FEW_SAMPLES))
             if slowly:
                 patches.enter_context(mock.patch.object(AutoExchange, "_calibrate", calibrate))
                 patches.enter_context(mock.patch.object(auto_exchange, "passes", lambda *_: []))
@@ -181,3 +183,8 @@ def check_an_optimizer_of_tensorflow_1_in_a_session():
                 taken.append(before - session.run(weight))
     for step, update in enumerate(taken):
         assert np.linalg.matrix_rank(update, 1e-3) == (2 if step > 1 else 48), step
+
+
+def check_plan_is_measured_without_pytorch():
+    with mock.patch.object(Calibration, "samples", FEW_SAMPLES), mock.patch.dict(sys.modules, torch=None):
+        plan_is_measured(hvd, "tensorflow")

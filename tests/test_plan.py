@@ -2,12 +2,13 @@
 
 import json
 import struct
+from unittest.mock import Mock
 
 import pytest
 
 from horovod_powersgd import __main__, planning
 from horovod_powersgd.cost import Network, Work
-from horovod_powersgd.layout import leading_rows
+from horovod_powersgd.layout import leading_rows, trailing_columns
 from horovod_powersgd.plan import CAREFUL, PLAIN, SETTINGS, TYPICAL_WORK, Plan, bytes_per_second, seconds
 from horovod_powersgd.shapes import Tensors, Unreadable, of_file, of_function
 
@@ -27,7 +28,7 @@ def file(tmp_path):
 
 @pytest.fixture
 def without_horovod(monkeypatch):
-    monkeypatch.setattr(planning, "_calibration", lambda: None)
+    monkeypatch.setattr(planning, "_calibration", lambda tensors: None)
 
 
 def test_a_slow_link_is_recommended_the_most_careful_of_the_fast_ones():
@@ -156,17 +157,48 @@ def test_a_model_without_matrices_has_nothing_to_compress(tmp_path, without_horo
     assert "two axes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "there, model, chosen",
+    [
+        ("torch tensorflow", leading_rows, "torch"),
+        ("torch tensorflow", trailing_columns, "tensorflow"),
+        ("tensorflow", leading_rows, "tensorflow"),
+        ("torch", trailing_columns, "torch"),
+        ("", leading_rows, None),
+    ],
+)
+def test_which_framework_measures(monkeypatch, there, model, chosen):
+    imported = []
+
+    def import_module(name):
+        imported.append(name)
+        return Mock(Calibration=lambda process_set: name)
+
+    monkeypatch.setattr(planning.importlib, "import_module", import_module)
+    monkeypatch.setattr(planning, "horovod_problem", lambda f: None if f.name in there.split() else "it is missing")
+    module = f"horovod_powersgd.{chosen}"
+    assert planning._calibration(Tensors(SHAPES, model)) == (chosen and f"{module}.calibration")
+    assert imported == ([module, f"{module}.calibration"] if chosen else [])
+
+
+def test_a_framework_that_does_not_load_is_told(file, monkeypatch, capsys):
+    def import_module(name):
+        raise ImportError("Keras cannot be imported")
+
+    monkeypatch.setattr(planning.importlib, "import_module", import_module)
+    monkeypatch.setattr(planning, "horovod_problem", lambda framework: None)
+    assert __main__.main(["plan", "--shapes", str(file)]) == 1
+    assert capsys.readouterr().err == "error: Keras cannot be imported\n"
+
+
 def test_one_worker_alone_has_no_network(file, monkeypatch, capsys):
     class Alone:
-        is_first = True
-
-        class workers:  # noqa: N801
-            count = 1
+        is_first, count = True, 1
 
         def works(self, settings):
             return dict.fromkeys(settings, Work(0.0, 0.0))
 
-    monkeypatch.setattr(planning, "_calibration", Alone)
+    monkeypatch.setattr(planning, "_calibration", lambda tensors: Alone())
     assert __main__.main(["plan", "--shapes", str(file)]) == 1
     assert "horovodrun" in capsys.readouterr().err
     assert __main__.main(["plan", "--shapes", str(file), "--link", "1gbit", "--workers", "2"]) == 0

@@ -14,6 +14,7 @@ from horovod_powersgd import Auto, PowerSGD, TopK
 from horovod_powersgd.choosing import Choice
 from horovod_powersgd.cost import Curve, Network, Work
 from horovod_powersgd.torch.auto_engine import AutoEngine
+from measured_plan import plan_is_measured
 from trainee import DEVICE, Trainee
 
 AUTO = Auto(PowerSGD(rank=2, min_compression_rate=1), hvd.Compression.fp16, TopK(0.1), PowerSGD(rank=1))
@@ -155,3 +156,7 @@ def check_all_workers_choose_alike_from_what_they_measure():
         assert PLAIN in chooser.measured and PLAIN in chooser.predicted
         hvd.assert_replicas_equal(model)
     assert len(set(chosen)) > 1  # on the slow one, something else was tried
+
+
+def check_plan_is_measured():
+    plan_is_measured(hvd, "torch")

@@ -17,7 +17,7 @@ from horovod_powersgd.cost import Network, Work, samples_of
 from horovod_powersgd.layout import trailing_columns
 from horovod_powersgd.statistics import TensorStats
 from horovod_powersgd.tensorflow.auto_state import AutoState
-from horovod_powersgd.tensorflow.calibration import SAMPLES, Calibration, passes
+from horovod_powersgd.tensorflow.calibration import Calibration, passes
 from horovod_powersgd.tensorflow.chosen import ALL, NOTHING_MORE, SMALL
 from horovod_powersgd.tensorflow.exchange import Exchange, by_branch
 from horovod_powersgd.tensorflow.settings import Settings
@@ -159,7 +159,7 @@ class AutoExchange(Exchange):
             self._chooser = self._new_chooser(choice)
         # A session of TensorFlow 1 runs no op at once, unless it is told to.
         with context.eager_mode():
-            calibration = Calibration(self._workers)
+            calibration = Calibration(self._workers.process_set, self._workers.prefix, self._workers.device)
             [slowest] = calibration.largest([int(1e9 * statistics.median(seconds.tolist()))])
             choice = self._chooser.report(slowest / 1e9, functools.partial(self._calibrate, calibration))
         place = next(i for i, way in enumerate(self._ways) if way.choice == choice)
@@ -167,9 +167,9 @@ class AutoExchange(Exchange):
 
     def _calibrate(self, calibration: Calibration) -> tuple[Network, Sequence[Work]]:
         mine = [int(1e9 * seconds) for of_candidate in self._passes for seconds in of_candidate]
-        slowest = np.reshape(calibration.largest(mine), (-1, len(SAMPLES))) / 1e9
+        slowest = np.reshape(calibration.largest(mine), (-1, len(calibration.samples))) / 1e9
         works = [
-            Work.fitted(list(zip(samples_of(candidate, SAMPLES), taken)))
+            Work.fitted(list(zip(samples_of(candidate, calibration.samples), taken)))
             for candidate, taken in zip(self._auto.candidates, slowest.tolist())
         ]
         # A worker that has joined (hvd.join) takes part in means only.

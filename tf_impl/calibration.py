@@ -1,6 +1,6 @@
 """horovod_powersgd.calibration for TensorFlow, by ops that run at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import Max, ProcessSet, Sum
@@ -17,33 +17,36 @@ from horovod_powersgd.tensorflow.step_counters import StepCounters
 from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import Workers
 
-# Steps of these matrices tell what passes take: cost.SAMPLES, of fewer matrices, since each makes the graph larger.
-SAMPLES = [[(48, 48)] * 8, [(1024, 2048)], [(16384, 48)]]
-
 
 class Calibration(calibration.Calibration):
-    """Measures what messages take. Its methods run inside a step.
+    """Measures what cost.predict needs. Inside a step, where the threads are busy that another step may need, only
+    messages can be measured: `passes` does the rest before.
 
     Args:
-        workers: that measure.
+        process_set: of the workers that measure.
+        prefix: of the names of their messages.
+        device: of Horovod's ops; "" is TensorFlow's choice.
     """
 
-    def __init__(self, workers: Workers):
-        self._workers, self.count = workers, int(workers.count(tf.int64))
+    # Fewer matrices than cost.SAMPLES has, since each makes the graph larger.
+    samples = [[(48, 48)] * 8, [(1024, 2048)], [(16384, 48)]]
+
+    def __init__(self, process_set: ProcessSet, prefix: str = "powersgd", device: str = ""):
+        self._workers = Workers(process_set, f"{prefix}.calibration", device=device)
+        self.count, self.index = int(self._workers.count(tf.int64)), int(self._workers.number())
 
     def largest(self, numbers: Sequence[int]) -> list[int]:
-        """The largest of all workers', number by number. A worker that has joined (hvd.join) counts as zeros."""
-        return self._workers.allreduce(tf.constant(numbers, tf.int64), "calibration.seconds", Max).numpy().tolist()
+        return self._workers.allreduce(tf.constant(numbers, tf.int64), "numbers", Max).numpy().tolist()
+
+    def _step(self, compressor: Compressor, shapes: Sequence[tuple[int, int]]) -> Callable[[], None]:
+        return _step(compressor, self._workers.process_set, shapes)
 
     def _average(self, dtype: str, nbytes: int) -> None:
         zeros = tf.zeros(nbytes // tf.as_dtype(dtype).size, dtype)
-        self._workers.allreduce(zeros, f"calibration.{dtype}", Sum).numpy()
+        self._workers.allreduce(zeros, dtype, Sum).numpy()
 
     def _gather(self, share: int, nbytes: int) -> None:
-        self._workers.allgather(tf.zeros(nbytes // share, tf.uint8), "calibration.gather").numpy()
-
-    def _slowest(self, nanoseconds: int) -> int:
-        return self.largest([nanoseconds])[0]
+        self._workers.allgather(tf.zeros(nbytes // share, tf.uint8), "gather").numpy()
 
 
 class _Alone(Workers):
@@ -59,14 +62,18 @@ class _Alone(Workers):
 
 
 def passes(compressor: Compressor, process_set: ProcessSet) -> list[float]:
-    """Seconds that steps of samples_of(compressor, SAMPLES) take of this worker's processor, without messages. Not to
-    be called inside a step, whose threads they may need."""
+    """Seconds that steps of samples_of(compressor, Calibration.samples) take of this worker's processor, without
+    messages. Not to be called inside a step, whose threads they may need."""
     # In a graph that is being built, too, of whichever TensorFlow.
     with context.eager_mode():
-        return [_seconds_of_step(shapes, compressor, process_set) for shapes in samples_of(compressor, SAMPLES)]
+        samples = samples_of(compressor, Calibration.samples)
+        return [seconds_of(_step(compressor, process_set, shapes)) for shapes in samples]
 
 
-def _seconds_of_step(shapes: Sequence[tuple[int, int]], compressor: Compressor, process_set: ProcessSet) -> float:
+def _step(
+    compressor: Compressor, process_set: ProcessSet, shapes: Sequence[tuple[int, int]]
+) -> Callable[[], None]:
+    """A step of these matrices without messages."""
     counters, gradient_class = StepCounters(), gradient_class_of(compressor)
     states = [
         VariableState(str(i), shape, tf.float32, compressor, process_set, counters, gradient_class)
@@ -75,8 +82,8 @@ def _seconds_of_step(shapes: Sequence[tuple[int, int]], compressor: Compressor, 
     exchange = Exchange(Settings(compressor, process_set), states, None, (False,) * len(states), _Alone)
     gradients = [tf.random.normal(shape) for shape in shapes]
 
-    def step() -> None:
+    def run() -> None:
         exchange(gradients)
         tf.test.experimental.sync_devices()
 
-    return seconds_of(step)
+    return run

@@ -13,7 +13,7 @@ from tensorflow.python.eager import context
 from horovod_powersgd.choosing import PERIOD, Choice, Chooser
 from horovod_powersgd.compressors.compressor import Traffic
 from horovod_powersgd.compressors.precision import is_horovods_fp16
-from horovod_powersgd.cost import Network, Work, samples_of
+from horovod_powersgd.cost import Network, Work
 from horovod_powersgd.layout import trailing_columns
 from horovod_powersgd.statistics import TensorStats
 from horovod_powersgd.tensorflow.auto_state import AutoState
@@ -166,12 +166,9 @@ class AutoExchange(Exchange):
         return np.int64(place), np.int64(self._chooser.interval)
 
     def _calibrate(self, calibration: Calibration) -> tuple[Network, Sequence[Work]]:
-        mine = [int(1e9 * seconds) for of_candidate in self._passes for seconds in of_candidate]
-        slowest = np.reshape(calibration.largest(mine), (-1, len(calibration.samples))) / 1e9
-        works = [
-            Work.fitted(list(zip(samples_of(candidate, calibration.samples), taken)))
-            for candidate, taken in zip(self._auto.candidates, slowest.tolist())
-        ]
+        mine = [int(1e9 * seconds) for samples in self._passes for _, seconds in samples]
+        slowest = iter(calibration.largest(mine))
+        works = [Work.fitted([(shapes, next(slowest) / 1e9) for shapes, _ in samples]) for samples in self._passes]
         # A worker that has joined (hvd.join) takes part in means only.
         return calibration.network(gathers=not self._auto.linear), works
 

@@ -61,13 +61,13 @@ class _Alone(Workers):
         return tf.constant(0, tf.int64)
 
 
-def passes(compressor: Compressor, process_set: ProcessSet) -> list[float]:
-    """Seconds that steps of samples_of(compressor, Calibration.samples) take of this worker's processor, without
-    messages. Not to be called inside a step, whose threads they may need."""
+def passes(compressor: Compressor, process_set: ProcessSet) -> list[tuple[list[tuple[int, int]], float]]:
+    """(shapes, seconds) of steps that tell what a compressor takes of this worker's processor, without messages. Not to
+    be called inside a step, whose threads they may need."""
     # In a graph that is being built, too, of whichever TensorFlow.
     with context.eager_mode():
         samples = samples_of(compressor, Calibration.samples)
-        return [seconds_of(_step(compressor, process_set, shapes)) for shapes in samples]
+        return [(shapes, seconds_of(_step(compressor, process_set, shapes))) for shapes in samples]
 
 
 def _step(

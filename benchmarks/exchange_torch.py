@@ -90,7 +90,7 @@ def predict(model, methods):
     """What is predicted of Horovod's and this package's methods, {method: a Prediction}."""
     torch.set_num_threads(1)
     calibration, found = Calibration(hvd.global_process_set), {}
-    shapes, network = [shape for _, shape in MODELS[model]()], calibration.network()
+    shapes, network = [shape for _, shape in MODELS[model]()], calibration.network(levels=True)
     for key in methods:
         method = METHODS[key]
         if method.library == "horovod":

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from horovod_powersgd.compressors.compressor import Compressor
-from horovod_powersgd.cost import LONG_MESSAGE, SAMPLES, SIZES, Curve, Network, Work, samples_of
+from horovod_powersgd.cost import LONG_MESSAGE, SAMPLES, SIZES, SIZES_IN_HOST, Work, samples_of
+from horovod_powersgd.hosts import host_key, host_of
+from horovod_powersgd.network import Curve, HostNetwork, Network
 
 
 class Calibration(ABC):
@@ -31,11 +33,21 @@ class Calibration(ABC):
         """Whether this is the worker that speaks for all."""
         return self.index == 0
 
-    def network(self, gathers: bool = True) -> Network:
-        """What messages of these workers take; of an allgather, only where it is asked for."""
+    def network(self, gathers: bool = True, levels: bool = False) -> Network:
+        """What messages of these workers take; of an allgather, and of two levels, only where it is asked for."""
         mean, halves = (self._curve(partial(self._average, dtype)) for dtype in ("float32", "float16"))
         gather = self._curve(partial(self._gather, self.count), self.count) if gathers else mean
-        return Network(self.count, mean, halves, gather)
+        return Network(self.count, mean, halves, gather, self._hosts() if levels else None)
+
+    def _hosts(self) -> HostNetwork | None:
+        """What messages of two levels take; None where the exchange would have one."""
+        keys = [host_key() if worker == self.index else 0 for worker in range(self.count)]
+        host = host_of(self.largest(keys), self.index)
+        if isinstance(host, str):
+            return None
+        likes = sorted(peers[host.share.place] for peers in host.hosts)
+        inside = self._curve(partial(self._exchange, host.peers), sizes=SIZES_IN_HOST)
+        return HostNetwork(host.share.parts, inside, self._curve(partial(self._exchange, likes)))
 
     def work(self, compressor: Compressor) -> Work:
         """What a compressor's steps take of a worker's processor, while the others' work as well."""
@@ -63,12 +75,17 @@ class Calibration(ABC):
     def _gather(self, share: int, nbytes: int) -> None:
         """Gathers so many bytes, of which each worker sends one of so many shares."""
 
+    @abstractmethod
+    def _exchange(self, whom: Sequence[int], nbytes: int) -> None:
+        """Sends each of some workers, this one among them, in ascending order, an equal part of so many bytes, and adds
+        up what has come, in single precision."""
+
     def _slowest(self, nanoseconds: int) -> int:
         return self.largest([nanoseconds])[0]
 
-    def _curve(self, send: Callable[[int], None], share: int = 1) -> Curve:
+    def _curve(self, send: Callable[[int], None], share: int = 1, sizes: Sequence[int] = SIZES) -> Curve:
         points: list[tuple[float, float]] = []
-        for nbytes in SIZES:
+        for nbytes in sizes:
             points.append((nbytes / share, seconds_of(partial(send, nbytes), self._slowest)))
             if points[-1][1] > LONG_MESSAGE:
                 break

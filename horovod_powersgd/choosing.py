@@ -13,8 +13,9 @@ from typing import NamedTuple
 from horovod_powersgd.compressors.auto import Auto
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.precision import is_horovods_fp16
-from horovod_powersgd.cost import ITEMSIZE, Network, Prediction, Work, predict, predict_plain
+from horovod_powersgd.cost import ITEMSIZE, Prediction, Work, predict, predict_plain
 from horovod_powersgd.layout import layout_of
+from horovod_powersgd.network import Network
 from horovod_powersgd.statistics import TensorStats
 
 # A try is over after so many seconds, and after some steps at least and at most. The first of them does not count:

@@ -3,6 +3,10 @@
 An exchange is two kinds of work that go on side by side: a processor's, which is passes over the gradients and what
 each tensor costs, and the network's, which is messages one after the other. A bucket's factors are computed before they
 are sent, and so the shorter kind is hidden behind the longer one but for one bucket's part.
+
+In two levels (PowerSGD.hierarchical) a worker's half-steps take a share of the rows, and messages inside its host are
+added. What is left out: that a tensor takes more calls there; that in PyTorch a host's last factor goes round only
+where it is Q; and, of one level in 8 bits, that the slices of all workers of a host go over its link.
 """
 
 import itertools
@@ -17,12 +21,14 @@ from horovod_powersgd.buckets import BUCKET_BYTES, sort_into_buckets
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.precision import Float16, is_horovods_fp16
 from horovod_powersgd.layout import Layout, layout_of, leading_rows
+from horovod_powersgd.network import HostNetwork, Network
 from horovod_powersgd.quantization import Slices, slice_count
 
 ITEMSIZE = 4  # gradients are float32 here
 # What a calibration measures: messages of so many bytes, up to the first that takes longer than so many seconds; and
-# steps of a compressor with these matrices.
+# steps of a compressor with these matrices. Inside hosts travel whole gradients, which caches do not hold.
 SIZES = [2**10, 2**14, 2**18, 2**20, 2**22, 2**24]
+SIZES_IN_HOST = [*SIZES, 2**26]
 LONG_MESSAGE = 0.05
 SAMPLES = [[(48, 48)] * 24, [(1024, 2048)] * 2, [(16384, 48)] * 2]
 
@@ -37,64 +43,6 @@ def samples_of(
 def _compressed_by(compressor: Compressor, n: int, m: int) -> tuple[int, int]:
     larger = [(times * n, times * m) for times in (1, 2, 4, 8)]
     return next((shape for shape in larger if layout_of(shape, compressor).compressed), (n, m))
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Seconds of a message by its bytes: straight lines between what was measured, and beyond it.
-
-    Attributes:
-        points: (bytes, seconds), with different bytes. Where more bytes took less time, less would have taken no more:
-            what disturbs a measurement makes it longer.
-    """
-
-    points: tuple[tuple[float, float], ...]
-
-    def __post_init__(self) -> None:
-        sizes, seconds = np.array(sorted(self.points), float).T
-        seconds = np.minimum.accumulate(seconds[::-1])[::-1]
-        object.__setattr__(self, "points", tuple(zip(sizes.tolist(), seconds.tolist(), strict=True)))
-
-    def __call__(self, nbytes: float) -> float:
-        (sizes, seconds), last = zip(*self.points, strict=True), self.points[-1]
-        if nbytes <= last[0] or len(self.points) == 1:
-            return float(np.interp(nbytes, sizes, seconds))
-        before = self.points[-2]
-        return last[1] + (nbytes - last[0]) * (last[1] - before[1]) / (last[0] - before[0])
-
-
-class Network(NamedTuple):
-    """What messages between the workers take.
-
-    Attributes:
-        workers: W.
-        allreduce: seconds by the bytes that each worker hands over, in single precision.
-        halves: the same in half precision.
-        allgather: seconds by the bytes that each worker hands over to all.
-    """
-
-    workers: int
-    allreduce: Curve
-    halves: Curve
-    allgather: Curve
-
-    @classmethod
-    def of_links(cls, workers: int, bytes_per_second: float, latency: float) -> "Network":
-        """Of workers in a ring, each with one link, without what processors do to messages.
-
-        Args:
-            workers: W.
-            bytes_per_second: of a link, in each direction.
-            latency: seconds from one worker to the next.
-        """
-
-        def ring(rounds: int, share: float) -> Curve:
-            seconds = [rounds * (latency + nbytes * share / bytes_per_second) for nbytes in (0, 1e9)]
-            return Curve(((0, seconds[0]), (1e9, seconds[1])))
-
-        around = workers - 1
-        mean = ring(2 * around, 1 / workers)
-        return cls(workers, mean, mean, ring(around, 1))
 
 
 class Work(NamedTuple):
@@ -146,8 +94,8 @@ class Prediction(NamedTuple):
         processor: seconds of it that a processor works; network: that messages take.
         compressed: how many tensors travel compressed.
         buckets: how many.
-        bytes_sent: that a worker hands to Horovod.
-        memory: bytes of error feedback that a worker keeps.
+        bytes_sent: that a worker hands to Horovod; in two levels, those that stay in its host do not count.
+        memory: bytes of error feedback that a worker keeps; in two levels, the largest share of them.
     """
 
     seconds: float
@@ -187,9 +135,10 @@ def predict(
 
     Args:
         shapes: of all tensors.
-        compressor: of those that it compresses.
+        compressor: of those that it compresses. The exchange has two levels where it asks for them, and the network
+            knows of hosts.
         network: between the workers.
-        work: of the compressor.
+        work: of the compressor, in one level.
         matrix_shape: as layout_of's.
         plain: which tensors, by their places, travel as they are though it would compress them.
     """
@@ -201,25 +150,27 @@ def predict(
         for i, layout in enumerate(layouts)
     ]
     buckets = sort_into_buckets(tensors, bucket_bytes=BUCKET_BYTES)
+    hosts = network.hosts if compressor.family.hierarchical else None
+    per_host = 1 if hosts is None else hosts.per_host
     at_once, on_network = 0, 0.0
     for bucket in buckets:
         as_it_is = sum(tensor.nbytes for tensor in bucket if not tensor.compressed)
         matrices = [tensor.layout.matrix for tensor in bucket if tensor.compressed]
         if matrices:
-            on_network += _messages(matrices, as_it_is, compressor, network)
+            on_network += _messages(matrices, as_it_is, compressor, network, hosts)
         else:
             at_once += as_it_is
     # What is averaged as it is, and is there at once, Horovod puts into one message.
     on_network += network.allreduce(at_once) if at_once else 0.0
     compressed = [tensor.layout.matrix for tensor in tensors if tensor.compressed]
-    on_processor = work.seconds(compressed) if compressed else 0.0
+    on_processor = _of_share(work, compressor, per_host).seconds(compressed) if compressed else 0.0
     hidden = min(on_network, on_processor) * (1 - 1 / max(len(buckets), 1))
     step, workers = compressor.warmup_steps + 1, network.workers
     of_these = [tensor.layout.shape for tensor in tensors if tensor.compressed]
-    sent = compressor.traffic(of_these, workers, ITEMSIZE, step, matrix_shape).sent
+    sent = compressor.traffic(of_these, workers, ITEMSIZE, step, matrix_shape, per_host).sent
     sent += sum(tensor.nbytes for tensor in tensors if not tensor.compressed) if workers > 1 else 0
     itemsize = 2 if compressor.family.memory_dtype else ITEMSIZE
-    memory = itemsize * sum(n * m for n, m in compressed) if compressor.keeps_memory else 0
+    memory = itemsize * sum(-(-n // per_host) * m for n, m in compressed) if compressor.keeps_memory else 0
     seconds = on_network + on_processor - hidden
     return Prediction(seconds, on_processor, on_network, len(compressed), len(buckets), sent, memory)
 
@@ -244,29 +195,58 @@ def predict_plain(shapes: Sequence[tuple[int, ...]], network: Network, casts: Wo
     return Prediction(on_network + on_processor - hidden, on_processor, on_network, 0, buckets, sent, 0)
 
 
+def _of_share(work: Work, compressor: Compressor, per_host: int) -> Work:
+    """Of a worker whose half-steps take one of so many shares of the rows. Its update has all rows, and its bases are
+    those of whole factors."""
+    half_steps = len(compressor.round_bytes(1, 1, ITEMSIZE, compressor.warmup_steps + 1))
+    return work._replace(per_byte=work.per_byte * (half_steps / per_host + 1) / (half_steps + 1))
+
+
 def _messages(
-    matrices: Sequence[tuple[int, int]], plain: int, compressor: Compressor, network: Network
+    matrices: Sequence[tuple[int, int]],
+    plain: int,
+    compressor: Compressor,
+    network: Network,
+    hosts: HostNetwork | None,
 ) -> float:
     """Seconds that a bucket's messages take, one after the other.
 
     Args:
         plain: bytes of what travels as it is, with the first of them.
+        hosts: None in an exchange of one level.
     """
     step, seconds = compressor.warmup_steps + 1, 0.0
+    if hosts is not None:
+        seconds += hosts.inside(ITEMSIZE * sum(n * m for n, m in matrices))
     rounds = list(zip(*(compressor.quantized_rows(n, m, step) for n, m in matrices), strict=True))
     if rounds:
-        count = slice_count(network.workers)
         for lengths in rounds:
-            nbytes = Slices(list(itertools.chain(*lengths)), count).nbytes(ITEMSIZE)
-            # Of an alltoall each link carries as much as of an allgather of its slices.
-            seconds += network.allgather(nbytes) * (1 if count == 1 else 2)
+            seconds += _mean_in_8_bits(list(itertools.chain(*lengths)), network, hosts)
         return seconds + (network.allreduce(plain) if plain else 0.0)
     halves = compressor.sends_halves(step) or isinstance(compressor.family, Float16)
     collective = (network.halves if halves else network.allreduce) if compressor.linear else network.allgather
     by_matrix = [compressor.round_bytes(n, m, ITEMSIZE, step) for n, m in matrices]
     sizes = [sum(some) for some in zip(*by_matrix, strict=True)]
+    if hosts is not None and compressor.keeps_memory:
+        # Each worker tells the others of its host its part of the last factor.
+        seconds += hosts.inside(hosts.per_host * sizes[-1])
     if plain and collective is network.allreduce:
         sizes[0] += plain
     elif plain:
         seconds += network.allreduce(plain)
     return seconds + sum(map(collective, sizes))
+
+
+def _mean_in_8_bits(lengths: Sequence[int], network: Network, hosts: HostNetwork | None) -> float:
+    """Seconds of an average of rows of such lengths."""
+    if hosts is None:
+        count = slice_count(network.workers)
+        # Of an alltoall each link carries as much as of an allgather of its slices.
+        return network.allgather(Slices(lengths, count).nbytes(ITEMSIZE)) * (1 if count == 1 else 2)
+    per_host, number = hosts.per_host, network.workers // hosts.per_host
+    count = slice_count(number)
+    # A host's workers tell each other their parts, as they are. Of the codes each sends a part of every message to one
+    # worker of each host, who tells it to the others there.
+    message = number * -(-Slices(lengths, count).nbytes(ITEMSIZE) // per_host)
+    one_round = hosts.between(message) + hosts.inside(per_host * message)
+    return hosts.inside(per_host * ITEMSIZE * sum(lengths)) + one_round * (1 if count == 1 else 2)

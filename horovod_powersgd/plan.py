@@ -2,16 +2,17 @@
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.compressors.precision import Float16, Int8
-from horovod_powersgd.cost import Network, Prediction, Work, predict, predict_plain
+from horovod_powersgd.cost import Prediction, Work, predict, predict_plain
 from horovod_powersgd.layout import layout_of
+from horovod_powersgd.network import Network
 from horovod_powersgd.shapes import Tensors, numbers
 
 # By the argument that users write. None is no compression.
@@ -26,6 +27,9 @@ SETTINGS: dict[str, Compressor | None] = {
     'hvd.PowerSGD(rank=32, wire_dtype="int8")': PowerSGD(32, wire_dtype="int8"),
 }
 PLAIN, HALVES = list(SETTINGS)[:2]
+# Those that are shown in two levels as well, where several workers share each host: for the memory; none of these is
+# recommended.
+IN_TWO_LEVELS = ["hvd.PowerSGD(rank=8)", 'hvd.PowerSGD(rank=32, wire_dtype="int8")']
 # Those that end trainings as well as plain SGD, the more careful first: one of them is recommended. Models of LARGE
 # numbers and more need a higher rank than others: docs/evidence.md has some of 4 million, and of 29 and 40.
 CAREFUL = [PLAIN, HALVES, "hvd.Int8()", "hvd.PowerSGD(rank=8)", 'hvd.PowerSGD(rank=8, wire_dtype="int8")']
@@ -51,11 +55,13 @@ class Option(NamedTuple):
 
     Attributes:
         setting: as users write it.
+        compressor: that it asks for; None: none.
         prediction: of one exchange.
         step: seconds of a step with the backward that was asked for.
     """
 
     setting: str
+    compressor: Compressor | None
     prediction: Prediction
     step: float
 
@@ -68,7 +74,7 @@ class Plan:
         tensors: of the model.
         network: between the workers.
         backward: seconds of a step's computing.
-        options: all of SETTINGS.
+        options: all of SETTINGS, and on hosts of several workers those with two levels.
     """
 
     tensors: Tensors
@@ -84,12 +90,12 @@ class Plan:
             works: of each setting but PLAIN.
         """
         shapes, options = list(tensors.shapes.values()), []
-        for setting, compressor in SETTINGS.items():
+        for setting, compressor, measured in _settings(network):
             if compressor is None:
                 prediction = predict_plain(shapes, network)
             else:
-                prediction = predict(shapes, compressor, network, works[setting], tensors.matrix_shape)
-            options.append(Option(setting, prediction, prediction.step(backward)))
+                prediction = predict(shapes, compressor, network, works[measured], tensors.matrix_shape)
+            options.append(Option(setting, compressor, prediction, prediction.step(backward)))
         return cls(tensors, network, backward, options)
 
     def option(self, setting: str) -> Option:
@@ -120,11 +126,16 @@ class Plan:
 
     def compressed(self, setting: str) -> list[str]:
         """Names of the tensors that travel compressed."""
-        compressor = SETTINGS[setting]
+        compressor = self.option(setting).compressor
         if compressor is None or setting == HALVES:
             return []
         layouts = {n: layout_of(s, compressor, self.tensors.matrix_shape) for n, s in self.tensors.shapes.items()}
         return [name for name, layout in layouts.items() if layout.compressed]
+
+    @property
+    def _per_host(self) -> int | None:
+        """How many workers share each host; None where an exchange would have one level."""
+        return None if self.network.hosts is None else self.network.hosts.per_host
 
     def as_json(self) -> str:
         """All of it; seconds and bytes."""
@@ -142,6 +153,7 @@ class Plan:
         ]
         whole = {
             "workers": self.network.workers,
+            "workers_per_host": self._per_host,
             "parameters": numbers(self.tensors),
             "tensors": len(self.tensors.shapes),
             "backward_seconds": self.backward,
@@ -154,7 +166,8 @@ class Plan:
     def as_table(self) -> str:
         """For people."""
         plain, halves = self.option(PLAIN), self.option(HALVES)
-        line = "{:<42}{:>8}{:>12}{:>12}{:>10}{:>10}{:>12}"
+        width = 2 + max(len(option.setting) for option in self.options)
+        line = f"{{:<{width}}}{{:>8}}{{:>12}}{{:>12}}{{:>10}}{{:>10}}{{:>12}}"
         head = line.format("compression=", "tensors", "MB sent", "step, ms", "faster", "than fp16", "memory, MB")
         rows = [
             line.format(
@@ -170,13 +183,16 @@ class Plan:
         ]
         kept = [name for name in self.tensors.shapes if name not in self.compressed(self.recommended.setting)]
         some = ", ".join(kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
+        on_hosts = f" on hosts of {self._per_host}" if self._per_host else ""
         lines = [
             f"{numbers(self.tensors):,} parameters in {len(self.tensors.shapes)} tensors, "
-            f"{self.network.workers} workers, a backward of {_ms(self.backward)} ms",
+            f"{self.network.workers} workers{on_hosts}, a backward of {_ms(self.backward)} ms",
             "", head, *rows, "", f"compression={self.recommended.setting}: {self.reason()}.",
         ]  # fmt: skip
         if self.recommended.setting not in (PLAIN, HALVES) and kept:
             lines.append(f"Averaged as they are: {some}.")
+        if on_hosts:
+            lines.append("hierarchical=True: the workers of a host share one memory (docs/compressors.md, two levels).")
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
@@ -199,6 +215,14 @@ class Plan:
         axes.set_xlabel(f"predicted milliseconds of a step, {self.network.workers} workers")
         figure.savefig(path)
         pyplot.close(figure)
+
+
+def _settings(network: Network) -> Iterator[tuple[str, Compressor | None, str]]:
+    """What is compared: a setting, its compressor, and the one of SETTINGS whose work is measured for it."""
+    for setting, compressor in SETTINGS.items():
+        yield setting, compressor, setting
+        if network.hosts is not None and compressor is not None and setting in IN_TWO_LEVELS:
+            yield f"{setting[:-1]}, hierarchical=True)", replace(compressor, hierarchical=True), setting
 
 
 def _ms(seconds: float) -> str:

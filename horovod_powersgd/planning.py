@@ -5,10 +5,10 @@ import importlib
 import sys
 from typing import Any
 
-from horovod_powersgd.cost import Network
 from horovod_powersgd.environment.frameworks import TENSORFLOW, TORCH
 from horovod_powersgd.environment.installed_horovod import horovod_problem
 from horovod_powersgd.layout import trailing_columns
+from horovod_powersgd.network import Network
 from horovod_powersgd.plan import SETTINGS, TYPICAL_WORK, Plan, bytes_per_second, seconds
 from horovod_powersgd.shapes import Tensors, Unreadable, of_file, of_function
 
@@ -28,19 +28,24 @@ def main(options: argparse.Namespace) -> int:
         latency, backward = seconds(options.latency), seconds(options.backward)
     except ValueError as error:
         raise Refused(str(error)) from error
+    per_host = options.workers_per_host
+    if link is None and (options.workers is not None or per_host != 1):
+        raise Refused("--workers and --workers-per-host go with --link; without it, the launcher's workers are counted")
     if link is not None and (options.workers is None or options.workers < 1):
-        raise Refused("--link is of each worker: say with --workers how many there are")
+        raise Refused("--link is of each host: say with --workers how many workers there are")
+    if link is not None and (per_host < 1 or options.workers % per_host):
+        raise Refused(f"--workers-per-host {per_host} does not divide --workers {options.workers}; hosts must be alike")
     tensors = _tensors(options)
     measured = _calibration(tensors)
     if link is not None:
-        network = Network.of_links(options.workers, link, latency)
+        network = Network.of_links(options.workers, link, latency, per_host)
         works, first = (TYPICAL_WORK, True) if measured is None else (measured.works(SETTINGS), measured.is_first)
     elif measured is None:
         raise Refused("there is no Horovod here to measure with: say --link and --workers, or see doctor")
     elif measured.count == 1:
         raise Refused("one worker has no network to measure: start horovodrun -np N, or say --link and --workers")
     else:
-        network, works, first = measured.network(), measured.works(SETTINGS), measured.is_first
+        network, works, first = measured.network(levels=True), measured.works(SETTINGS), measured.is_first
     if not first:
         return 0
     plan = Plan.of(tensors, network, works, backward)

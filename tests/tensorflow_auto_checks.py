@@ -16,7 +16,8 @@ import horovod_powersgd.tensorflow.keras as hvd_keras
 from choices import PLAIN, mean_gradients
 from horovod_powersgd import Auto, PowerSGD, TopK
 from horovod_powersgd.choosing import Choice, Chooser
-from horovod_powersgd.cost import Curve, Network, Work
+from horovod_powersgd.cost import Work
+from horovod_powersgd.network import Curve, Network
 from horovod_powersgd.tensorflow import auto_exchange
 from horovod_powersgd.tensorflow.agreement import new_generation
 from horovod_powersgd.tensorflow.auto_exchange import AutoExchange

@@ -11,6 +11,7 @@ import horovod_powersgd.tensorflow as hvd
 from horovod_powersgd import reference
 from horovod_powersgd.layout import trailing_columns
 from horovod_powersgd.tensorflow.agreement import new_generation
+from horovod_powersgd.tensorflow.calibration import Calibration
 from horovod_powersgd.tensorflow.training import known_states
 from tensorflow_trainee import EagerTrainee, any_trainee, start_with
 from two_levels import CONFIG, CONFIGS, IN_8_BITS, TwoLevels
@@ -35,6 +36,10 @@ def check_two_levels_in_8_bits_equal_the_reference():
     start_with(hvd.size() + hvd.mpi_enabled())
     # One keeps a memory in 16 bits, the other is Accordion.
     of_any.equal_the_reference_in_8_bits(IN_8_BITS[1 + hvd.mpi_enabled() :][:1])
+
+
+def check_messages_of_two_levels_are_measured():
+    of_tapes.messages_are_measured(Calibration(hvd.global_process_set))
 
 
 def check_a_state_goes_on_as_it_was():

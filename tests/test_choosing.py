@@ -6,8 +6,9 @@ import pytest
 
 from horovod_powersgd import Accordion, Auto, Float16, NoCompression, PowerSGD
 from horovod_powersgd.choosing import CHANGE, PERIOD, Choice, Chooser
-from horovod_powersgd.cost import Curve, Network, Work, predict, predict_plain
+from horovod_powersgd.cost import Work, predict, predict_plain
 from horovod_powersgd.layout import layout_of, leading_rows
+from horovod_powersgd.network import Curve, Network
 
 SHAPES = {"large": (2000, 1000), "small": (40, 40), "vector": (1000,)}
 AUTO = Auto(PowerSGD(rank=4), Float16(error_feedback=False))

@@ -3,8 +3,9 @@
 import pytest
 
 from horovod_powersgd import Float16, Int8, NoCompression, PowerSGD, TopK
-from horovod_powersgd.cost import SAMPLES, Curve, Network, Work, predict, predict_plain, samples_of
+from horovod_powersgd.cost import SAMPLES, Work, predict, predict_plain, samples_of
 from horovod_powersgd.layout import layout_of
+from horovod_powersgd.network import Curve, HostNetwork, Network
 
 # A message takes a millisecond, and a nanosecond for each byte; of halves, and of a gather, two.
 MESSAGES = Network(2, *(Curve(((0, 1e-3), (1e6, 1e-3 + slope))) for slope in (1e-3, 2e-3, 2e-3)))
@@ -93,6 +94,59 @@ def test_numbers_in_8_bits_are_averaged_in_slices_by_many():
     assert predict(SHAPES[:1], Int8(1000), four, FREE).network == pytest.approx(
         2 * (1e-3 + (125_000 + 125 * 4) * 2e-9)
     )
+
+
+def test_links_of_hosts():
+    # 4 hosts of 2. Inside, half of a message goes to the other one; over a link come a quarter of it, of both, 3 times.
+    network = Network.of_links(8, bytes_per_second=1e9, latency=1e-5, per_host=2, in_host=4e9)
+    assert network.hosts.inside(8e6) == pytest.approx(1e-5 + 4e6 / 4e9)
+    assert network.hosts.between(8e6) == pytest.approx(3 * (1e-5 + 2 * 2e6 / 1e9))
+    assert network._replace(hosts=None) == Network.of_links(8, 1e9, 1e-5)
+    assert Network.of_links(8, 1e9, 1e-5, per_host=8).hosts is None  # all on one
+
+
+# 2 hosts of 2. Inside a message takes a tenth of a millisecond, and half a nanosecond for each byte; between, 3 and 3.
+ON_HOSTS = MESSAGES._replace(
+    workers=4, hosts=HostNetwork(2, Curve(((0, 1e-4), (1e6, 6e-4))), Curve(((0, 3e-3), (1e6, 6e-3))))
+)
+
+
+def test_two_levels_share_half_steps_and_memory():
+    prediction = predict(SHAPES, PowerSGD(2, hierarchical=True), ON_HOSTS, Work(1e-4, 1e-9, 1e-7))
+    # The gradients, and twice the host's Q; P, with the vector, and Q.
+    inside = (1e-4 + 2e6 * 5e-10) + (1e-4 + 2 * 4000 * 5e-10)
+    assert prediction.network == pytest.approx(inside + 2e-3 + (2 * 1500 * 4 + 1200) * 1e-9)
+    # Two half-steps on half of the rows, and the update: two of three passes.
+    assert prediction.processor == pytest.approx(1e-4 + 2 / 3 * 2e6 * 1e-9 + 1500 * 1e-7)
+    assert prediction.bytes_sent == 2 * 1500 * 4 + 1200 and prediction.memory == 1_000_000
+    unremembered = predict(SHAPES, PowerSGD(2, hierarchical=True, error_feedback=False), ON_HOSTS, FREE)
+    assert unremembered.memory == 0
+    assert prediction.network - unremembered.network == pytest.approx(1e-4 + 2 * 4000 * 5e-10)
+
+
+def test_the_largest_share_of_a_memory_counts():
+    assert predict([(1001, 500)], PowerSGD(2, hierarchical=True), ON_HOSTS, FREE).memory == 4 * 501 * 500
+
+
+@pytest.mark.parametrize("workers, rounds", [(4, 1), (8, 2)])
+def test_two_levels_in_8_bits(workers, rounds):
+    network = ON_HOSTS._replace(workers=workers)
+    prediction = predict(SHAPES, PowerSGD(2, wire_dtype="int8", hierarchical=True), network, FREE)
+    inside, between = 1e-4 + 2e6 * 5e-10, 0.0
+    for length in (1000, 500):
+        inside += 1e-4 + 2 * (4 * 2 * length) * 5e-10  # each one's factors to both
+        # Codes and units: of two hosts, all to both; of four, a quarter, which has a unit of one or two columns.
+        codes = {4: 2 * length + 8, 8: 2 * length // 4 + 4}[workers]
+        message = workers // 2 * codes // 2
+        between += rounds * (3e-3 + message * 3e-9)
+        inside += rounds * (1e-4 + 2 * message * 5e-10)
+    assert prediction.network == pytest.approx(inside + between + 1e-3 + 1200e-9)
+
+
+def test_one_level_where_no_hosts_are_known():
+    asked, flat = PowerSGD(2, hierarchical=True), PowerSGD(2)
+    assert predict(SHAPES, asked, MESSAGES, Work(1e-4, 1e-9)) == predict(SHAPES, flat, MESSAGES, Work(1e-4, 1e-9))
+    assert predict(SHAPES, flat, ON_HOSTS, FREE).network == predict(SHAPES, flat, MESSAGES, FREE).network
 
 
 def test_the_shorter_kind_of_work_is_hidden_but_for_one_buckets_part():

@@ -7,9 +7,19 @@ from unittest.mock import Mock
 import pytest
 
 from horovod_powersgd import __main__, planning
-from horovod_powersgd.cost import Network, Work
+from horovod_powersgd.cost import Work
 from horovod_powersgd.layout import leading_rows, trailing_columns
-from horovod_powersgd.plan import CAREFUL, PLAIN, SETTINGS, TYPICAL_WORK, Plan, bytes_per_second, seconds
+from horovod_powersgd.network import Network
+from horovod_powersgd.plan import (
+    CAREFUL,
+    IN_TWO_LEVELS,
+    PLAIN,
+    SETTINGS,
+    TYPICAL_WORK,
+    Plan,
+    bytes_per_second,
+    seconds,
+)
 from horovod_powersgd.shapes import Tensors, Unreadable, of_file, of_function
 
 SHAPES = {"embedding": (20_000, 500), "weight": (500, 500), "bias": (500,)}
@@ -69,6 +79,23 @@ def test_the_table_and_the_json_say_the_same():
     assert rank4["times_faster_than_horovod"] == pytest.approx(found.option(PLAIN).step / rank4["step_seconds"])
     table = found.as_table()
     assert all(setting in table for setting in SETTINGS) and "Averaged as they are: bias" in table
+
+
+def test_two_levels_are_beside_one_where_workers_share_hosts():
+    network = Network.of_links(8, bytes_per_second("100mbit"), 5e-5, per_host=2)
+    found = Plan.of(Tensors(SHAPES), network, TYPICAL_WORK)
+    order = [option.setting for option in found.options]
+    assert len(order) == len(SETTINGS) + len(IN_TWO_LEVELS)
+    for setting in IN_TWO_LEVELS:
+        two, one = found.option(order[order.index(setting) + 1]), found.option(setting)
+        assert two.setting == f"{setting[:-1]}, hierarchical=True)" and two.compressor.hierarchical
+        assert two.prediction.memory == one.prediction.memory / 2
+        assert found.compressed(two.setting) == ["embedding", "weight"]
+    assert found.recommended == plan("100mbit").recommended
+    table = found.as_table()
+    assert "8 workers on hosts of 2" in table and "share one memory" in table
+    assert json.loads(found.as_json())["workers_per_host"] == 2
+    assert "hierarchical" not in plan().as_table() and json.loads(plan().as_json())["workers_per_host"] is None
 
 
 def test_rates_and_durations():
@@ -134,6 +161,8 @@ def test_the_command_prints_a_table_or_json(file, without_horovod, capsys):
     assert "compression=hvd.PowerSGD(rank=8): a step takes" in capsys.readouterr().out
     assert __main__.main([*arguments, "--json", "--backward", "10ms", "--latency", "1ms"]) == 0
     assert json.loads(capsys.readouterr().out)["backward_seconds"] == 0.01
+    assert __main__.main([*arguments, "--workers-per-host", "4"]) == 0
+    assert "hvd.PowerSGD(rank=8, hierarchical=True)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -143,6 +172,8 @@ def test_the_command_prints_a_table_or_json(file, without_horovod, capsys):
         (["--link", "1gbit"], "--workers"),
         (["--link", "1gbit", "--workers", "0"], "--workers"),
         (["--link", "quick", "--workers", "2"], "quick"),
+        (["--link", "1gbit", "--workers", "8", "--workers-per-host", "3"], "does not divide"),
+        (["--workers-per-host", "2"], "go with --link"),
     ],
 )
 def test_what_is_missing_is_said(file, without_horovod, capsys, more, word):

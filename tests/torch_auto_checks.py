@@ -12,7 +12,8 @@ import horovod_powersgd.torch as hvd
 from choices import PLAIN, choosing, mean_gradients
 from horovod_powersgd import Auto, PowerSGD, TopK
 from horovod_powersgd.choosing import Choice
-from horovod_powersgd.cost import Curve, Network, Work
+from horovod_powersgd.cost import Work
+from horovod_powersgd.network import Curve, Network
 from horovod_powersgd.torch.auto_engine import AutoEngine
 from measured_plan import plan_is_measured
 from trainee import DEVICE, Trainee

@@ -10,6 +10,7 @@ import cases
 import horovod_powersgd.torch as hvd
 from horovod_powersgd.layout import leading_rows
 from horovod_powersgd.torch import generation
+from horovod_powersgd.torch.calibration import Calibration
 from trainee import Trainee
 from two_levels import CONFIG, CONFIGS, IN_8_BITS, TwoLevels
 
@@ -28,6 +29,10 @@ def check_two_levels_equal_the_reference():
 
 def check_two_levels_in_8_bits_equal_the_reference():
     two_levels.equal_the_reference_in_8_bits(IN_8_BITS)
+
+
+def check_messages_of_two_levels_are_measured():
+    two_levels.messages_are_measured(Calibration(hvd.global_process_set))
 
 
 def check_a_host_has_one_memory():

@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 
 import cases
-from horovod_powersgd import Accordion, PowerSGD, reference
+from horovod_powersgd import Accordion, PowerSGD, calibration as measuring, reference
 
 # Which workers share each host: neighbours, or not; as many on all, or not.
 HOSTS = {2: [[0], [1]], 3: [[0, 1], [2]], 4: [[0, 3], [1, 2]], 6: [[0, 1, 2], [3, 4, 5]]}
@@ -141,6 +141,21 @@ class TwoLevels:
             nothing = {name: np.zeros(shape, "float32") for name, shape in self._shapes.items()}
             updates = self._trainee(configs[0], "float32").exchange(nothing)
             cases.assert_close(updates, nothing, 0, "columns of zeros")
+
+    def messages_are_measured(self, calibration):
+        """By what is given: the framework's Calibration of all workers."""
+        sizes = [2**10, 2**14]
+        with self.on_hosts(), mock.patch.multiple(measuring, SIZES=sizes, SIZES_IN_HOST=sizes):
+            found = calibration.network(levels=True)
+        assert found.workers == self._hvd.size()
+        if self.flat_because():
+            assert found.hosts is None
+        else:
+            per_host, *curves = found.hosts
+            assert per_host == len(self._sharing()[0])
+            assert all(curve.points[0][0] == 2**10 and curve(2**14) > 0 for curve in curves)
+        for theirs in self._hvd.allgather_object(found, name="network"):
+            assert theirs == found
 
     def a_state_goes_on_as_it_was(self, config, ways):
         """Each way is a function that saves a trainee's state, and one that loads that into another."""

@@ -13,8 +13,9 @@ from tensorflow.python.eager import context
 from horovod_powersgd.choosing import PERIOD, Choice, Chooser
 from horovod_powersgd.compressors.compressor import Traffic
 from horovod_powersgd.compressors.precision import is_horovods_fp16
-from horovod_powersgd.cost import Network, Work
+from horovod_powersgd.cost import Work
 from horovod_powersgd.layout import trailing_columns
+from horovod_powersgd.network import Network
 from horovod_powersgd.statistics import TensorStats
 from horovod_powersgd.tensorflow.auto_state import AutoState
 from horovod_powersgd.tensorflow.calibration import Calibration, passes

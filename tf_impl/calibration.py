@@ -48,6 +48,12 @@ class Calibration(calibration.Calibration):
     def _gather(self, share: int, nbytes: int) -> None:
         self._workers.allgather(tf.zeros(nbytes // share, tf.uint8), "gather").numpy()
 
+    def _exchange(self, whom: Sequence[int], nbytes: int) -> None:
+        size, count = nbytes // 4 // len(whom), len(whom)
+        peers, to_each = tf.constant(whom, tf.int64), tf.constant([size] * count, tf.int64)
+        received = self._workers.exchange(tf.zeros(size * count), peers, to_each, "alltoall")
+        tf.reduce_sum(tf.reshape(received, (count, size)), 0).numpy()
+
 
 class _Alone(Workers):
     """One worker without others."""

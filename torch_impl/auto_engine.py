@@ -8,8 +8,9 @@ import torch
 
 from horovod_powersgd.choosing import Choice, Chooser
 from horovod_powersgd.compressors.auto import Auto
-from horovod_powersgd.cost import Network, Work
+from horovod_powersgd.cost import Work
 from horovod_powersgd.layout import leading_rows
+from horovod_powersgd.network import Network
 from horovod_powersgd.statistics import TensorStats
 from horovod_powersgd.torch.calibration import Calibration
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient

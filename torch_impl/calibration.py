@@ -7,6 +7,7 @@ from horovod.torch.mpi_ops import ProcessSet, Sum, allgather_async, allreduce_as
 
 from horovod_powersgd import calibration
 from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.compressors.precision import is_horovods_fp16
 from horovod_powersgd.torch import agreement
 from horovod_powersgd.torch.control_messages import largest
@@ -53,6 +54,11 @@ class Calibration(calibration.Calibration):
         part = torch.zeros(nbytes // share, dtype=torch.uint8, device=self._device)
         name, process_set = f"{self._workers.prefix}.gather", self._workers.process_set
         synchronize(allgather_async(part, name=name, process_set=process_set))
+
+    def _exchange(self, whom: Sequence[int], nbytes: int) -> None:
+        size = nbytes // 4 // len(whom)
+        message, to = torch.zeros(size * len(whom), device=self._device), dict.fromkeys(whom, size)
+        self._workers.exchange(message, "alltoall", False, PowerSGD(), to).result().sum(0)
 
 
 def _cast(device: torch.device, shapes: Sequence[tuple[int, int]]) -> Callable[[], None]:

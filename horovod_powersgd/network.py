@@ -1,0 +1,94 @@
+"""What messages between workers take, as measured, or as links would have it."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+# Bytes that each worker sends others of its host in a second, by Horovod, and adds up: of an AMD Zen 4 server, in
+# messages of a bucket's size, where it is not measured.
+IN_HOST = 1e9
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds of a message by its bytes: straight lines between what was measured, and beyond it.
+
+    Attributes:
+        points: (bytes, seconds), with different bytes. Where more bytes took less time, less would have taken no more:
+            what disturbs a measurement makes it longer.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        sizes, seconds = np.array(sorted(self.points), float).T
+        seconds = np.minimum.accumulate(seconds[::-1])[::-1]
+        object.__setattr__(self, "points", tuple(zip(sizes.tolist(), seconds.tolist(), strict=True)))
+
+    def __call__(self, nbytes: float) -> float:
+        (sizes, seconds), last = zip(*self.points, strict=True), self.points[-1]
+        if nbytes <= last[0] or len(self.points) == 1:
+            return float(np.interp(nbytes, sizes, seconds))
+        before = self.points[-2]
+        return last[1] + (nbytes - last[0]) * (last[1] - before[1]) / (last[0] - before[0])
+
+
+class HostNetwork(NamedTuple):
+    """What messages of two levels (horovod_powersgd.hosts) take where all workers send them at once: alltoalls, by the
+    bytes that each worker hands over, its own part among them.
+
+    Attributes:
+        per_host: L, how many workers share each host.
+        inside: seconds of one among the workers of a host, and of adding up what has come.
+        between: the same among one worker of each host.
+    """
+
+    per_host: int
+    inside: Curve
+    between: Curve
+
+
+class Network(NamedTuple):
+    """What messages between the workers take.
+
+    Attributes:
+        workers: W.
+        allreduce: seconds by the bytes that each worker hands over, in single precision.
+        halves: the same in half precision.
+        allgather: seconds by the bytes that each worker hands over to all.
+        hosts: where several workers share each of several hosts. None: exchanges have one level.
+    """
+
+    workers: int
+    allreduce: Curve
+    halves: Curve
+    allgather: Curve
+    hosts: HostNetwork | None = None
+
+    @classmethod
+    def of_links(
+        cls, workers: int, bytes_per_second: float, latency: float, per_host: int = 1, in_host: float = IN_HOST
+    ) -> "Network":
+        """Of workers in a ring, without what processors do to messages.
+
+        Args:
+            workers: W.
+            bytes_per_second: of a host's link, in each direction. A ring goes over it once, however many workers of the
+                host are in it.
+            latency: seconds from one worker to the next.
+            per_host: how many workers share each host; divides W.
+            in_host: bytes per second from each worker to others of its host, beside all others of it.
+        """
+
+        def line(rounds: int, share: float, rate: float = bytes_per_second) -> Curve:
+            seconds = [rounds * (latency + nbytes * share / rate) for nbytes in (0, 1e9)]
+            return Curve(((0, seconds[0]), (1e9, seconds[1])))
+
+        around, count, hosts = workers - 1, workers // per_host, None
+        if count > 1 and per_host > 1:
+            # Each worker sends each of the others its part; over a host's link come those of all its workers.
+            inside, between = line(per_host - 1, 1 / per_host, in_host), line(count - 1, per_host / count)
+            hosts = HostNetwork(per_host, inside, between)
+        mean = line(2 * around, 1 / workers)
+        return cls(workers, mean, mean, line(around, 1), hosts)

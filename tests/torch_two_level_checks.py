@@ -1,17 +1,23 @@
 """An exchange in two levels, in PyTorch."""
 
+import os
+import subprocess
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from horovod.common.exceptions import HorovodInternalError
 
 import cases
 import horovod_powersgd.torch as hvd
+from horovod_powersgd import neighbours
 from horovod_powersgd.layout import leading_rows
 from horovod_powersgd.torch import generation
 from horovod_powersgd.torch.calibration import Calibration
-from trainee import Trainee
+from horovod_powersgd.torch.peers import Peers
+from trainee import DEVICE, Trainee
 from two_levels import CONFIG, CONFIGS, IN_8_BITS, TwoLevels
 
 
@@ -25,6 +31,23 @@ two_levels = TwoLevels(hvd, Trainee, cases.SHAPES, leading_rows, next_generation
 def check_two_levels_equal_the_reference():
     # Under Gloo in the one precision, under MPI in the other.
     two_levels.equal_the_reference([(c, cases.DTYPES[(i + hvd.mpi_enabled()) % 2]) for i, c in enumerate(CONFIGS)])
+
+
+def check_the_workers_of_a_host_read_each_other_s_gradients():
+    with two_levels.on_hosts():
+        trainee = Trainee(CONFIG, "float32")
+        trainee.exchange(two_levels.mine(0, "float32"))
+    peers = trainee.optimizer._engine._peers
+    assert (peers is None) == (two_levels.flat_because() is not None or DEVICE != "cpu")
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    with pytest.raises(HorovodInternalError, match="cannot be read any more"):
+        Peers([os.getpid(), gone.pid], 0).average(torch.ones(3), [0, 8])
+
+
+def check_where_one_cannot_read_gradients_travel_by_messages():
+    with mock.patch.object(neighbours, "is_readable", lambda offered: hvd.rank() != 1):
+        two_levels.equal_the_reference([(CONFIG, "float32")])
 
 
 def check_two_levels_in_8_bits_equal_the_reference():

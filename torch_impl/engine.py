@@ -22,6 +22,7 @@ from horovod_powersgd.torch.gradient_set import GradientSet
 from horovod_powersgd.torch.gradient_watch import GradientWatch
 from horovod_powersgd.torch.model_description import describe, sparse_dim
 from horovod_powersgd.torch.ownership import overlapping
+from horovod_powersgd.torch.peers import Peers, peers_of
 from horovod_powersgd.torch.step import Step, Verdict
 from horovod_powersgd.torch.streams import Streams
 from horovod_powersgd.torch.workers import Workers
@@ -65,8 +66,10 @@ class Engine:
         # Those of all compressors: Auto goes over from one's to another's.
         self._gradient_sets = [self._gradients]
         self._bucketed: tuple = ()
-        # This worker's host where the exchange has two levels, and why it has one where two were asked for.
+        # This worker's host where the exchange has two levels, the workers there if they can read each other's memory,
+        # and why it has one level where two were asked for.
         self._host: Host | None = None
+        self._peers: Peers | None = None
         self._flat_because: str | None = None
         self._warming_up = False
         # Names of those that are averaged as they are, whatever the compressor would do: Auto's choice.
@@ -290,7 +293,8 @@ class Engine:
         gradients = self._trainable()
         self._warming_up = self.steps < self._config.warmup_steps
         if gradients != self._bucketed:
-            self._buckets = make_buckets(gradients, self.workers, self._config, self._groups, self._host)
+            two_levels = self._host, self._peers
+            self._buckets = make_buckets(gradients, self.workers, self._config, self._groups, *two_levels)
             self._bucketed = gradients
         self._arriving = {gradient.parameter: gradient for gradient in gradients}
         self._parity = not self._parity
@@ -356,11 +360,13 @@ class Engine:
         keys[self.workers.index] = host_key()
         found = host_of(largest(self.workers, keys, "hosts"), self.workers.index)
         self._flat_because = found if isinstance(found, str) else None
-        self.share_host(None if isinstance(found, str) else found)
+        host = None if isinstance(found, str) else found
+        on_processor = all(gradient.parameter.device.type == "cpu" for gradient in self._gradients)
+        self.share_host(host, peers_of(self.workers, host, on_processor))
 
-    def share_host(self, host: Host | None) -> None:
+    def share_host(self, host: Host | None, peers: Peers | None = None) -> None:
         """Between two steps: lets the exchange have two levels, or one where the host is None."""
-        self._host, self._bucketed = host, ()
+        self._host, self._peers, self._bucketed = host, peers, ()
         self._gradients.share_host(host)
 
     def _begin_generation(self, root: int | None) -> None:

@@ -18,6 +18,7 @@ from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.half_gradient import HalfGradient
 from horovod_powersgd.torch.int8_bucket import Int8Bucket
 from horovod_powersgd.torch.int8_gradient import Int8Gradient
+from horovod_powersgd.torch.peers import Peers
 from horovod_powersgd.torch.powersgd_bucket import PowerSGDBucket
 from horovod_powersgd.torch.powersgd_gradient import PowerSGDGradient
 from horovod_powersgd.torch.two_level_bucket import TwoLevelBucket
@@ -70,6 +71,7 @@ def make_buckets(
     config: Compressor,
     groups: None | int | Sequence = None,
     host: Host | None = None,
+    peers: Peers | None = None,
 ) -> list[Bucket]:
     """Sorts gradients into buckets, the same on every worker.
 
@@ -79,6 +81,7 @@ def make_buckets(
         config: how they are compressed.
         groups: Horovod's: their number, or lists of the parameters that belong together.
         host: this worker's, where the exchange has two levels.
+        peers: the workers of that, where they can read each other's gradients.
     """
     if groups is not None and not isinstance(groups, int):
         by_parameter = {g.parameter: g for g in gradients}
@@ -89,7 +92,7 @@ def make_buckets(
         compressed = any(gradient.compressed for gradient in bucket)
         make: Callable[..., Bucket] = path_of(config).bucket if compressed else Bucket
         if make is PowerSGDBucket and host is not None:
-            make = partial(TwoLevelBucket, host=host)
+            make = partial(TwoLevelBucket, host=host, peers=peers)
         elif make is PowerSGDBucket and _is_grouped(bucket):
             from horovod_powersgd.torch.grouped_bucket import GroupedBucket as make
         buckets.append(make(f"bucket.{bucket_name(i, bucket)}", bucket, workers, config))

@@ -9,6 +9,7 @@ from horovod_powersgd.hosts import Host
 from horovod_powersgd.torch.bucket import joined
 from horovod_powersgd.torch.futures import Gathered, SparseMean
 from horovod_powersgd.torch.gradient import PlainGradient
+from horovod_powersgd.torch.peers import Peers
 from horovod_powersgd.torch.powersgd_bucket import PowerSGDBucket, bases_of
 from horovod_powersgd.torch.quantization import quantized_mean
 from horovod_powersgd.torch.senders import Hosts
@@ -24,10 +25,16 @@ class TwoLevelBucket(PowerSGDBucket):
     workers first tell each other what their rows have made of them."""
 
     def __init__(
-        self, name: str, gradients: Sequence[PlainGradient], workers: Workers, config: Compressor, host: Host
+        self,
+        name: str,
+        gradients: Sequence[PlainGradient],
+        workers: Workers,
+        config: Compressor,
+        host: Host,
+        peers: Peers | None,
     ):
         super().__init__(name, gradients, workers, config)
-        self._host = host
+        self._host, self._peers = host, peers
 
     @property
     def _worker(self) -> int:
@@ -40,7 +47,7 @@ class TwoLevelBucket(PowerSGDBucket):
         dense = [gradient for gradient in self.gradients if gradient not in sparse]
         matrices = [gradient for gradient in dense if isinstance(gradient, TwoLevelGradient)]
         if matrices:
-            yield from self._take_shares(matrices, step)
+            yield from (self._take_shares if self._peers is None else self._read_shares)(matrices, step)
         finite: bool | torch.Tensor = True
         for half_step in range(half_steps):
             bases = bases_of(matrices)
@@ -59,7 +66,7 @@ class TwoLevelBucket(PowerSGDBucket):
         return finite
 
     def _take_shares(self, matrices: Sequence[TwoLevelGradient], step: Step):
-        """Gives each its share of the rows of the host's mean."""
+        """Gives each its share of the rows of the host's mean, by messages."""
         places = range(self._host.share.parts)
         message = joined([gradient.send_to(place) for place in places for gradient in matrices])
         sizes = [sum(gradient.size_of(place) for gradient in matrices) for place in places]
@@ -69,6 +76,18 @@ class TwoLevelBucket(PowerSGDBucket):
         mine = [gradient.size_of(self._host.share.place) for gradient in matrices]
         for gradient, part in zip(matrices, mean.split(mine)):
             gradient.take(part)
+
+    def _read_shares(self, matrices: Sequence[TwoLevelGradient], step: Step):
+        """The same, out of the gradients of the host's workers. They stay where they are until the averages of all
+        workers are here."""
+        assert self._peers is not None
+        starts = torch.tensor([gradient.address for gradient in matrices])
+        told = yield self._workers.tell(self._host.peers, starts, f"{self._name}.places", step.parity, self._config)
+        place = self._host.share.place
+        for gradient, addresses in zip(matrices, told.t().tolist()):
+            own = gradient.send_to(place)
+            self._peers.average(own, [start + own.data_ptr() - gradient.address for start in addresses])
+            gradient.take(own)
 
     def _tell(self, own: torch.Tensor, step: Step) -> Gathered:
         """Starts giving all workers of the host what this one's rows have made of the factors."""

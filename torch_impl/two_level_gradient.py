@@ -51,6 +51,11 @@ class TwoLevelGradient(PowerSGDGradient):
         """The rows that another worker of the host works on, flat."""
         return self._whole.narrow(0, *self._rows(place)).reshape(-1)
 
+    @property
+    def address(self) -> int:
+        """Where in memory the rows are that send_to gives, the first one's."""
+        return self._whole.data_ptr()
+
     def size_of(self, place: int) -> int:
         """How many numbers a worker of the host works on."""
         return self._rows(place)[1] * self._matrix_shape[1]
@@ -72,7 +77,8 @@ class TwoLevelGradient(PowerSGDGradient):
         return self._mean.numel()
 
     def take(self, mean: torch.Tensor) -> None:
-        """Takes this worker's rows of the mean of its host's workers, flat: delta, but for the memory."""
+        """Takes this worker's rows of the mean of its host's workers, flat: delta, but for the memory. They may be where
+        they were in the gradient."""
         self._delta = mean.view(-1, self._matrix_shape[1])
 
     def half_step(self, basis: torch.Tensor) -> HalfStep:
@@ -108,9 +114,12 @@ class TwoLevelGradient(PowerSGDGradient):
             if self._config.error_feedback:
                 own_p, own_q = self._p_and_q(self._unscaled(self._own, self._scale_of_own))
                 own = (_columns(own_p, *self._rows()) if self._mean_is_q else own_p), own_q
-                memory = Memory(self._delta, *own)
                 if self._halves is not None:
-                    memory = keep(self._in_halves(memory))
+                    memory = keep(self._in_halves(Memory(self._delta, *own)))
+                elif self._is_in_gradient:
+                    memory = Memory(self._room().copy_(self._delta), *own)
+                else:
+                    memory = Memory(self._delta, *own)
             self._next = Kept(self._mean, self._mean_is_q, memory, self._scale, own, self.share)
         out, self._whole = self._whole, None
         return Product(p, q if factor == 1 else q * factor, out)
@@ -119,8 +128,13 @@ class TwoLevelGradient(PowerSGDGradient):
         drawn = super()._draws()
         return drawn if self.share is None else Drawn(drawn.rows.narrow(0, *self._rows()), drawn.columns)
 
+    @property
+    def _is_in_gradient(self) -> bool:
+        """Whether delta is where the update is to be written."""
+        return self._delta.untyped_storage().data_ptr() == self._whole.untyped_storage().data_ptr()
+
     def _room(self) -> torch.Tensor:
-        if self._kept.share is None and self.share is None:
+        if self._kept.share == self.share:
             return super()._room()
         return torch.empty_like(self._delta, dtype=self._halves)
 

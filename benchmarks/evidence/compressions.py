@@ -112,6 +112,7 @@ METHODS = {
         for dtype in ("bfloat16", "float16")
     },
     "int8": Method("Int8", lambda model: powersgd.Int8()),
+    "auto": Method("Auto", lambda model: powersgd.Auto()),
     # Medium compression: what rank 7 sends. High: what rank 2 sends.
     "rank-7": Method("PowerSGD, rank 7", rank(7)),
     "random-block-7": Method("random block, as rank 7", keep("RandomBlock", 7)),

@@ -10,7 +10,7 @@ the evaluations in between. A training that does not reach the quality goes on t
 from compressions import METHODS as TITLED
 from runs import LEARNERS, Hosts, calm, parse, plan, spread
 
-METHODS = ["none", "fp16", "rank-2", "rank-4"]
+METHODS = ["none", "fp16", "rank-2", "rank-4", "auto"]
 RATES = ["100mbit", "1gbit", "10gbit"]
 TARGETS = {"cnn": 91.0, "lstm": 85.0}
 

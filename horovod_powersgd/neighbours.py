@@ -1,4 +1,4 @@
-"""Other processes of this machine, whose memory can be read in place: by Linux's process_vm_readv, where it allows that.
+"""Other processes of this machine, whose memory can be read where it is: by Linux's process_vm_readv, if it may be.
 
 A process has to be of the same user, and in the same container (its number must mean the same here). Where Yama lets
 only a parent read its children, offer() lets any process of the user read this one, as Open MPI does.
@@ -13,7 +13,6 @@ _LIBRARY = ctypes.CDLL(None, use_errno=True)
 _SET_READER, _ANYBODY = 0x59616D61, ctypes.c_ulong(-1)  # prctl's PR_SET_PTRACER, PR_SET_PTRACER_ANY
 # What others read to see that it is this process that they read.
 _TOKEN = ctypes.c_int64()
-NUMBERS = 3
 
 
 class _Part(ctypes.Structure):
@@ -23,8 +22,8 @@ class _Part(ctypes.Structure):
 
 
 def offer() -> list[int]:
-    """Lets other processes read this one: so many NUMBERS by which they find out whether they can, the first of them
-    this process's."""
+    """Lets other processes read this one: the numbers by which they find out whether they can, the first of them this
+    process's."""
     if hasattr(_LIBRARY, "prctl"):
         _LIBRARY.prctl(_SET_READER, _ANYBODY, 0, 0, 0)  # without Yama it is refused, and not needed
     _TOKEN.value = _TOKEN.value or secrets.randbits(62) + 1

@@ -18,8 +18,8 @@ hypothesis.settings.load_profile("suite")
 TIERS = {
     "core": """
         accordion agreement choosing clipping command_line compressors cost cuda_toolkit expression factors
-        horovod_build hosts installation launcher memory neighbours plan powersgd powersgd_exchange quantization reference
-        renewal rounding setup
+        horovod_build hosts installation launcher memory neighbours plan powersgd powersgd_exchange quantization
+        reference renewal rounding setup
     """,
     "framework": """
         arrays kernels orthogonalization packaging tensorflow tensorflow_arrays torch torch_device torch_quantization

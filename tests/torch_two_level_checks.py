@@ -12,7 +12,7 @@ from horovod.common.exceptions import HorovodInternalError
 
 import cases
 import horovod_powersgd.torch as hvd
-from horovod_powersgd import neighbours
+from horovod_powersgd import PowerSGD, neighbours
 from horovod_powersgd.layout import leading_rows
 from horovod_powersgd.torch import generation
 from horovod_powersgd.torch.calibration import Calibration
@@ -42,7 +42,23 @@ def check_the_workers_of_a_host_read_each_other_s_gradients():
     with subprocess.Popen(["true"]) as gone:
         gone.wait()
     with pytest.raises(HorovodInternalError, match="cannot be read any more"):
-        Peers([os.getpid(), gone.pid], 0).average(torch.ones(3), [0, 8])
+        Peers(torch.zeros(1), [(os.getpid(), 0), (gone.pid, 8)], 0, ["gradient"]).shown()
+
+
+def check_parameters_that_come_later_are_exchanged_too():
+    parameters = [torch.nn.Parameter(torch.zeros(24, 32)) for _ in range(2)]
+    with two_levels.on_hosts():
+        sgd = torch.optim.SGD(parameters[:1], lr=1.0)
+        optimizer = hvd.DistributedOptimizer(sgd, [("0", parameters[0])], compression=PowerSGD(24, 0, hierarchical=True))
+        for step in range(3):
+            if step == 1:
+                optimizer.add_param_group({"params": parameters[1:]})
+            optimizer.zero_grad()
+            sum((hvd.rank() + 1) * parameter.sum() for parameter in parameters).backward()
+            optimizer.step()
+    mean = (hvd.size() + 1) / 2
+    for parameter, steps in zip(parameters, (3, 2)):
+        assert torch.allclose(parameter, torch.full_like(parameter, -steps * mean), rtol=1e-4)
 
 
 def check_where_one_cannot_read_gradients_travel_by_messages():

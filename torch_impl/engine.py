@@ -100,6 +100,8 @@ class Engine:
         """Takes in a parameter, between two steps."""
         for gradient_set in self._gradient_sets:
             gradient_set.add(name, parameter)
+        if self._peers is not None:
+            self.generation = None  # so that they find each other again: they have no place for another gradient
 
     def take_over(self, other: "Engine") -> None:
         """Goes on where another engine ends, if it is one of the same parameters and configuration."""
@@ -362,7 +364,7 @@ class Engine:
         self._flat_because = found if isinstance(found, str) else None
         host = None if isinstance(found, str) else found
         on_processor = all(gradient.parameter.device.type == "cpu" for gradient in self._gradients)
-        self.share_host(host, peers_of(self.workers, host, on_processor))
+        self.share_host(host, peers_of(self.workers, host, self.names(), on_processor))
 
     def share_host(self, host: Host | None, peers: Peers | None = None) -> None:
         """Between two steps: lets the exchange have two levels, or one where the host is None."""

@@ -1,4 +1,4 @@
-"""The workers of a host, who read each other's gradients where they are."""
+"""The workers of a host, who read each other's tensors where they are."""
 
 from collections.abc import Sequence
 
@@ -15,58 +15,76 @@ CHUNK = 2**16
 
 
 class Peers:
-    """The workers that share this one's host, itself among them, and can read each other's memory.
+    """The workers that share this one's host, itself among them. Each has a board that the others can read, which shows
+    where its tensors are.
 
     Args:
-        processes: theirs, in the workers' order.
+        board: this worker's.
+        boards: (process, address) of all of theirs, in the workers' order.
         place: this worker's among them.
+        names: of what is shown there, the same on all workers.
     """
 
-    def __init__(self, processes: Sequence[int], place: int):
-        self._processes, self._place = processes, place
+    def __init__(self, board: torch.Tensor, boards: Sequence[tuple[int, int]], place: int, names: Sequence[str]):
+        self._board, self._places = board, {name: number for number, name in enumerate(names)}
+        self._others = [other for number, other in enumerate(boards) if number != place]
 
-    def average(self, own: torch.Tensor, addresses: Sequence[int]) -> None:
-        """Lets a flat tensor of this worker's be the mean of itself and of as many numbers of every other's memory.
+    def show(self, name: str, tensor: torch.Tensor) -> None:
+        """Shows a contiguous tensor on a processor. It must stay where it is until all others have read it."""
+        self._board[self._places[name]] = tensor.data_ptr()
+
+    def shown(self) -> list[tuple[int, list[int]]]:
+        """Of each other worker the process, and the addresses that it shows, in the order of the names."""
+        found = []
+        for process, address in self._others:
+            board = torch.empty_like(self._board)
+            _read(process, address, board)
+            found.append((process, board.tolist()))
+        return found
+
+    def add_others(self, name: str, shown: Sequence[tuple[int, list[int]]], own: torch.Tensor, first: int = 0) -> None:
+        """Adds what the others have to this worker's.
 
         Args:
-            own: on a processor, contiguous.
-            addresses: where each has its numbers, in the workers' order.
+            shown: as shown() gives it.
+            own: flat and contiguous.
+            first: of the others' numbers, the first that counts.
 
         Raises:
-            HorovodInternalError: a worker is gone, or has let go of its gradient, since its exchange has failed.
+            HorovodInternalError: a worker is gone, or has let go of its tensor, since its exchange has failed.
         """
-        others = [other for place, other in enumerate(zip(self._processes, addresses)) if place != self._place]
-        read = torch.empty_like(own[:CHUNK])
+        place, room = self._places[name], torch.empty_like(own[:CHUNK])
         for start in range(0, own.numel(), CHUNK):
             total = own[start : start + CHUNK]
-            for process, address in others:
-                part = read[: total.numel()]
-                self._read(process, address + start * own.itemsize, part)
+            part = room[: total.numel()]
+            for process, addresses in shown:
+                _read(process, addresses[place] + (first + start) * own.itemsize, part)
                 total += part
-            total /= len(self._processes)
-
-    @staticmethod
-    def _read(process: int, address: int, to: torch.Tensor) -> None:
-        try:
-            neighbours.read(process, address, to.nbytes, to.data_ptr())
-        except OSError as error:
-            raise HorovodInternalError(f"a worker of this host cannot be read any more: {error}") from error
 
 
-def peers_of(workers: Workers, host: Host | None, on_processor: bool) -> Peers | None:
-    """This worker's peers; None where the host is None, or where not all workers of all hosts can read their peers'
-    gradients. Every worker must ask, and all get an answer of the same kind.
+def _read(process: int, address: int, to: torch.Tensor) -> None:
+    try:
+        neighbours.read(process, address, to.nbytes, to.data_ptr())
+    except OSError as error:
+        raise HorovodInternalError(f"a worker of this host cannot be read any more: {error}") from error
+
+
+def peers_of(workers: Workers, host: Host | None, names: Sequence[str], on_processor: bool) -> Peers | None:
+    """This worker's peers; None where the host is None, or where not all workers of all hosts can read their peers.
+    Every worker must ask, and all get an answer of the same kind.
 
     Args:
+        names: of what they will show each other.
         on_processor: whether this worker's gradients are.
     """
-    offers = [0] * neighbours.NUMBERS * workers.count
-    mine = slice(neighbours.NUMBERS * workers.index, neighbours.NUMBERS * (workers.index + 1))
-    offers[mine] = neighbours.offer()
-    told = torch.tensor(largest(workers, offers, "offers")).view(-1, neighbours.NUMBERS)
-    offered = [] if host is None else told[list(host.peers)].tolist()
-    reads = on_processor and bool(offered) and all(map(neighbours.is_readable, offered))
+    board = torch.zeros(len(names), dtype=torch.int64)
+    mine = [*neighbours.offer(), board.data_ptr()]
+    numbers = [0] * len(mine) * workers.count
+    numbers[len(mine) * workers.index : len(mine) * (workers.index + 1)] = mine
+    told = torch.tensor(largest(workers, numbers, "offers")).view(-1, len(mine))
+    found = [] if host is None else told[list(host.peers)].tolist()
+    reads = on_processor and bool(found) and all(neighbours.is_readable(offered) for *offered, _ in found)
     [somebody_cannot] = largest(workers, [not reads], "unreadable")
     if host is None or somebody_cannot:
         return None
-    return Peers([process for process, *_ in offered], host.share.place)
+    return Peers(board, [(process, address) for process, *_, address in found], host.share.place, names)

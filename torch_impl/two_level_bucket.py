@@ -6,9 +6,9 @@ import torch
 
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.hosts import Host
-from horovod_powersgd.torch.bucket import joined
-from horovod_powersgd.torch.futures import Gathered, SparseMean
+from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.gradient import PlainGradient
+from horovod_powersgd.torch.host_sums import HostMessages, HostReadings
 from horovod_powersgd.torch.peers import Peers
 from horovod_powersgd.torch.powersgd_bucket import PowerSGDBucket, bases_of
 from horovod_powersgd.torch.quantization import quantized_mean
@@ -34,7 +34,8 @@ class TwoLevelBucket(PowerSGDBucket):
         peers: Peers | None,
     ):
         super().__init__(name, gradients, workers, config)
-        self._host, self._peers = host, peers
+        self._host, among = host, (name, workers, config, host)
+        self._sums = HostMessages(*among) if peers is None else HostReadings(*among, peers)
 
     @property
     def _worker(self) -> int:
@@ -47,62 +48,21 @@ class TwoLevelBucket(PowerSGDBucket):
         dense = [gradient for gradient in self.gradients if gradient not in sparse]
         matrices = [gradient for gradient in dense if isinstance(gradient, TwoLevelGradient)]
         if matrices:
-            yield from (self._take_shares if self._peers is None else self._read_shares)(matrices, step)
+            yield from self._sums.take_shares(matrices, step)
         finite: bool | torch.Tensor = True
         for half_step in range(half_steps):
             bases = bases_of(matrices)
             sent = [gradient.multiply(bases[gradient]) for gradient in matrices]
             senders = matrices if half_step else dense
-            own = None
             is_last_q = half_step == half_steps - 1 and matrices and not matrices[0].mean_is_q
-            if is_last_q and self._config.keeps_memory and self._config.linear:
-                own = self._tell(joined([gradient.own.reshape(-1) for gradient in matrices]), step)
+            tells = is_last_q and self._config.keeps_memory and self._config.linear
+            told = self._sums.tell_own(matrices, step) if tells else None
             sent += [gradient.send() for gradient in senders[len(matrices) :]]
             finite = (yield from self._average(senders, sent, step, half_step, in_place=True)) & finite
-            if own is not None:
-                sums = self._sum((yield own))
-                for gradient, part in zip(matrices, sums.split([gradient.factor_size for gradient in matrices])):
-                    gradient.take_own(part)
+            if tells:
+                yield from self._sums.take_own(matrices, told)
         return finite
 
-    def _take_shares(self, matrices: Sequence[TwoLevelGradient], step: Step):
-        """Gives each its share of the rows of the host's mean, by messages."""
-        places = range(self._host.share.parts)
-        message = joined([gradient.send_to(place) for place in places for gradient in matrices])
-        sizes = [sum(gradient.size_of(place) for gradient in matrices) for place in places]
-        to = dict(zip(self._host.peers, sizes))
-        received = yield self._workers.exchange(message, f"{self._name}.shares", step.parity, self._config, to)
-        mean = self._sum(received).div_(len(places))
-        mine = [gradient.size_of(self._host.share.place) for gradient in matrices]
-        for gradient, part in zip(matrices, mean.split(mine)):
-            gradient.take(part)
-
-    def _read_shares(self, matrices: Sequence[TwoLevelGradient], step: Step):
-        """The same, out of the gradients of the host's workers. They stay where they are until the averages of all
-        workers are here."""
-        assert self._peers is not None
-        starts = torch.tensor([gradient.address for gradient in matrices])
-        told = yield self._workers.tell(self._host.peers, starts, f"{self._name}.places", step.parity, self._config)
-        place = self._host.share.place
-        for gradient, addresses in zip(matrices, told.t().tolist()):
-            own = gradient.send_to(place)
-            self._peers.average(own, [start + own.data_ptr() - gradient.address for start in addresses])
-            gradient.take(own)
-
-    def _tell(self, own: torch.Tensor, step: Step) -> Gathered:
-        """Starts giving all workers of the host what this one's rows have made of the factors."""
-        return self._workers.tell(self._host.peers, own, f"{self._name}.own", step.parity, self._config)
-
     def _quantized_mean(self, flat: torch.Tensor, rows: Sequence[tuple[int, int]], name: str, step: Step):
-        flat = self._sum((yield self._tell(flat, step)))
+        flat = yield from self._sums.total(flat, step)
         return (yield from quantized_mean(flat, rows, name, Hosts(step, self._config, self._host)))
-
-    @staticmethod
-    def _sum(received: torch.Tensor) -> torch.Tensor:
-        """Of what the workers of the host have sent, in their order."""
-        first, second, *others = received.unbind(0)
-        # Halves, which a factor may travel as, lose nothing more.
-        total = first.float() + second if first.dtype == torch.float16 else first + second
-        for part in others:
-            total += part
-        return total

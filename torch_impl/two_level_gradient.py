@@ -52,9 +52,9 @@ class TwoLevelGradient(PowerSGDGradient):
         return self._whole.narrow(0, *self._rows(place)).reshape(-1)
 
     @property
-    def address(self) -> int:
-        """Where in memory the rows are that send_to gives, the first one's."""
-        return self._whole.data_ptr()
+    def whole(self) -> torch.Tensor:
+        """(n, m), contiguous: what send_to gives rows of."""
+        return self._whole
 
     def size_of(self, place: int) -> int:
         """How many numbers a worker of the host works on."""
@@ -77,8 +77,8 @@ class TwoLevelGradient(PowerSGDGradient):
         return self._mean.numel()
 
     def take(self, mean: torch.Tensor) -> None:
-        """Takes this worker's rows of the mean of its host's workers, flat: delta, but for the memory. They may be where
-        they were in the gradient."""
+        """Takes this worker's rows of the mean of its host's workers, flat: delta, but for the memory. They may stand
+        in the gradient, in place of its own."""
         self._delta = mean.view(-1, self._matrix_shape[1])
 
     def half_step(self, basis: torch.Tensor) -> HalfStep:

@@ -20,6 +20,7 @@ from horovod_powersgd.torch.generation import generation
 from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.gradient_set import GradientSet
 from horovod_powersgd.torch.gradient_watch import GradientWatch
+from horovod_powersgd.torch.host_sums import OWN
 from horovod_powersgd.torch.model_description import describe, sparse_dim
 from horovod_powersgd.torch.ownership import overlapping
 from horovod_powersgd.torch.peers import Peers, peers_of
@@ -364,7 +365,8 @@ class Engine:
         self._flat_because = found if isinstance(found, str) else None
         host = None if isinstance(found, str) else found
         on_processor = all(gradient.parameter.device.type == "cpu" for gradient in self._gradients)
-        self.share_host(host, peers_of(self.workers, host, self.names(), on_processor))
+        names = [prefix + name for name in self.names() for prefix in ("", OWN)]
+        self.share_host(host, peers_of(self.workers, host, names, on_processor))
 
     def share_host(self, host: Host | None, peers: Peers | None = None) -> None:
         """Between two steps: lets the exchange have two levels, or one where the host is None."""

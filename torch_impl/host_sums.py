@@ -15,6 +15,9 @@ from horovod_powersgd.torch.step import Step
 from horovod_powersgd.torch.two_level_gradient import TwoLevelGradient
 from horovod_powersgd.torch.workers import Workers
 
+# Before a gradient's name: what a worker's rows have made of its factor. No parameter's name has spaces.
+OWN = "own part of "
+
 
 @dataclass
 class HostMessages:
@@ -76,15 +79,34 @@ class HostReadings(HostMessages):
     def take_shares(self, matrices: Sequence[TwoLevelGradient], step: Step):
         for gradient in matrices:
             self.peers.show(gradient.name, gradient.whole)
-        present = yield self.workers.mean(torch.ones(1), f"{self.name}.begins", in_place=True)
-        if present.item() < 1 - 0.5 / self.workers.count:
-            raise RuntimeError(refusal_of_join(self.config))
+        yield from self._meet("begins")
         shown, place = self.peers.shown(), self.host.share.place
         for gradient in matrices:
             own = gradient.send_to(place)
             first = own.storage_offset() - gradient.whole.storage_offset()
             self.peers.add_others(gradient.name, shown, own, first)
             gradient.take(own.div_(self.host.share.parts))
+
+    def tell_own(self, matrices: Sequence[TwoLevelGradient], step: Step) -> list[torch.Tensor]:  # type: ignore[override]
+        # Halves, which a factor may travel as, lose nothing more.
+        parts = [gradient.own.reshape(-1).to(gradient.dtype, copy=True) for gradient in matrices]
+        for gradient, part in zip(matrices, parts):
+            self.peers.show(OWN + gradient.name, part)
+        return parts
+
+    def take_own(self, matrices: Sequence[TwoLevelGradient], told: list[torch.Tensor]):  # type: ignore[override]
+        shown = self.peers.shown()
+        for gradient, part in zip(matrices, told):
+            total = part.clone()
+            self.peers.add_others(OWN + gradient.name, shown, total)
+            gradient.take_own(total)
+        yield from self._meet("ends")
+
+    def _meet(self, when: str):
+        """Waits until all workers are here."""
+        present = yield self.workers.mean(torch.ones(1), f"{self.name}.{when}", in_place=True)
+        if present.item() < 1 - 0.5 / self.workers.count:
+            raise RuntimeError(refusal_of_join(self.config))
 
 
 def _sum(received: torch.Tensor) -> torch.Tensor:

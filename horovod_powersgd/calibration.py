@@ -11,7 +11,7 @@ from functools import partial
 
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.cost import LONG_MESSAGE, SAMPLES, SIZES, SIZES_IN_HOST, Work, samples_of
-from horovod_powersgd.hosts import host_key, host_of
+from horovod_powersgd.hosts import Host, host_key, host_of
 from horovod_powersgd.network import Curve, HostNetwork, Network
 
 
@@ -46,8 +46,9 @@ class Calibration(ABC):
         if isinstance(host, str):
             return None
         likes = sorted(peers[host.share.place] for peers in host.hosts)
-        inside = self._curve(partial(self._exchange, host.peers), sizes=SIZES_IN_HOST)
-        return HostNetwork(host.share.parts, inside, self._curve(partial(self._exchange, likes)))
+        gradients = self._curve(self._means_of(host), sizes=SIZES_IN_HOST)
+        inside, between = (self._curve(partial(self._exchange, whom)) for whom in (host.peers, likes))
+        return HostNetwork(host.share.parts, gradients, inside, between)
 
     def work(self, compressor: Compressor) -> Work:
         """What a compressor's steps take of a worker's processor, while the others' work as well."""
@@ -79,6 +80,11 @@ class Calibration(ABC):
     def _exchange(self, whom: Sequence[int], nbytes: int) -> None:
         """Sends each of some workers, this one among them, in ascending order, an equal part of so many bytes, and adds
         up what has come, in single precision."""
+
+    def _means_of(self, host: Host) -> Callable[[int], None]:
+        """What lets each worker of a host have its share of the mean of so many bytes of theirs; by messages, unless a
+        framework has another way."""
+        return partial(self._exchange, host.peers)
 
     def _slowest(self, nanoseconds: int) -> int:
         return self.largest([nanoseconds])[0]

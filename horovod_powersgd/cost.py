@@ -217,7 +217,7 @@ def _messages(
     """
     step, seconds = compressor.warmup_steps + 1, 0.0
     if hosts is not None:
-        seconds += hosts.inside(ITEMSIZE * sum(n * m for n, m in matrices))
+        seconds += hosts.gradients(ITEMSIZE * sum(n * m for n, m in matrices))
     rounds = list(zip(*(compressor.quantized_rows(n, m, step) for n, m in matrices), strict=True))
     if rounds:
         for lengths in rounds:

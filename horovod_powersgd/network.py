@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Bytes that each worker sends others of its host in a second, by Horovod, and adds up: of an AMD Zen 4 server, in
-# messages of a bucket's size, where it is not measured.
-IN_HOST = 1e9
+# Where it is not measured: bytes of the others of its host that each worker gets in a second and adds up, of an AMD
+# Zen 4 server. Of gradients, which PyTorch reads where they are; and of Horovod's messages.
+READ_IN_HOST, SENT_IN_HOST = 3e9, 1e9
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,18 @@ class Curve:
 
 
 class HostNetwork(NamedTuple):
-    """What messages of two levels (horovod_powersgd.hosts) take where all workers send them at once: alltoalls, by the
+    """What two levels (horovod_powersgd.hosts) take where all workers are at it at once. Messages are alltoalls, by the
     bytes that each worker hands over, its own part among them.
 
     Attributes:
         per_host: L, how many workers share each host.
-        inside: seconds of one among the workers of a host, and of adding up what has come.
+        gradients: seconds until each worker of a host has its share of their mean, by the bytes of a worker's.
+        inside: of a message among the workers of a host, and of adding up what has come.
         between: the same among one worker of each host.
     """
 
     per_host: int
+    gradients: Curve
     inside: Curve
     between: Curve
 
@@ -68,7 +70,12 @@ class Network(NamedTuple):
 
     @classmethod
     def of_links(
-        cls, workers: int, bytes_per_second: float, latency: float, per_host: int = 1, in_host: float = IN_HOST
+        cls,
+        workers: int,
+        bytes_per_second: float,
+        latency: float,
+        per_host: int = 1,
+        in_host: tuple[float, float] = (READ_IN_HOST, SENT_IN_HOST),
     ) -> "Network":
         """Of workers in a ring, without what processors do to messages.
 
@@ -78,7 +85,8 @@ class Network(NamedTuple):
                 host are in it.
             latency: seconds from one worker to the next.
             per_host: how many workers share each host; divides W.
-            in_host: bytes per second from each worker to others of its host, beside all others of it.
+            in_host: bytes per second that each worker gets of others of its host, beside all others of it: of
+                gradients, and of messages.
         """
 
         def line(rounds: int, share: float, rate: float = bytes_per_second) -> Curve:
@@ -88,7 +96,7 @@ class Network(NamedTuple):
         around, count, hosts = workers - 1, workers // per_host, None
         if count > 1 and per_host > 1:
             # Each worker sends each of the others its part; over a host's link come those of all its workers.
-            inside, between = line(per_host - 1, 1 / per_host, in_host), line(count - 1, per_host / count)
-            hosts = HostNetwork(per_host, inside, between)
+            gradients, inside = (line(per_host - 1, 1 / per_host, rate) for rate in in_host)
+            hosts = HostNetwork(per_host, gradients, inside, line(count - 1, per_host / count))
         mean = line(2 * around, 1 / workers)
         return cls(workers, mean, mean, line(around, 1), hosts)

@@ -98,23 +98,25 @@ def test_numbers_in_8_bits_are_averaged_in_slices_by_many():
 
 def test_links_of_hosts():
     # 4 hosts of 2. Inside, half of a message goes to the other one; over a link come a quarter of it, of both, 3 times.
-    network = Network.of_links(8, bytes_per_second=1e9, latency=1e-5, per_host=2, in_host=4e9)
+    network = Network.of_links(8, bytes_per_second=1e9, latency=1e-5, per_host=2, in_host=(8e9, 4e9))
+    assert network.hosts.gradients(8e6) == pytest.approx(1e-5 + 4e6 / 8e9)
     assert network.hosts.inside(8e6) == pytest.approx(1e-5 + 4e6 / 4e9)
     assert network.hosts.between(8e6) == pytest.approx(3 * (1e-5 + 2 * 2e6 / 1e9))
     assert network._replace(hosts=None) == Network.of_links(8, 1e9, 1e-5)
     assert Network.of_links(8, 1e9, 1e-5, per_host=8).hosts is None  # all on one
 
 
-# 2 hosts of 2. Inside a message takes a tenth of a millisecond, and half a nanosecond for each byte; between, 3 and 3.
-ON_HOSTS = MESSAGES._replace(
-    workers=4, hosts=HostNetwork(2, Curve(((0, 1e-4), (1e6, 6e-4))), Curve(((0, 3e-3), (1e6, 6e-3))))
-)
+# 2 hosts of 2. Gradients take a tenth of a nanosecond for each byte. Inside a message takes a tenth of a millisecond,
+# and half a nanosecond for each byte; between, 3 and 3.
+GRADIENTS, INSIDE = Curve(((0, 0), (1e6, 1e-4))), Curve(((0, 1e-4), (1e6, 6e-4)))
+BETWEEN = Curve(((0, 3e-3), (1e6, 6e-3)))
+ON_HOSTS = MESSAGES._replace(workers=4, hosts=HostNetwork(2, GRADIENTS, INSIDE, BETWEEN))
 
 
 def test_two_levels_share_half_steps_and_memory():
     prediction = predict(SHAPES, PowerSGD(2, hierarchical=True), ON_HOSTS, Work(1e-4, 1e-9, 1e-7))
     # The gradients, and twice the host's Q; P, with the vector, and Q.
-    inside = (1e-4 + 2e6 * 5e-10) + (1e-4 + 2 * 4000 * 5e-10)
+    inside = 2e6 * 1e-10 + (1e-4 + 2 * 4000 * 5e-10)
     assert prediction.network == pytest.approx(inside + 2e-3 + (2 * 1500 * 4 + 1200) * 1e-9)
     # Two half-steps on half of the rows, and the update: two of three passes.
     assert prediction.processor == pytest.approx(1e-4 + 2 / 3 * 2e6 * 1e-9 + 1500 * 1e-7)
@@ -132,7 +134,7 @@ def test_the_largest_share_of_a_memory_counts():
 def test_two_levels_in_8_bits(workers, rounds):
     network = ON_HOSTS._replace(workers=workers)
     prediction = predict(SHAPES, PowerSGD(2, wire_dtype="int8", hierarchical=True), network, FREE)
-    inside, between = 1e-4 + 2e6 * 5e-10, 0.0
+    inside, between = 2e6 * 1e-10, 0.0
     for length in (1000, 500):
         inside += 1e-4 + 2 * (4 * 2 * length) * 5e-10  # each one's factors to both
         # Codes and units: of two hosts, all to both; of four, a quarter, which has a unit of one or two columns.

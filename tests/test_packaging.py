@@ -44,7 +44,7 @@ OLDEST_SETUPTOOLS = "setuptools==64.0.0" if sys.version_info < (3, 12) else "set
 
 @pytest.fixture(scope="module")
 def pip_install(tmp_path_factory):
-    """Installs into a folder what else pip is given. Kernels need not be fast, and are compiled in a tenth of the time."""
+    """Installs into a folder what pip is given. Kernels need not be fast, and are compiled in a tenth of the time."""
     compiler = tmp_path_factory.mktemp("compiler") / "c++"
     drops_optimization = 'for word; do shift; [ "$word" = -O3 ] || set -- "$@" "$word"; done'
     compiler.write_text(f'#!/bin/sh\n{drops_optimization}\nexec {sysconfig.get_config_var("CXX")} "$@"\n')

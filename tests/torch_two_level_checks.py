@@ -49,7 +49,8 @@ def check_parameters_that_come_later_are_exchanged_too():
     parameters = [torch.nn.Parameter(torch.zeros(24, 32)) for _ in range(2)]
     with two_levels.on_hosts():
         sgd = torch.optim.SGD(parameters[:1], lr=1.0)
-        optimizer = hvd.DistributedOptimizer(sgd, [("0", parameters[0])], compression=PowerSGD(24, 0, hierarchical=True))
+        config = PowerSGD(24, 0, hierarchical=True)
+        optimizer = hvd.DistributedOptimizer(sgd, [("0", parameters[0])], compression=config)
         for step in range(3):
             if step == 1:
                 optimizer.add_param_group({"params": parameters[1:]})

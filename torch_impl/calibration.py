@@ -9,9 +9,12 @@ from horovod_powersgd import calibration
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.compressors.precision import is_horovods_fp16
+from horovod_powersgd.cost import SIZES_IN_HOST
+from horovod_powersgd.hosts import Host
 from horovod_powersgd.torch import agreement
 from horovod_powersgd.torch.control_messages import largest
 from horovod_powersgd.torch.engine import Engine
+from horovod_powersgd.torch.peers import peers_of
 from horovod_powersgd.torch.workers import Workers
 
 CPU = torch.device("cpu")
@@ -54,6 +57,23 @@ class Calibration(calibration.Calibration):
         part = torch.zeros(nbytes // share, dtype=torch.uint8, device=self._device)
         name, process_set = f"{self._workers.prefix}.gather", self._workers.process_set
         synchronize(allgather_async(part, name=name, process_set=process_set))
+
+    def _means_of(self, host: Host) -> Callable[[int], None]:
+        peers = peers_of(self._workers, host, ["gradient"], self._device.type == "cpu")
+        if peers is None:
+            return super()._means_of(host)
+        gradient = torch.zeros(SIZES_IN_HOST[-1] // 4)
+        peers.show("gradient", gradient)
+        self.largest([0])  # all have shown theirs
+        shown = peers.shown()
+
+        def average(nbytes: int) -> None:
+            self._average("float32", 4)  # the message that they may begin
+            own = gradient[: nbytes // 4 // host.share.parts]
+            peers.add_others("gradient", shown, own)
+            own /= host.share.parts
+
+        return average
 
     def _exchange(self, whom: Sequence[int], nbytes: int) -> None:
         size = nbytes // 4 // len(whom)

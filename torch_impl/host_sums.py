@@ -45,7 +45,7 @@ class HostMessages:
         mean = _sum(received).div_(len(places))
         mine = [gradient.size_of(self.host.share.place) for gradient in matrices]
         for gradient, part in zip(matrices, mean.split(mine)):
-            gradient.take(part)
+            gradient.take(part, in_gradient=False)
 
     def tell_own(self, matrices: Sequence[TwoLevelGradient], step: Step) -> Gathered:
         """Starts telling the host's workers what this one's rows have made of the factors."""
@@ -83,9 +83,8 @@ class HostReadings(HostMessages):
         shown, place = self.peers.shown(), self.host.share.place
         for gradient in matrices:
             own = gradient.send_to(place)
-            first = own.storage_offset() - gradient.whole.storage_offset()
-            self.peers.add_others(gradient.name, shown, own, first)
-            gradient.take(own.div_(self.host.share.parts))
+            self.peers.add_others(gradient.name, shown, own, gradient.offset_of(place))
+            gradient.take(own.div_(self.host.share.parts), in_gradient=True)
 
     def tell_own(self, matrices: Sequence[TwoLevelGradient], step: Step) -> list[torch.Tensor]:  # type: ignore[override]
         # Halves, which a factor may travel as, lose nothing more.

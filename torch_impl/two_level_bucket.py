@@ -1,6 +1,7 @@
 """PowerSGD in two levels: the gradients of a host's workers are averaged whole, and travel as factors between hosts."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -56,7 +57,7 @@ class TwoLevelBucket(PowerSGDBucket):
             senders = matrices if half_step else dense
             is_last_q = half_step == half_steps - 1 and matrices and not matrices[0].mean_is_q
             tells = is_last_q and self._config.keeps_memory and self._config.linear
-            told = self._sums.tell_own(matrices, step) if tells else None
+            told: Any = self._sums.tell_own(matrices, step) if tells else None
             sent += [gradient.send() for gradient in senders[len(matrices) :]]
             finite = (yield from self._average(senders, sent, step, half_step, in_place=True)) & finite
             if tells:

@@ -29,6 +29,7 @@ class TwoLevelGradient(PowerSGDGradient):
 
     share: RowShare | None = None
     _whole: Any = None  # the gradient as a matrix, in a step with two levels; the update is written there
+    _is_in_gradient = False  # whether delta is a part of that
 
     def _rows(self, place: int | None = None) -> tuple[int, int]:
         assert self.share is not None
@@ -56,6 +57,10 @@ class TwoLevelGradient(PowerSGDGradient):
         """(n, m), contiguous: what send_to gives rows of."""
         return self._whole
 
+    def offset_of(self, place: int) -> int:
+        """How many numbers come before those."""
+        return self._rows(place)[0] * self._matrix_shape[1]
+
     def size_of(self, place: int) -> int:
         """How many numbers a worker of the host works on."""
         return self._rows(place)[1] * self._matrix_shape[1]
@@ -76,10 +81,13 @@ class TwoLevelGradient(PowerSGDGradient):
         """How many numbers the factor has that was averaged last."""
         return self._mean.numel()
 
-    def take(self, mean: torch.Tensor) -> None:
-        """Takes this worker's rows of the mean of its host's workers, flat: delta, but for the memory. They may stand
-        in the gradient, in place of its own."""
-        self._delta = mean.view(-1, self._matrix_shape[1])
+    def take(self, mean: torch.Tensor, in_gradient: bool) -> None:
+        """Takes this worker's rows of the mean of its host's workers, flat: delta, but for the memory.
+
+        Args:
+            in_gradient: whether they stand in the gradient, in place of its own.
+        """
+        self._delta, self._is_in_gradient = mean.view(-1, self._matrix_shape[1]), in_gradient
 
     def half_step(self, basis: torch.Tensor) -> HalfStep:
         task = super().half_step(basis)
@@ -127,11 +135,6 @@ class TwoLevelGradient(PowerSGDGradient):
     def _draws(self) -> Drawn:
         drawn = super()._draws()
         return drawn if self.share is None else Drawn(drawn.rows.narrow(0, *self._rows()), drawn.columns)
-
-    @property
-    def _is_in_gradient(self) -> bool:
-        """Whether delta is where the update is to be written."""
-        return self._delta.untyped_storage().data_ptr() == self._whole.untyped_storage().data_ptr()
 
     def _room(self) -> torch.Tensor:
         if self._kept.share == self.share:

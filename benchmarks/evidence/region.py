@@ -7,11 +7,15 @@ The times are those of the slowest worker, medians over 30 steps, or over 3 wher
 """
 
 import argparse
+import sys
+from pathlib import Path
 
-import cluster
-from job import JobFailed, results
-from methods import METHODS as TITLED
-from runs import CROWDED, HERE, Hosts
+sys.path.append(str(Path(__file__).parents[1]))
+
+import cluster  # noqa: E402
+from job import JobFailed, results  # noqa: E402
+from methods import METHODS as TITLED  # noqa: E402
+from runs import CROWDED, HERE, Hosts  # noqa: E402
 
 MATRICES = 8
 WIDTHS = [32, 64, 128, 256, 512, 1024]

@@ -18,9 +18,9 @@ from horovod_powersgd.layout import layout_of
 from horovod_powersgd.network import Network
 from horovod_powersgd.statistics import TensorStats
 
-# A try is over after so many seconds, and after some steps at least and at most. The first of them does not count:
-# it makes buckets and memories.
-TRY_SECONDS, LEAST_STEPS, MOST_STEPS = 0.3, 4, 10
+# A try is over after so many seconds, and after some steps at least and at most: of steps of a millisecond or two, ten
+# say little. The first of them does not count: it makes buckets and memories.
+TRY_SECONDS, LEAST_STEPS, MOST_STEPS = 0.3, 4, 40
 # A later candidate has to save this part of a step.
 MARGIN = 0.03
 # Once it has chosen, steps' times are compared so often; and it looks again where they have twice in a row been so

@@ -8,6 +8,8 @@ import cases
 from horovod_powersgd.choosing import Choice, Chooser
 
 PLAIN = Choice()
+# While it is entered, a try takes a few steps.
+short_tries = mock.patch("horovod_powersgd.choosing.MOST_STEPS", 8)
 
 
 def choosing(*choices):

@@ -13,7 +13,7 @@ import cases
 import choices as choices_of_all
 import horovod_powersgd.tensorflow as hvd
 import horovod_powersgd.tensorflow.keras as hvd_keras
-from choices import PLAIN, mean_gradients
+from choices import PLAIN, mean_gradients, short_tries
 from horovod_powersgd import Auto, PowerSGD, TopK
 from horovod_powersgd.choosing import Choice, Chooser
 from horovod_powersgd.cost import Work
@@ -153,6 +153,7 @@ def check_all_workers_choose_alike_in_fit():
         x = np.random.default_rng(hvd.rank()).standard_normal((8 * 25, 200)).astype("float32")
         y = np.zeros((8 * 25, 50), "float32")
         with contextlib.ExitStack() as patches:
+            patches.enter_context(short_tries)
             patches.enter_context(mock.patch.object(Calibration, "samples", FEW_SAMPLES))
             if slowly:
                 patches.enter_context(mock.patch.object(AutoExchange, "_calibrate", calibrate))

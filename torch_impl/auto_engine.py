@@ -8,6 +8,7 @@ import torch
 
 from horovod_powersgd.choosing import Choice, Chooser
 from horovod_powersgd.compressors.auto import Auto
+from horovod_powersgd.compressors.precision import is_horovods_fp16
 from horovod_powersgd.cost import Work
 from horovod_powersgd.layout import leading_rows
 from horovod_powersgd.network import Network
@@ -85,8 +86,11 @@ class AutoEngine(Engine):
         return 0 if self._is_new else super()._number_of_step()
 
     def _goes_directly(self) -> bool:
-        """Whether the step's gradients all travel as they are, one by one; begins such a step."""
-        if self._chooser is None or self._choice.number is not None or self._groups is not None:
+        """Whether the step's gradients all travel as they are, or as Horovod's fp16 has them, one by one; begins such a
+        step."""
+        if self._chooser is None or self._groups is not None:
+            return False
+        if self._choice.number is not None and not is_horovods_fp16(self._config):
             return False
         if not self._directly:
             self.discard()

@@ -1,4 +1,5 @@
-"""Gradients that are averaged as they are, each in a message of its own, as Horovod's own optimizer sends them."""
+"""Gradients that are averaged as they are or in half precision, each in a message of its own, as Horovod's own
+optimizer sends them."""
 
 from collections.abc import Iterable
 

@@ -23,6 +23,9 @@ from horovod_powersgd.statistics import TensorStats
 TRY_SECONDS, LEAST_STEPS, MOST_STEPS = 0.3, 4, 40
 # A later candidate has to save this part of a step.
 MARGIN = 0.03
+# What promises a step that is at most so many times longer than the best that was measured is tried: predictions are off
+# by as much, and a try costs little.
+PROMISING = 1.3
 # Once it has chosen, steps' times are compared so often; and it looks again where they have twice in a row been so
 # many times longer or shorter than they were.
 PERIOD, CHANGE = 50, 1.5
@@ -127,7 +130,7 @@ class Chooser:
         """Tries the most promising one that is left, or settles for the best."""
         assert self._untried is not None
         self._times = []
-        if self._untried and self.predicted[self._untried[0]] < min(self.measured.values()) * (1 - MARGIN):
+        if self._untried and self.predicted[self._untried[0]] < min(self.measured.values()) * PROMISING:
             self.choice = self._untried.pop(0)
             return
         self._untried = []

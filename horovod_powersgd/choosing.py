@@ -23,8 +23,8 @@ from horovod_powersgd.statistics import TensorStats
 TRY_SECONDS, LEAST_STEPS, MOST_STEPS = 0.3, 4, 40
 # A later candidate has to save this part of a step.
 MARGIN = 0.03
-# What promises a step that is at most so many times longer than the best that was measured is tried: predictions are off
-# by as much, and a try costs little.
+# What promises a step that is at most so many times longer than the best that was measured is tried: predictions are
+# off by as much, and a try costs little.
 PROMISING = 1.3
 # Once it has chosen, steps' times are compared so often; and it looks again where they have twice in a row been so
 # many times longer or shorter than they were.

@@ -78,7 +78,7 @@ def selection(rounds, launcher):
 def product(args):
     """Every combination of what the arguments say."""
     for framework, hosts, rate, model in itertools.product(args.frameworks, args.hosts, args.rates, args.models):
-        methods = args.methods if framework == "torch" else [m for m in TENSORFLOW_METHODS if m in args.methods]
+        methods = [m for m in args.methods if framework == "torch" or METHODS[m].library != "ddp"]
         if methods:
             yield Job(
                 framework, model, rate, hosts, tuple(methods), args.rounds, args.launcher, args.workers_per_host

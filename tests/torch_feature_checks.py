@@ -632,7 +632,7 @@ def check_a_step_with_infinity_on_one_worker_is_skipped_by_all():
 
 def check_a_loaded_state_goes_on_bit_for_bit():
     gathered = Accordion(TopK(0.2), TopK(0.1), interval=4), Signum(), Int8()
-    others = ACCORDION, *gathered, GRADIVEQ, PowerSGD(2, refresh_every=4)
+    others = ACCORDION, *gathered, GRADIVEQ, PowerSGD(2, refresh_every=4, memory_dtype="bfloat16")
     for config in (CONFIG, PowerSGD(rank=2, num_iters_per_step=1), PowerSGD(rank=1, warmup_steps=12), *others):
         whole = network()
         train(whole, distribute(whole, config=config), range(20))
@@ -650,6 +650,27 @@ def check_a_loaded_state_goes_on_bit_for_bit():
         for name, value in values(whole).items():
             error = cases.error(values(second)[name], value)
             assert error <= cases.largest_error_of_a_repetition(hvd.size()), (config, name)
+
+
+def check_a_memory_loads_into_one_of_another_precision():
+    (name, shape), rank = ("linear", cases.SHAPES["linear"]), hvd.rank()
+
+    def saved(trainee):
+        return trainee.optimizer.compression_state_dict()["tensors"][name]["memory"]
+
+    single = Trainee(PowerSGD(rank=2), shapes={name: shape})
+    for step in range(3):
+        single.exchange(cases.gradients(step, rank, "float32", {name: shape}))
+    for dtype, of_torch in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        halves, back = (Trainee(PowerSGD(rank=2, memory_dtype=some), shapes={name: shape}) for some in (dtype, None))
+        halves.optimizer.load_compression_state_dict(single.optimizer.compression_state_dict())
+        # Rounded once.
+        error = (saved(halves) - saved(single)).abs()
+        assert (error <= torch.finfo(of_torch).eps * saved(single).abs() + 1e-6).all() and error.max() > 0, dtype
+        back.optimizer.load_compression_state_dict(halves.optimizer.compression_state_dict())
+        assert torch.equal(saved(back), saved(halves)), dtype
+        mine = cases.gradients(3, rank, "float32", {name: shape})
+        cases.assert_close(back.exchange(mine), halves.exchange(mine), 1e-6, dtype)
 
 
 def check_a_state_of_another_number_of_workers_keeps_the_mean_memory():

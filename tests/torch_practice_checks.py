@@ -310,7 +310,7 @@ def check_one_bad_batch_that_is_clipped_costs_a_step_and_not_many():
             found.append((weight.detach() - target).square().mean().item())
         return found
 
-    for config in (NONE, PowerSGD(4), PowerSGD(1), TopK(0.1)):
+    for config in (NONE, PowerSGD(4), PowerSGD(4, memory_dtype="bfloat16"), PowerSGD(1), TopK(0.1)):
         usual, spoiled = losses(config, None), losses(config, 60)
         behind = next((i for i in range(61, 67) if spoiled[i] <= usual[60]), 67) - 60
         assert behind <= 5, (config, behind)

@@ -22,7 +22,8 @@ def concat(parts):
 
 
 def cast(x, dtype):
-    return tf.cast(x, dtype)
+    # To half precision by way of float32, as processors do it.
+    return tf.cast(tf.cast(x, tf.float32) if dtype == "float16" else x, dtype)
 
 
 def like(x, other):

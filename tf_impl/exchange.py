@@ -25,7 +25,7 @@ from horovod_powersgd.tensorflow.settings import Settings
 from horovod_powersgd.tensorflow.shared_host import SharedHost
 from horovod_powersgd.tensorflow.snapshot import Snapshot
 from horovod_powersgd.tensorflow.variable_state import VariableState
-from horovod_powersgd.tensorflow.workers import Number, Workers, transportable
+from horovod_powersgd.tensorflow.workers import Number, Workers, not_constant, transportable
 
 Tensor: TypeAlias = tf.Tensor | tf.IndexedSlices
 
@@ -352,4 +352,9 @@ def _total(traffics: Sequence[Traffic]) -> Traffic:
 
 
 def _initialise(variable: tf.Variable) -> tf.Operation:
-    return tf.group(variable.assign(variable.initial_value, read_value=False))
+    value = variable.initial_value
+    if not variable.shape.is_fully_defined():
+        # Constant folding takes the only shape that it sees assigned for that of all the variable's values: it must not
+        # see this one.
+        value = tf.reshape(value, not_constant(tf.constant(value.shape.as_list(), tf.int32)))
+    return tf.group(variable.assign(value, read_value=False))

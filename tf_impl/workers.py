@@ -79,7 +79,7 @@ class Workers:
     def alltoall(self, messages: tf.Tensor, name: str) -> tf.Tensor:
         """What all workers have sent to this one, of their messages (W, bytes), one to each."""
         with tf.device(self.device):
-            sent = mpi_ops.alltoall(_not_constant(messages), None, self._full_name(name), True, self.process_set)
+            sent = mpi_ops.alltoall(not_constant(messages), None, self._full_name(name), True, self.process_set)
         return tf.ensure_shape(sent, messages.shape)
 
     def exchange(self, tensor: tf.Tensor, peers: tf.Tensor, sizes: tf.Tensor, name: str) -> tf.Tensor:
@@ -93,7 +93,7 @@ class Workers:
         """
         splits = tf.scatter_nd(peers[:, None], tf.cast(sizes, tf.int32), self.count(tf.int64)[None])
         with tf.device(self.device):
-            return mpi_ops.alltoall(_not_constant(tensor), splits, self._full_name(name), True, self.process_set)[0]
+            return mpi_ops.alltoall(not_constant(tensor), splits, self._full_name(name), True, self.process_set)[0]
 
     def all_there(self, name: str, compressor: Compressor | None) -> tf.Operation:
         """An op that fails with an InvalidArgumentError where a worker has joined (hvd.join). Horovod's allgather would
@@ -115,7 +115,7 @@ class Workers:
             return refused
 
         # A joined worker's part is zero.
-        there = self.allreduce(_not_constant(tf.ones((1,), tf.int32)), name, Sum)
+        there = self.allreduce(not_constant(tf.ones((1,), tf.int32)), name, Sum)
         return tf.cond(tf.equal(there[0], self.count(tf.int32)), lambda: tf.constant(True), refuse).op
 
     def allreduce(self, tensor: tf.Tensor, name: str, op: int, prescale: float = 1.0, postscale: float = 1.0):
@@ -133,14 +133,14 @@ class Workers:
 
     def allgather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         """Horovod's: all workers' tensors, one after the other along the first axis."""
-        return mpi_ops.allgather(_not_constant(tensor), self._full_name(name), True, self.process_set)
+        return mpi_ops.allgather(not_constant(tensor), self._full_name(name), True, self.process_set)
 
     def _full_name(self, name: str) -> str:
         """As an operation can be called; Horovod, told to ignore the scope, would drop what is before a slash."""
         return re.sub("[^A-Za-z0-9_.]", ".", f"{self.prefix}.{name}")
 
 
-def _not_constant(tensor: tf.Tensor) -> tf.Tensor:
+def not_constant(tensor: tf.Tensor) -> tf.Tensor:
     """The tensor, hidden from constant folding: of a constant, TensorFlow would run the collective while it optimizes
     the graph, even one in a branch that is not taken. Where a slice begins is known only when the graph runs; all of
     the tensor is in this one."""

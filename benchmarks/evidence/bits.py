@@ -11,7 +11,7 @@ from longer import TIMES
 from runs import RESULTS, Hosts, parse, plan, print_table
 
 RANKS = [f"rank-{rank}{bits}" for rank in (4, 8, 16) for bits in ("", "-int8")]
-METHODS = ["none", "rank-2", "rank-2-int8", *RANKS, "rank-6-int8", "rank-8-float16", "int8"]
+METHODS = ["none", "rank-2", "rank-2-int8", *RANKS, "rank-8-float16", "int8"]
 LONGER = ["none", "rank-4", "rank-4-int8", "rank-6-int8", "rank-8", "rank-8-int8", "int8"]
 
 

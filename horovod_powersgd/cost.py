@@ -218,6 +218,7 @@ def _messages(
     step, seconds = compressor.warmup_steps + 1, 0.0
     if hosts is not None:
         seconds += hosts.gradients(ITEMSIZE * sum(n * m for n, m in matrices))
+        seconds += 2 * network.allreduce(ITEMSIZE)  # that they are there, and that they have been read
     rounds = list(zip(*(compressor.quantized_rows(n, m, step) for n, m in matrices), strict=True))
     if rounds:
         for lengths in rounds:

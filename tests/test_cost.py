@@ -116,7 +116,7 @@ ON_HOSTS = MESSAGES._replace(workers=4, hosts=HostNetwork(2, GRADIENTS, INSIDE, 
 def test_two_levels_share_half_steps_and_memory():
     prediction = predict(SHAPES, PowerSGD(2, hierarchical=True), ON_HOSTS, Work(1e-4, 1e-9, 1e-7))
     # The gradients, and twice the host's Q; P, with the vector, and Q.
-    inside = 2e6 * 1e-10 + (1e-4 + 2 * 4000 * 5e-10)
+    inside = 2e6 * 1e-10 + (1e-4 + 2 * 4000 * 5e-10) + 2 * (1e-3 + 4e-9)
     assert prediction.network == pytest.approx(inside + 2e-3 + (2 * 1500 * 4 + 1200) * 1e-9)
     # Two half-steps on half of the rows, and the update: two of three passes.
     assert prediction.processor == pytest.approx(1e-4 + 2 / 3 * 2e6 * 1e-9 + 1500 * 1e-7)
@@ -134,7 +134,7 @@ def test_the_largest_share_of_a_memory_counts():
 def test_two_levels_in_8_bits(workers, rounds):
     network = ON_HOSTS._replace(workers=workers)
     prediction = predict(SHAPES, PowerSGD(2, wire_dtype="int8", hierarchical=True), network, FREE)
-    inside, between = 2e6 * 1e-10, 0.0
+    inside, between = 2e6 * 1e-10 + 2 * (1e-3 + 4e-9), 0.0
     for length in (1000, 500):
         inside += 1e-4 + 2 * (4 * 2 * length) * 5e-10  # each one's factors to both
         # Codes and units: of two hosts, all to both; of four, a quarter, which has a unit of one or two columns.

@@ -1,5 +1,6 @@
 """An exchange in two levels, in PyTorch."""
 
+import contextlib
 import os
 import subprocess
 import time
@@ -46,20 +47,36 @@ def check_the_workers_of_a_host_read_each_other_s_gradients():
 
 
 def check_parameters_that_come_later_are_exchanged_too():
-    parameters = [torch.nn.Parameter(torch.zeros(24, 32)) for _ in range(2)]
-    with two_levels.on_hosts():
-        sgd = torch.optim.SGD(parameters[:1], lr=1.0)
-        config = PowerSGD(24, 0, hierarchical=True)
-        optimizer = hvd.DistributedOptimizer(sgd, [("0", parameters[0])], compression=config)
-        for step in range(3):
-            if step == 1:
-                optimizer.add_param_group({"params": parameters[1:]})
-            optimizer.zero_grad()
-            sum((hvd.rank() + 1) * parameter.sum() for parameter in parameters).backward()
-            optimizer.step()
     mean = (hvd.size() + 1) / 2
-    for parameter, steps in zip(parameters, (3, 2)):
-        assert torch.allclose(parameter, torch.full_like(parameter, -steps * mean), rtol=1e-4)
+    for readable in (True, False):
+        parameters = [torch.nn.Parameter(torch.zeros(24, 32, device=DEVICE)) for _ in range(2)]
+        sgd, config = torch.optim.SGD(parameters[:1], lr=1.0), PowerSGD(24, 0, hierarchical=True)
+        optimizer = hvd.DistributedOptimizer(sgd, [("0", parameters[0])], compression=config)
+        unreadable = mock.patch.object(neighbours, "is_readable", lambda offered: False)
+        with two_levels.on_hosts(), contextlib.nullcontext() if readable else unreadable:
+            for step in range(3):
+                if step == 1:
+                    optimizer.add_param_group({"params": parameters[1:]})
+                optimizer.zero_grad()
+                sum((hvd.rank() + 1) * parameter.sum() for parameter in parameters).backward()
+                optimizer.step()
+        for parameter, steps in zip(parameters, (3, 2)):
+            torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, -steps * mean), rtol=1e-4, atol=0)
+
+
+def check_steps_of_one_level_leave_no_room_to_those_of_two():
+    trainee = Trainee(CONFIG, "float32")
+    with mock.patch.dict(os.environ, HOROVOD_HOSTNAME=f"other{hvd.rank()}"):
+        for step in range(3):  # which could be discarded, so that a memory's room is set aside
+            trainee.exchange(two_levels.mine(step, "float32"))
+    next_generation()
+    with two_levels.on_hosts():
+        for step in range(3, 6):
+            updates = trainee.exchange(two_levels.mine(step, "float32"))
+    for theirs in hvd.allgather_object(updates, name="updates"):
+        cases.assert_close(theirs, updates, 0, "bits")
+    memory = trainee.state().memory["linear"]
+    assert memory.shape == two_levels.own_rows(np.zeros((48, 64))).shape
 
 
 def check_where_one_cannot_read_gradients_travel_by_messages():

@@ -68,7 +68,6 @@ class Calibration(calibration.Calibration):
         shown = peers.shown()
 
         def average(nbytes: int) -> None:
-            self._average("float32", 4)  # the message that they may begin
             own = gradient[: nbytes // 4 // host.share.parts]
             peers.add_others("gradient", shown, own)
             own /= host.share.parts

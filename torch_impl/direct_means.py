@@ -4,8 +4,8 @@ optimizer sends them."""
 from collections.abc import Iterable
 
 import torch
-from horovod.torch.mpi_ops import Average, allreduce_async_, synchronize
 
+from horovod_powersgd.torch.futures import Mean
 from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.ownership import owns_storage
 from horovod_powersgd.torch.workers import Workers
@@ -20,7 +20,7 @@ class DirectMeans:
 
     def __init__(self, workers: Workers):
         self._workers = workers
-        self._started: dict[PlainGradient, int] = {}  # Horovod's handles
+        self._started: dict[PlainGradient, Mean] = {}
 
     def start(self, gradient: PlainGradient, incoming: torch.Tensor | None = None) -> None:
         """Starts averaging a gradient that backward has finished; `incoming` as Engine.arrived's."""
@@ -32,8 +32,7 @@ class DirectMeans:
             sent = given.data.to(gradient.sent_dtype).contiguous()
         else:
             sent = given.data.to(gradient.sent_dtype, copy=True, memory_format=torch.contiguous_format)
-        name, process_set = f"{self._workers.prefix}.direct.{gradient.name}", self._workers.process_set
-        self._started[gradient] = allreduce_async_(sent, name=name, op=Average, process_set=process_set)
+        self._started[gradient] = self._workers.mean(sent, f"direct.{gradient.name}", in_place=True)
 
     def finish(self, gradients: Iterable[PlainGradient], factor: float) -> int:
         """Puts all averages, times `factor`, into the gradients. Those that were not started take part as they are, and
@@ -48,8 +47,8 @@ class DirectMeans:
                     gradient.make_zero()
                 self.start(gradient)
         nbytes = 0
-        for gradient, handle in self._started.items():
-            mean, given = synchronize(handle), gradient.parameter.grad
+        for gradient, started in self._started.items():
+            mean, given = started.result(), gradient.parameter.grad
             assert given is not None
             nbytes += mean.nbytes
             if factor != 1:

@@ -101,8 +101,8 @@ class Engine:
         """Takes in a parameter, between two steps."""
         for gradient_set in self._gradient_sets:
             gradient_set.add(name, parameter)
-        if self._peers is not None:
-            self.generation = None  # so that they find each other again: they have no place for another gradient
+        if self._host is not None:
+            self.generation = None  # so that the workers of a host find each other again, and share this one, too
 
     def take_over(self, other: "Engine") -> None:
         """Goes on where another engine ends, if it is one of the same parameters and configuration."""

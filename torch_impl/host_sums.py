@@ -87,7 +87,7 @@ class HostReadings(HostMessages):
             gradient.take(own.div_(self.host.share.parts), in_gradient=True)
 
     def tell_own(self, matrices: Sequence[TwoLevelGradient], step: Step) -> list[torch.Tensor]:  # type: ignore[override]
-        # Halves, which a factor may travel as, lose nothing more.
+        # Copies, since the average takes the place of what is sent; of halves, in the precision of the sum.
         parts = [gradient.own.reshape(-1).to(gradient.dtype, copy=True) for gradient in matrices]
         for gradient, part in zip(matrices, parts):
             self.peers.show(OWN + gradient.name, part)

@@ -55,7 +55,10 @@ class InPlaceGradient(CompressedGradient):
         memory, spare, self._spare_storage = self._kept.memory, self._spare_storage, None
         if memory is not None and not self._undoable:
             return memory.storage()
-        return torch.empty_like(self._delta, dtype=self._halves) if spare is None else spare
+        return self._new_room() if spare is None else spare
+
+    def _new_room(self) -> torch.Tensor:
+        return torch.empty_like(self._delta, dtype=self._halves)
 
     def _memory_of(self, memory: torch.Tensor) -> Memory:
         """What is kept of it."""

@@ -30,7 +30,16 @@ class Peers:
         self._others = [other for number, other in enumerate(boards) if number != place]
 
     def show(self, name: str, tensor: torch.Tensor) -> None:
-        """Shows a contiguous tensor on a processor. It must stay where it is until all others have read it."""
+        """Shows a contiguous tensor. It must stay where it is until all others have read it.
+
+        Raises:
+            RuntimeError: it is not in the processor's memory.
+        """
+        if tensor.device.type != "cpu":
+            raise RuntimeError(
+                f"{name} has moved to {tensor.device} since the first exchange, and the other workers of this host "
+                "cannot read it there: move the model before, or wrap the optimizer anew afterwards"
+            )
         self._board[self._places[name]] = tensor.data_ptr()
 
     def shown(self) -> list[tuple[int, list[int]]]:
@@ -70,21 +79,23 @@ def _read(process: int, address: int, to: torch.Tensor) -> None:
 
 
 def peers_of(workers: Workers, host: Host | None, names: Sequence[str], on_processor: bool) -> Peers | None:
-    """This worker's peers; None where the host is None, or where not all workers of all hosts can read their peers.
+    """This worker's peers; None where the host is None, on all workers, or where not all of them can read their peers.
     Every worker must ask, and all get an answer of the same kind.
 
     Args:
         names: of what they will show each other.
         on_processor: whether this worker's gradients are.
     """
+    if host is None:
+        return None
     board = torch.zeros(len(names), dtype=torch.int64)
-    mine = [*neighbours.offer(), board.data_ptr()]
+    mine = [*neighbours.offer(), board.data_ptr()] if on_processor else [0] * 4
     numbers = [0] * len(mine) * workers.count
     numbers[len(mine) * workers.index : len(mine) * (workers.index + 1)] = mine
     told = torch.tensor(largest(workers, numbers, "offers")).view(-1, len(mine))
-    found = [] if host is None else told[list(host.peers)].tolist()
-    reads = on_processor and bool(found) and all(neighbours.is_readable(offered) for *offered, _ in found)
+    found = told[list(host.peers)].tolist()
+    reads = on_processor and all(neighbours.is_readable(offered) for *offered, _ in found)
     [somebody_cannot] = largest(workers, [not reads], "unreadable")
-    if host is None or somebody_cannot:
+    if somebody_cannot:
         return None
     return Peers(board, [(process, address) for process, *_, address in found], host.share.place, names)

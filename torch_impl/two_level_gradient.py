@@ -137,9 +137,9 @@ class TwoLevelGradient(PowerSGDGradient):
         return drawn if self.share is None else Drawn(drawn.rows.narrow(0, *self._rows()), drawn.columns)
 
     def _room(self) -> torch.Tensor:
-        if self._kept.share == self.share:
-            return super()._room()
-        return torch.empty_like(self._delta, dtype=self._halves)
+        room = super()._room() if self._kept.share == self.share else None
+        # What was set aside may be of another division of the rows.
+        return room if room is not None and room.shape == self._delta.shape else self._new_room()
 
     def _set_aside(self, memory: Memory | None) -> None:
         if self.share is None and memory is not None and memory.storage().shape == self._matrix_shape:

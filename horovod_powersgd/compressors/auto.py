@@ -16,8 +16,8 @@ class Auto(Compressor):
 
     The first steps are exchanged as they are, and timed. Then messages and passes are measured, which takes some
     seconds once, and every candidate's step is predicted; those that promise not to be much slower are tried for some
-    steps, and the fastest stays (horovod_powersgd.choosing). All workers choose alike. When steps become slower or faster, it
-    looks again.
+    steps, and the fastest stays (horovod_powersgd.choosing). All workers choose alike. When steps become slower or
+    faster, it looks again.
 
     Args:
         candidates: compressors, or Horovod's Compression.none or Compression.fp16, the more careful ones first: a later

@@ -69,9 +69,10 @@ def selection(rounds, launcher):
     on_one_level = [key for key in METHODS if "two-levels" not in key and key != "auto"]
     yield from (job("torch", model, "1gbit", 2, on_one_level, rounds) for model in MODELS)
     for rate in ("100mbit", "10gbit", "unshaped"):
-        yield from (job("torch", model, rate, 2, ["hvd", "hvd-fp16", "rank-4", "rank-8-int8"]) for model in MODELS)
+        methods = ["no-exchange", "hvd", "hvd-fp16", "rank-4", "rank-8-int8"]
+        yield from (job("torch", model, rate, 2, methods) for model in MODELS)
     for model, hosts in itertools.product(["resnet18", "lstm"], [4, 8]):
-        yield job("torch", model, "1gbit", hosts, ["hvd", "ddp", "rank-4", "rank-8-int8"])
+        yield job("torch", model, "1gbit", hosts, ["no-exchange", "hvd", "ddp", "rank-4", "rank-8-int8"])
     yield from (job("tensorflow", model, "1gbit", 2, TENSORFLOW_METHODS) for model in MODELS)
 
 
@@ -109,7 +110,7 @@ def least_seconds(job, method):
 
 
 def launches(job):
-    """The job in parts that fit into this machine's memory."""
+    """The job in parts that fit into this machine's memory, each with "no-exchange" if the job has that."""
     line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
     each = 0.8 * int(line.split()[1]) * 1024 / (job.hosts * job.per_host)
     models = each / (4 * parameters(job.model)) - SHARED_MEMORY
@@ -118,7 +119,7 @@ def launches(job):
         needed += METHOD_MEMORY[METHODS[method].library]
         if part and needed > models:
             yield replace(job, methods=tuple(part))
-            part, needed = [], METHOD_MEMORY[METHODS[method].library]
+            part, needed = part[: part[0] == "no-exchange"], METHOD_MEMORY[METHODS[method].library]
         part.append(method)
     yield replace(job, methods=tuple(part))
 
@@ -143,8 +144,10 @@ def rows(job):
             yield job.row(method, left_out=f"a step takes at least {seconds:.0f} s")
     methods = tuple(method for method in job.methods if least_seconds(job, method) <= LONGEST_STEP)
     if methods:
-        for part in launches(replace(job, methods=methods)):
-            yield from launch(part)
+        first, *others = launches(replace(job, methods=methods))
+        yield from launch(first)
+        for part in others:
+            yield from (row for row in launch(part) if row["method"] != "no-exchange")
 
 
 def print_row(row):

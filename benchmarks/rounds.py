@@ -29,7 +29,8 @@ def run_worker(description, exchanges_of, hvd, predict=lambda model, methods: {}
         description: of the program.
         exchanges_of: (model, methods) to what measure_rounds takes.
         hvd: Horovod for the framework.
-        predict: (model, methods) to what is predicted of some methods, a cost.Prediction.
+        predict: (model, methods) to what is predicted of some methods, a cost.Prediction. Rows have it where
+            "no-exchange" is one of the methods, which tells what their backward takes.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", choices=MODELS, required=True)
@@ -40,9 +41,9 @@ def run_worker(description, exchanges_of, hvd, predict=lambda model, methods: {}
     hvd.init()
     predictions = predict(args.model, args.methods)
     rows = measure_rounds(exchanges_of(args.model, args.methods), args.rounds, hvd)
-    backward = next((row["median_ms"] / 1e3 for row in rows if row["method"] == "no-exchange"), 0.0)
+    backward = next((row["median_ms"] / 1e3 for row in rows if row["method"] == "no-exchange"), None)
     for row in rows:
-        if row["method"] in predictions:
+        if row["method"] in predictions and backward is not None:
             row["predicted_ms"] = round(1e3 * predictions[row["method"]].step(backward), 2)
     if hvd.rank() == 0:
         args.results.write_text(json.dumps(rows))

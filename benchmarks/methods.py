@@ -63,10 +63,10 @@ METHODS = {
     "rank-8": Method("PowerSGD rank 8", "ours", config=PowerSGD(8)),
     "rank-8-fp16": Method("PowerSGD rank 8, float16", "ours", config=PowerSGD(8, wire_dtype="float16")),
     "rank-8-int8": Method("PowerSGD rank 8, int8", "ours", config=PowerSGD(8, wire_dtype="int8")),
-    "rank-1": Method("PowerSGD rank 1", "ours", config=PowerSGD(1)),
     "rank-8-int8-two-levels": Method(
         "PowerSGD rank 8, int8, two levels", "ours", config=PowerSGD(8, wire_dtype="int8", hierarchical=True)
     ),
+    "rank-1": Method("PowerSGD rank 1", "ours", config=PowerSGD(1)),
     "rank-2": Method("PowerSGD rank 2", "ours", config=PowerSGD(2)),
     "rank-32": Method("PowerSGD rank 32", "ours", config=PowerSGD(32)),
     "int8": Method("Int8", "ours", config=Int8()),

@@ -82,8 +82,7 @@ class PowerSGDGradient(CompressedGradient):
             elif step.sends_halves:
                 longer = tf.cast(tf.shape(last)[1] / tf.shape(own)[1], state.dtype)
                 scale = scale_of_halves(arrays, last, longer)
-                # By way of float32, as processors do it.
-                sent = tf.cast(tf.cast(own * scale, tf.float32), tf.float16)
+                sent = arrays.cast(own * scale, "float16")
                 mean = yield AllreduceMean(tf.reshape(sent, [-1]))
                 factor = self._over_hosts(tf.cast(tf.reshape(mean, shape), state.dtype) / scale)
                 own = tf.cast(sent, state.dtype) / scale

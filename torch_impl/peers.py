@@ -7,7 +7,7 @@ from horovod.common.exceptions import HorovodInternalError
 
 from horovod_powersgd import neighbours
 from horovod_powersgd.hosts import Host
-from horovod_powersgd.torch.control_messages import largest
+from horovod_powersgd.torch.control_messages import items, largest
 from horovod_powersgd.torch.workers import Workers
 
 # Numbers that are added up at once: so few that they stay in a core's cache.
@@ -89,13 +89,10 @@ def peers_of(workers: Workers, host: Host | None, names: Sequence[str], on_proce
     if host is None:
         return None
     board = torch.zeros(len(names), dtype=torch.int64)
-    mine = [*neighbours.offer(), board.data_ptr()] if on_processor else [0] * 4
-    numbers = [0] * len(mine) * workers.count
-    numbers[len(mine) * workers.index : len(mine) * (workers.index + 1)] = mine
-    told = torch.tensor(largest(workers, numbers, "offers")).view(-1, len(mine))
-    found = told[list(host.peers)].tolist()
-    reads = on_processor and all(neighbours.is_readable(offered) for *offered, _ in found)
+    everyones = items(workers, (neighbours.offer(), board.data_ptr()) if on_processor else None, "offers")
+    found = [everyones[peer] for peer in host.peers]
+    reads = on_processor and all(told is not None and neighbours.is_readable(told[0]) for told in found)
     [somebody_cannot] = largest(workers, [not reads], "unreadable")
     if somebody_cannot:
         return None
-    return Peers(board, [(process, address) for process, *_, address in found], host.share.place, names)
+    return Peers(board, [(process, address) for (process, *_), address in found], host.share.place, names)

@@ -6,6 +6,7 @@ import torch.distributed
 import horovod_powersgd.torch as hvd
 from distribution import distribute
 from horovod_powersgd import Float16, cost
+from horovod_powersgd.calibration import SECONDS_BEFORE
 from horovod_powersgd.torch.calibration import Calibration
 from methods import METHODS
 from models import MODELS
@@ -89,8 +90,10 @@ def exchanges(model, methods):
 def predict(model, methods):
     """What is predicted of Horovod's and this package's methods, {method: a Prediction}."""
     torch.set_num_threads(1)
-    calibration, found = Calibration(hvd.global_process_set), {}
-    shapes, network = [shape for _, shape in MODELS[model]()], calibration.network(levels=True)
+    shapes, found = [shape for _, shape in MODELS[model]()], {}
+    calibration = Calibration(hvd.global_process_set, shapes)
+    calibration.seconds = SECONDS_BEFORE
+    network = calibration.network(levels=True)
     for key in methods:
         method = METHODS[key]
         if method.library == "horovod":

@@ -1,32 +1,50 @@
-"""What messages and passes take here: what horovod_powersgd.cost predicts from.
+"""What messages and passes take here, of a model: what horovod_powersgd.cost predicts from.
 
 All workers measure at the same time, as they exchange at the same time; what counts is the slowest of them.
 """
 
+import math
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
+import numpy as np
+
 from horovod_powersgd.compressors.compressor import Compressor
-from horovod_powersgd.cost import LONG_MESSAGE, SAMPLES, SIZES, SIZES_IN_HOST, Work, samples_of
+from horovod_powersgd.cost import ITEMSIZE, Work, samples_of
 from horovod_powersgd.hosts import Host, host_key, host_of
+from horovod_powersgd.layout import leading_rows
 from horovod_powersgd.network import Curve, HostNetwork, Network
+
+# Messages of so many bytes are measured, up to what the model has.
+SIZES = [2**10, 2**14, 2**18, 2**20, 2**22, 2**24, 2**26]
+# What is measured is repeated for so many seconds; and larger messages than the first that takes longer are not
+# measured. In a job, whose steps wait meanwhile, and before a job, where nobody waits.
+SECONDS, SECONDS_BEFORE = 0.04, 0.3
+# It is repeated so often at most, and once at least.
+MOST_TIMES = 6
 
 
 class Calibration(ABC):
-    """Measures messages and passes. A framework's subclass sends messages, and makes steps.
+    """Measures messages and passes of a model. A framework's subclass sends messages, and makes steps.
 
     Attributes:
         count: of the workers that measure.
         index: this worker's number among them.
-        samples: of matrices, as cost.SAMPLES: steps of these tell what passes take.
+        shapes: of the model's tensors.
+        matrix_shape: as layout_of's.
+        most: how many matrices a step has at most.
+        seconds: of each measurement.
     """
 
     count: int
     index: int
-    samples: Sequence[Sequence[tuple[int, int]]] = SAMPLES
+    shapes: Sequence[tuple[int, ...]]
+    matrix_shape: Callable = staticmethod(leading_rows)
+    most = 24
+    seconds = SECONDS
 
     @property
     def is_first(self) -> bool:
@@ -37,7 +55,28 @@ class Calibration(ABC):
         """What messages of these workers take; of an allgather, and of two levels, only where it is asked for."""
         mean, halves = (self._curve(partial(self._average, dtype)) for dtype in ("float32", "float16"))
         gather = self._curve(partial(self._gather, self.count), self.count) if gathers else mean
-        return Network(self.count, mean, halves, gather, self._hosts() if levels else None)
+        return Network(self.count, mean, halves, gather, self._hosts() if levels else None, self._overlap(mean))
+
+    def _overlap(self, mean: Curve) -> float:
+        """Network.overlap, of a message that takes as long as some passes over memory."""
+        first, second = np.ones((2, 2**20), np.float32)
+        nbytes = int(next((nbytes for nbytes, seconds in mean.points if seconds > 4e-3), mean.points[-1][0]))
+        send = partial(self._average, "float32", nbytes)
+
+        def compute() -> None:
+            for _ in range(passes):
+                np.add(first, second, out=second)
+
+        def both() -> None:
+            wait = self._begin_average("float32", nbytes)
+            compute()
+            wait()
+
+        passes = 1
+        passes = max(1, math.ceil(mean(nbytes) / self._seconds_of(compute)))
+        # Disturbances make each of them longer.
+        computing, message, together = (self._seconds_of(run, min) for run in (compute, send, both))
+        return min(1.0, max(0.0, (computing + message - together) / min(computing, message)))
 
     def _hosts(self) -> HostNetwork | None:
         """What messages of two levels take; None where the exchange would have one."""
@@ -46,18 +85,23 @@ class Calibration(ABC):
         if isinstance(host, str):
             return None
         likes = sorted(peers[host.share.place] for peers in host.hosts)
-        gradients = self._curve(self._means_of(host), sizes=SIZES_IN_HOST)
+        gradients = self._curve(self._means_of(host))
         inside, between = (self._curve(partial(self._exchange, whom)) for whom in (host.peers, likes))
         return HostNetwork(host.share.parts, gradients, inside, between)
 
-    def work(self, compressor: Compressor) -> Work:
-        """What a compressor's steps take of a worker's processor, while the others' work as well."""
-        samples = samples_of(compressor, self.samples)
-        return Work.fitted([(shapes, seconds_of(self._step(compressor, shapes), self._slowest)) for shapes in samples])
+    def work(self, compressor: Compressor, workers: int | None = None) -> Work:
+        """What a compressor's steps take of a worker's processor, while the others' work as well.
 
-    def works(self, settings: Mapping[str, Compressor | None]) -> dict[str, Work]:
+        Args:
+            workers: from whom there is something to decode in a step; None: those that measure.
+        """
+        samples = samples_of(compressor, self.shapes, self.matrix_shape, self.most)
+        steps = ((shapes, self._step(compressor, shapes, workers or self.count)) for shapes in samples)
+        return Work.fitted([(shapes, self._seconds_of(step)) for shapes, step in steps])
+
+    def works(self, settings: Mapping[str, Compressor | None], workers: int | None = None) -> dict[str, Work]:
         """Of each compressor, by the names that they are given with; None takes none."""
-        return {name: self.work(compressor) for name, compressor in settings.items() if compressor is not None}
+        return {name: self.work(compressor, workers) for name, compressor in settings.items() if compressor is not None}
 
     @abstractmethod
     def largest(self, numbers: Sequence[int]) -> list[int]:
@@ -65,12 +109,15 @@ class Calibration(ABC):
         (hvd.join) counts as zeros."""
 
     @abstractmethod
-    def _step(self, compressor: Compressor, shapes: Sequence[tuple[int, int]]) -> Callable[[], None]:
-        """What makes a step of matrices of these shapes, in single precision, without messages; it is called often."""
+    def _step(
+        self, compressor: Compressor, shapes: Sequence[tuple[int, int]], workers: int
+    ) -> Callable[[], None]:
+        """What makes a step of matrices of these shapes, in single precision, without messages, as if all of so many
+        workers sent what this one sends; it is called often."""
 
     @abstractmethod
-    def _average(self, dtype: str, nbytes: int) -> None:
-        """Averages so many bytes."""
+    def _begin_average(self, dtype: str, nbytes: int) -> Callable[[], object]:
+        """Begins to average so many bytes; gives what waits for it."""
 
     @abstractmethod
     def _gather(self, share: int, nbytes: int) -> None:
@@ -81,34 +128,45 @@ class Calibration(ABC):
         """Sends each of some workers, this one among them, in ascending order, an equal part of so many bytes, and adds
         up what has come, in single precision."""
 
+    def _average(self, dtype: str, nbytes: int) -> None:
+        self._begin_average(dtype, nbytes)()
+
     def _means_of(self, host: Host) -> Callable[[int], None]:
         """What lets each worker of a host have its share of the mean of so many bytes of theirs; by messages, unless a
         framework has another way."""
         return partial(self._exchange, host.peers)
 
-    def _slowest(self, nanoseconds: int) -> int:
-        return self.largest([nanoseconds])[0]
+    def _seconds_of(self, run: Callable[[], object], typical: Callable = statistics.median) -> float:
+        return typical(times_of(run, self.seconds, self.largest))
 
-    def _curve(self, send: Callable[[int], None], share: int = 1, sizes: Sequence[int] = SIZES) -> Curve:
+    def _curve(self, send: Callable[[int], None], share: int = 1) -> Curve:
         points: list[tuple[float, float]] = []
-        for nbytes in sizes:
-            points.append((nbytes / share, seconds_of(partial(send, nbytes), self._slowest)))
-            if points[-1][1] > LONG_MESSAGE:
+        of_model = ITEMSIZE * sum(map(math.prod, self.shapes))
+        for size in SIZES:
+            points.append((size / share, self._seconds_of(partial(send, size))))
+            if points[-1][1] > self.seconds or size >= of_model:
                 break
         return Curve(tuple(points))
 
 
-def seconds_of(run: Callable[[], object], slowest: Callable[[int], int] = int) -> float:
-    """What it takes: the median of some times.
+def times_of(
+    run: Callable[[], object], seconds: float = SECONDS, largest: Callable[[list[int]], Iterable[int]] = list
+) -> list[float]:
+    """What it takes, in seconds, some times.
 
     Args:
         run: is called some times, and once before.
-        slowest: gives, of each time, in nanoseconds, that of the slowest worker. Without it, this worker's counts.
+        seconds: that the times have together, more or less.
+        largest: of each of some numbers, the largest of all workers', whose slowest then counts. Without it, this one
+            does.
     """
     run()
-    found: list[float] = []
-    while len(found) < 2 or (sum(found) < 0.03 and len(found) < 15):
-        begin = time.perf_counter()
-        run()
-        found.append(slowest(int(1e9 * (time.perf_counter() - begin))) / 1e9)
-    return statistics.median(found)
+    [first] = largest([_nanoseconds(run)])
+    times = max(1, min(MOST_TIMES, int(1e9 * seconds / first)))
+    return [found / 1e9 for found in (first, *largest([_nanoseconds(run) for _ in range(times)]))]
+
+
+def _nanoseconds(run: Callable[[], object]) -> int:
+    begin = time.perf_counter()
+    run()
+    return int(1e9 * (time.perf_counter() - begin))

@@ -19,8 +19,8 @@ from horovod_powersgd.network import Network
 from horovod_powersgd.statistics import TensorStats
 
 # A try is over after so many seconds, and after some steps at least and at most: of steps of a millisecond or two, ten
-# say little. The first of them does not count: it makes buckets and memories.
-TRY_SECONDS, LEAST_STEPS, MOST_STEPS = 0.3, 4, 40
+# say little. The first of them does not count: it makes buckets and memories. Ten say enough of what is much slower.
+TRY_SECONDS, LEAST_STEPS, ENOUGH_STEPS, MOST_STEPS = 0.3, 4, 10, 40
 # A later candidate has to save this part of a step.
 MARGIN = 0.03
 # What promises a step that is at most so many times longer than the best that was measured is tried: predictions are
@@ -99,10 +99,9 @@ class Chooser:
             self._look(*calibrate())
         else:
             self._times.append(seconds)
-            counted = self._times[1:]
-            if len(self._times) < LEAST_STEPS or (sum(counted) < TRY_SECONDS and len(self._times) < MOST_STEPS):
+            if not self._tried():
                 return self.choice
-            self.measured[self.choice] = statistics.median(counted)
+            self.measured[self.choice] = statistics.median(self._times[1:])
             if self._untried is None:
                 self._look(*calibrate())
         self._go_on()
@@ -125,6 +124,15 @@ class Chooser:
             predicted_step=self.predicted.get(choice),
             measured_step=self.measured.get(choice),
         )
+
+    def _tried(self) -> bool:
+        """Whether enough is known of what this choice's steps take."""
+        steps, counted = len(self._times), self._times[1:]
+        if steps < LEAST_STEPS:
+            return False
+        best = min(self.measured.values(), default=math.inf)
+        is_slow = steps >= ENOUGH_STEPS and statistics.median(counted) > PROMISING * best
+        return is_slow or steps >= MOST_STEPS or sum(counted) >= TRY_SECONDS
 
     def _go_on(self) -> None:
         """Tries the most promising one that is left, or settles for the best."""

@@ -2,7 +2,8 @@
 
 An exchange is two kinds of work that go on side by side: a processor's, which is passes over the gradients and what
 each tensor costs, and the network's, which is messages one after the other. A bucket's factors are computed before they
-are sent, and so the shorter kind is hidden behind the longer one but for one bucket's part.
+are sent, and so the shorter kind is hidden behind the longer one but for one bucket's part; less of it, where a
+worker's messages keep the same cores busy (Network.overlap).
 
 In two levels (PowerSGD.hierarchical) a worker's half-steps take a share of the rows, and messages inside its host are
 added. What is left out: that a tensor takes more calls there; that in PyTorch a host's last factor goes round only
@@ -11,6 +12,7 @@ where it is Q; and, of one level in 8 bits, that the slices of all workers of a 
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,24 +27,40 @@ from horovod_powersgd.network import HostNetwork, Network
 from horovod_powersgd.quantization import Slices, slice_count
 
 ITEMSIZE = 4  # gradients are float32 here
-# What a calibration measures: messages of so many bytes, up to the first that takes longer than so many seconds; and
-# steps of a compressor with these matrices. Inside hosts travel whole gradients, which caches do not hold.
-SIZES = [2**10, 2**14, 2**18, 2**20, 2**22, 2**24]
-SIZES_IN_HOST = [*SIZES, 2**26]
-LONG_MESSAGE = 0.05
-SAMPLES = [[(48, 48)] * 24, [(1024, 2048)] * 2, [(16384, 48)] * 2]
+# A sample of a model has so many bytes of matrices at most, since a calibration has seconds.
+SAMPLE_BYTES = 2**24
 
 
 def samples_of(
-    compressor: Compressor, samples: Sequence[Sequence[tuple[int, int]]] = SAMPLES
+    compressor: Compressor, shapes: Iterable[tuple[int, ...]], matrix_shape: Callable = leading_rows, most: int = 24
 ) -> list[list[tuple[int, int]]]:
-    """The matrices whose steps tell what a compressor takes: each is made larger until it is compressed."""
-    return [[_compressed_by(compressor, *shape) for shape in shapes] for shapes in samples]
+    """Matrices whose steps tell what a compressor takes: of those of a model that it compresses the small ones, those
+    between, and the large ones.
+
+    Args:
+        compressor: the configuration.
+        shapes: of the model's tensors.
+        matrix_shape: as layout_of's.
+        most: how many matrices there are in a sample.
+    """
+    layouts = [layout_of(shape, compressor, matrix_shape) for shape in shapes]
+    numbers = Counter(layout.matrix for layout in layouts if layout.compressed)
+    by_size = sorted(numbers, key=math.prod)
+    thirds = [by_size[i * len(by_size) // 3 : (i + 1) * len(by_size) // 3] for i in range(3)]
+    return [_some({shape: numbers[shape] for shape in third}, most) for third in thirds if third]
 
 
-def _compressed_by(compressor: Compressor, n: int, m: int) -> tuple[int, int]:
-    larger = [(times * n, times * m) for times in (1, 2, 4, 8)]
-    return next((shape for shape in larger if layout_of(shape, compressor).compressed), (n, m))
+def _some(numbers: dict[tuple[int, int], int], most: int) -> list[tuple[int, int]]:
+    """Some of so many matrices of each shape, of each at least one where there is room; what is too large is cut."""
+    in_turn = [shape for i in range(max(numbers.values())) for shape, number in numbers.items() if number > i]
+    found: list[tuple[int, int]] = []
+    room = SAMPLE_BYTES // ITEMSIZE
+    for n, m in in_turn[:most]:
+        if found and n * m > room:
+            break
+        found.append((min(n, max(1, room // m)), m) if n >= m else (n, min(m, max(1, room // n))))
+        room -= n * m
+    return found
 
 
 class Work(NamedTuple):
@@ -63,8 +81,11 @@ class Work(NamedTuple):
         """From what steps of some matrices have taken.
 
         Args:
-            samples: three or more (shapes, seconds), of few and of many, of small and large, of square and narrow ones.
+            samples: (shapes, seconds), which tell the more, the more they differ. Without any, nothing takes any time.
         """
+        samples = list(samples)
+        if not samples:
+            return cls(0.0, 0.0)
         rows, seconds = zip(*((_amounts(shapes), taken) for shapes, taken in samples), strict=True)
         # Each sample counts by its part of what it took; no part may be negative, which noise would make it.
         weighted = np.array(rows) / np.array(seconds)[:, None]
@@ -90,26 +111,33 @@ class Prediction(NamedTuple):
     """What one exchange is predicted to take.
 
     Attributes:
-        seconds: from the last gradient's arrival to the last update, where all gradients come at once.
         processor: seconds of it that a processor works; network: that messages take.
+        overlap: Network.overlap.
         compressed: how many tensors travel compressed.
         buckets: how many.
         bytes_sent: that a worker hands to Horovod; in two levels, those that stay in its host do not count.
         memory: bytes of error feedback that a worker keeps; in two levels, the largest share of them.
     """
 
-    seconds: float
     processor: float
     network: float
+    overlap: float
     compressed: int
     buckets: int
     bytes_sent: int
     memory: int
 
+    @property
+    def seconds(self) -> float:
+        """From the last gradient's arrival to the last update, where all gradients come at once."""
+        return self.step(0.0)
+
     def step(self, backward: float) -> float:
         """Seconds of a step whose backward takes so long: a processor does one thing at a time, messages travel
-        meanwhile, and the last bucket's begin when backward is over."""
-        return max(backward + self.processor + self.network / max(self.buckets, 1), self.network)
+        meanwhile, but for one bucket's."""
+        on_processor = backward + self.processor
+        hidden = self.overlap * min(on_processor, self.network) * (1 - 1 / max(self.buckets, 1))
+        return on_processor + self.network - hidden
 
 
 @dataclass
@@ -164,15 +192,14 @@ def predict(
     on_network += network.allreduce(at_once) if at_once else 0.0
     compressed = [tensor.layout.matrix for tensor in tensors if tensor.compressed]
     on_processor = _of_share(work, compressor, per_host).seconds(compressed) if compressed else 0.0
-    hidden = min(on_network, on_processor) * (1 - 1 / max(len(buckets), 1))
     step, workers = compressor.warmup_steps + 1, network.workers
     of_these = [tensor.layout.shape for tensor in tensors if tensor.compressed]
     sent = compressor.traffic(of_these, workers, ITEMSIZE, step, matrix_shape, per_host).sent
     sent += sum(tensor.nbytes for tensor in tensors if not tensor.compressed) if workers > 1 else 0
     itemsize = 2 if compressor.family.memory_dtype else ITEMSIZE
     memory = itemsize * sum(-(-n // per_host) * m for n, m in compressed) if compressor.keeps_memory else 0
-    seconds = on_network + on_processor - hidden
-    return Prediction(seconds, on_processor, on_network, len(compressed), len(buckets), sent, memory)
+    overlap, number = network.overlap, len(buckets)
+    return Prediction(on_processor, on_network, overlap, len(compressed), number, sent, memory)
 
 
 def predict_plain(shapes: Sequence[tuple[int, ...]], network: Network, casts: Work | None = None) -> Prediction:
@@ -191,8 +218,7 @@ def predict_plain(shapes: Sequence[tuple[int, ...]], network: Network, casts: Wo
         on_processor = casts.per_tensor * len(shapes) + casts.per_byte * nbytes
     # Horovod sends what is there.
     buckets = max(1, math.ceil(nbytes / BUCKET_BYTES))
-    hidden = min(on_network, on_processor) * (1 - 1 / buckets)
-    return Prediction(on_network + on_processor - hidden, on_processor, on_network, 0, buckets, sent, 0)
+    return Prediction(on_processor, on_network, network.overlap, 0, buckets, sent, 0)
 
 
 def _of_share(work: Work, compressor: Compressor, per_host: int) -> Work:

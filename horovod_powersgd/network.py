@@ -60,6 +60,8 @@ class Network(NamedTuple):
         halves: the same in half precision.
         allgather: seconds by the bytes that each worker hands over to all.
         hosts: where several workers share each of several hosts. None: exchanges have one level.
+        overlap: the part of the shorter one that is saved where a worker computes while a message travels: 1 where it
+            has a core to spare for messages; 0 where computing takes so much longer.
     """
 
     workers: int
@@ -67,6 +69,7 @@ class Network(NamedTuple):
     halves: Curve
     allgather: Curve
     hosts: HostNetwork | None = None
+    overlap: float = 1.0
 
     @classmethod
     def of_links(

@@ -147,6 +147,7 @@ class Plan:
                 "times_faster_than_horovod": plain.step / option.step if option.step else 1.0,
                 "times_faster_than_fp16": halves.step / option.step if option.step else 1.0,
                 "compressed_tensors": self.compressed(option.setting),
+                "seconds": option.prediction.seconds,
                 **option.prediction._asdict(),
             }
             for option in self.options

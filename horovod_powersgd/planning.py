@@ -5,6 +5,7 @@ import importlib
 import sys
 from typing import Any
 
+from horovod_powersgd.calibration import SECONDS_BEFORE
 from horovod_powersgd.environment.frameworks import TENSORFLOW, TORCH
 from horovod_powersgd.environment.installed_horovod import horovod_problem
 from horovod_powersgd.layout import trailing_columns
@@ -39,7 +40,9 @@ def main(options: argparse.Namespace) -> int:
     measured = _calibration(tensors)
     if link is not None:
         network = Network.of_links(options.workers, link, latency, per_host)
-        works, first = (TYPICAL_WORK, True) if measured is None else (measured.works(SETTINGS), measured.is_first)
+        works, first = TYPICAL_WORK, True
+        if measured is not None:
+            works, first = measured.works(SETTINGS, options.workers), measured.is_first
     elif measured is None:
         raise Refused("there is no Horovod here to measure with: say --link and --workers, or see doctor")
     elif measured.count == 1:
@@ -83,4 +86,6 @@ def _calibration(tensors: Tensors) -> Any:
         hvd.init()
     except (ImportError, RuntimeError) as error:  # RuntimeError: a launcher's workers came up as jobs of one
         raise Refused(str(error)) from error
-    return calibration.Calibration(hvd.global_process_set)
+    measures = calibration.Calibration(hvd.global_process_set, list(tensors.shapes.values()), tensors.matrix_shape)
+    measures.seconds = SECONDS_BEFORE
+    return measures

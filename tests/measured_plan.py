@@ -12,8 +12,8 @@ from horovod_powersgd.__main__ import _parser
 from horovod_powersgd.environment import frameworks
 from horovod_powersgd.plan import HALVES, PLAIN, SETTINGS
 
-RANK_8 = "hvd.PowerSGD(rank=8)"
-FEW = {setting: SETTINGS[setting] for setting in (PLAIN, HALVES, RANK_8)}
+INT8, RANK_8 = "hvd.Int8()", "hvd.PowerSGD(rank=8)"
+FEW = {setting: SETTINGS[setting] for setting in (PLAIN, HALVES, INT8, RANK_8)}
 
 
 def plan_is_measured(hvd, framework):
@@ -37,13 +37,16 @@ def plan_is_measured(hvd, framework):
     ):
         file = Path(folder) / "shapes.json"
         file.write_text('{"weight": [2000, 1000], "bias": [1000]}')
-        assert planning.main(_parser().parse_args(["plan", "--shapes", str(file), "--json"])) == 0
-    if hvd.rank() > 0:
-        assert printed.getvalue() == ""
-        return
-    found = json.loads(printed.getvalue())
-    assert found["workers"] == hvd.size() and found["recommended"] in FEW
-    options = {option["setting"]: option for option in found["options"]}
-    assert list(options) == list(FEW) and all(option["network"] > 0 for option in options.values())
-    assert options[PLAIN]["processor"] == 0
-    assert options[HALVES]["processor"] > 0 and options[RANK_8]["processor"] > 0
+        of_nine = ["--link", "1gbit", "--workers", "9"]  # whose codes are averaged in two rounds
+        for network in ([], of_nine):
+            assert planning.main(_parser().parse_args(["plan", "--shapes", str(file), "--json", *network])) == 0
+            if hvd.rank() > 0:
+                assert printed.getvalue() == ""
+                continue
+            found = json.loads(printed.getvalue())
+            printed.truncate(printed.seek(0))
+            assert found["workers"] == (9 if network else hvd.size()) and found["recommended"] in FEW
+            options = {option["setting"]: option for option in found["options"]}
+            assert list(options) == list(FEW) and all(option["network"] > 0 for option in options.values())
+            assert all((option["processor"] > 0) == (setting != PLAIN) for setting, option in options.items())
+            assert all(0 <= option["overlap"] <= 1 for option in options.values())

@@ -21,7 +21,6 @@ from horovod_powersgd.network import Curve, Network
 from horovod_powersgd.tensorflow import auto_exchange
 from horovod_powersgd.tensorflow.agreement import new_generation
 from horovod_powersgd.tensorflow.auto_exchange import AutoExchange
-from horovod_powersgd.tensorflow.calibration import Calibration
 from horovod_powersgd.tensorflow.training import known_states
 from measured_plan import plan_is_measured
 from tensorflow_trainee import EagerTrainee, FunctionTrainee
@@ -30,8 +29,6 @@ AUTO = Auto(PowerSGD(rank=2, min_compression_rate=1), hvd.Compression.fp16, TopK
 SHAPES = {name: cases.SHAPES[name] for name in ("linear", "tall", "vector")}
 # "tall" is the small one.
 SMALL = Choice(0, frozenset({"tall"}))
-# Each graph takes its time.
-FEW_SAMPLES = [[(48, 48)], [(48, 48)] * 2, [(99, 48)]]
 
 
 @contextlib.contextmanager
@@ -154,7 +151,6 @@ def check_all_workers_choose_alike_in_fit():
         y = np.zeros((8 * 25, 50), "float32")
         with contextlib.ExitStack() as patches:
             patches.enter_context(short_tries)
-            patches.enter_context(mock.patch.object(Calibration, "samples", FEW_SAMPLES))
             if slowly:
                 patches.enter_context(mock.patch.object(AutoExchange, "_calibrate", calibrate))
                 patches.enter_context(mock.patch.object(auto_exchange, "passes", lambda *_: []))
@@ -188,5 +184,5 @@ def check_an_optimizer_of_tensorflow_1_in_a_session():
 
 
 def check_plan_is_measured_without_pytorch():
-    with mock.patch.object(Calibration, "samples", FEW_SAMPLES), mock.patch.dict(sys.modules, torch=None):
+    with mock.patch.dict(sys.modules, torch=None):
         plan_is_measured(hvd, "tensorflow")

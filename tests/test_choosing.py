@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 
 from horovod_powersgd import Accordion, Auto, Float16, NoCompression, PowerSGD
-from horovod_powersgd.choosing import CHANGE, MOST_STEPS, PERIOD, Choice, Chooser
+from horovod_powersgd.choosing import CHANGE, ENOUGH_STEPS, MOST_STEPS, PERIOD, Choice, Chooser
 from horovod_powersgd.cost import Work, predict, predict_plain
 from horovod_powersgd.layout import layout_of, leading_rows
 from horovod_powersgd.network import Curve, Network
@@ -77,6 +77,13 @@ def test_a_wrong_prediction_costs_some_steps_only():
     chosen = run(chooser(), job, TRIES)
     assert chosen[-1].number == 1  # what is second best
     assert sum(choice.number == 0 for choice in chosen) <= MOST_STEPS
+
+
+def test_what_is_much_slower_is_soon_given_up():
+    job = Job(link(5e8), lie=2.5)
+    chosen = run(chooser(), job, TRIES)
+    assert chosen[-1].number == 1
+    assert sum(choice.number == 0 for choice in chosen) == ENOUGH_STEPS
 
 
 def test_what_is_hardly_faster_is_not_taken():

@@ -1,10 +1,12 @@
 """Predictions follow from what was measured, by hand."""
 
+from collections import Counter
+
 import pytest
 
 from horovod_powersgd import Float16, Int8, NoCompression, PowerSGD, TopK
-from horovod_powersgd.cost import SAMPLES, Work, predict, predict_plain, samples_of
-from horovod_powersgd.layout import layout_of
+from horovod_powersgd.cost import SAMPLE_BYTES, Work, predict, predict_plain, samples_of
+from horovod_powersgd.layout import layout_of, leading_rows, trailing_columns
 from horovod_powersgd.network import Curve, HostNetwork, Network
 
 # A message takes a millisecond, and a nanosecond for each byte; of halves, and of a gather, two.
@@ -37,12 +39,26 @@ def test_work_is_found_from_samples(true):
     assert found == pytest.approx(true, abs=1e-12)
 
 
-@pytest.mark.parametrize("compressor", [PowerSGD(4), PowerSGD(32, wire_dtype="int8"), Int8(), TopK(0.01)])
-def test_what_is_measured_is_compressed(compressor):
-    samples = samples_of(compressor)
-    assert [len(shapes) for shapes in samples] == [len(shapes) for shapes in SAMPLES]
+@pytest.mark.parametrize("compressor", [PowerSGD(4), PowerSGD(8, wire_dtype="int8"), Int8(), Float16()])
+def test_what_is_measured_are_matrices_of_the_model(compressor):
+    small, middle, large = (90, 90), (300, 300), (900, 300)
+    model = [(7,), large, *[small] * 9, *[middle] * 2, (30, 10, 3, 3), (2, 2)]
+    samples = samples_of(compressor, model)
     assert all(layout_of(shape, compressor).compressed for shapes in samples for shape in shapes)
-    assert samples == SAMPLES or compressor == PowerSGD(32, wire_dtype="int8")
+    of_each = Counter(layout_of(shape, compressor).matrix for shape in model if len(shape) > 1)
+    found = Counter(shape for shapes in samples for shape in shapes)
+    assert found.items() <= of_each.items() and {small, middle, large} <= found.keys()
+    assert len(samples) == 3 and large in samples[-1]
+    assert max(map(len, samples_of(compressor, model, most=2))) == 2
+
+
+def test_a_sample_has_its_bytes_at_most():
+    model = [(30_000, 1000), *[(1000, 3000)] * 4, *[(1000, 1000)] * 9]
+    samples = samples_of(PowerSGD(4), model)
+    assert [len(shapes) for shapes in samples] == [4, 1, 1] and samples[2] == [(SAMPLE_BYTES // 4 // 1000, 1000)]
+    assert samples_of(Int8(), [(3, 10**7)], leading_rows) == [[(3, SAMPLE_BYTES // 4 // 3)]]
+    assert samples_of(PowerSGD(4), [(9,)]) == [] and Work.fitted([]) == (0, 0, 0)
+    assert samples_of(PowerSGD(4), [(5, 6, 90)], trailing_columns) == [[(30, 90)]]
 
 
 def test_no_part_of_the_work_is_negative():
@@ -163,7 +179,17 @@ def test_a_step_hides_messages_behind_backward():
     prediction = predict([(2000, 4000)] * 4, PowerSGD(4), MESSAGES, Work(1e-2, 0.0))
     assert prediction.step(1.0) == pytest.approx(1.0 + 4e-2 + prediction.network / 4)
     slow = MESSAGES._replace(allreduce=Curve(((0, 10.0), (1e9, 10.0))))
-    assert predict([(2000, 4000)] * 4, PowerSGD(4), slow, Work(1e-2, 0.0)).step(1.0) == pytest.approx(80.0)
+    # A quarter of computing comes before the first message.
+    found = predict([(2000, 4000)] * 4, PowerSGD(4), slow, Work(1e-2, 0.0))
+    assert found.step(1.0) == pytest.approx(1.04 / 4 + 80.0)
+
+
+def test_less_is_hidden_where_messages_keep_the_same_cores_busy():
+    shapes, work = [(2000, 4000)] * 4, Work(1e-2, 0.0)
+    nothing, half = (predict(shapes, PowerSGD(4), MESSAGES._replace(overlap=o), work) for o in (0.0, 0.5))
+    assert nothing.step(1.0) == pytest.approx(1.0 + 4e-2 + nothing.network)
+    assert half.step(1.0) == pytest.approx(1.0 + 4e-2 + (1 - 0.5 * 3 / 4) * half.network)
+    assert predict_plain(shapes, MESSAGES._replace(overlap=0.5)).overlap == 0.5
 
 
 def test_tensors_can_be_left_as_they_are():

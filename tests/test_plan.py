@@ -2,11 +2,13 @@
 
 import json
 import struct
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 
 from horovod_powersgd import __main__, planning
+from horovod_powersgd.calibration import SECONDS_BEFORE
 from horovod_powersgd.cost import Work
 from horovod_powersgd.layout import leading_rows, trailing_columns
 from horovod_powersgd.network import Network
@@ -203,12 +205,17 @@ def test_which_framework_measures(monkeypatch, there, model, chosen):
 
     def import_module(name):
         imported.append(name)
-        return Mock(Calibration=lambda process_set: name)
+        return Mock(Calibration=lambda process_set, *model: SimpleNamespace(module=name, model=model))
 
     monkeypatch.setattr(planning.importlib, "import_module", import_module)
     monkeypatch.setattr(planning, "horovod_problem", lambda f: None if f.name in there.split() else "it is missing")
     module = f"horovod_powersgd.{chosen}"
-    assert planning._calibration(Tensors(SHAPES, model)) == (chosen and f"{module}.calibration")
+    found = planning._calibration(Tensors(SHAPES, model))
+    if chosen:
+        assert (found.module, found.model) == (f"{module}.calibration", (list(SHAPES.values()), model))
+        assert found.seconds == SECONDS_BEFORE
+    else:
+        assert found is None
     assert imported == ([module, f"{module}.calibration"] if chosen else [])
 
 
@@ -226,7 +233,8 @@ def test_one_worker_alone_has_no_network(file, monkeypatch, capsys):
     class Alone:
         is_first, count = True, 1
 
-        def works(self, settings):
+        def works(self, settings, workers):
+            assert workers == 2  # as the link's, not those that measure
             return dict.fromkeys(settings, Work(0.0, 0.0))
 
     monkeypatch.setattr(planning, "_calibration", lambda tensors: Alone())

@@ -64,7 +64,8 @@ class AutoExchange(Exchange):
         self._chooser = self._new_chooser(Choice())
         super().__init__(settings, states, groups, sparse)
         alone = self._workers.alone
-        self._passes = [] if alone else [passes(c, settings.process_set) for c in self._auto.candidates]
+        shapes = [state.layout.shape for state in states]
+        self._passes = [] if alone else [passes(c, settings.process_set, shapes) for c in self._auto.candidates]
 
     def _new_chooser(self, choice: Choice) -> Chooser:
         shapes = {state.name: state.layout.shape for state in self._auto_states}
@@ -160,7 +161,12 @@ class AutoExchange(Exchange):
             self._chooser = self._new_chooser(choice)
         # A session of TensorFlow 1 runs no op at once, unless it is told to.
         with context.eager_mode():
-            calibration = Calibration(self._workers.process_set, self._workers.prefix, self._workers.device)
+            calibration = Calibration(
+                self._workers.process_set,
+                [state.layout.shape for state in self._auto_states],
+                prefix=self._workers.prefix,
+                device=self._workers.device,
+            )
             [slowest] = calibration.largest([int(1e9 * statistics.median(seconds.tolist()))])
             choice = self._chooser.report(slowest / 1e9, functools.partial(self._calibrate, calibration))
         place = next(i for i, way in enumerate(self._ways) if way.choice == choice)

@@ -1,15 +1,20 @@
 """horovod_powersgd.calibration for TensorFlow, by ops that run at once."""
 
+import functools
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
 
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import Max, ProcessSet, Sum
 from tensorflow.python.eager import context
 
 from horovod_powersgd import calibration
-from horovod_powersgd.calibration import seconds_of
+from horovod_powersgd.calibration import times_of
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.cost import samples_of
+from horovod_powersgd.layout import trailing_columns
 from horovod_powersgd.tensorflow.exchange import Exchange
 from horovod_powersgd.tensorflow.fast_paths import gradient_class_of
 from horovod_powersgd.tensorflow.settings import Settings
@@ -24,26 +29,44 @@ class Calibration(calibration.Calibration):
 
     Args:
         process_set: of the workers that measure.
+        shapes: of the model's tensors.
+        matrix_shape: as layout_of's.
         prefix: of the names of their messages.
         device: of Horovod's ops; "" is TensorFlow's choice.
     """
 
-    # Fewer matrices than cost.SAMPLES has, since each makes the graph larger.
-    samples = [[(48, 48)] * 8, [(1024, 2048)], [(16384, 48)]]
+    # Each matrix makes a graph larger.
+    most = 6
 
-    def __init__(self, process_set: ProcessSet, prefix: str = "powersgd", device: str = ""):
+    def __init__(
+        self,
+        process_set: ProcessSet,
+        shapes: Sequence[tuple[int, ...]],
+        matrix_shape: Callable = trailing_columns,
+        prefix: str = "powersgd",
+        device: str = "",
+    ):
         self._workers = Workers(process_set, f"{prefix}.calibration", device=device)
         self.count, self.index = int(self._workers.count(tf.int64)), int(self._workers.number())
+        self.shapes, self.matrix_shape = shapes, matrix_shape
 
     def largest(self, numbers: Sequence[int]) -> list[int]:
         return self._workers.allreduce(tf.constant(numbers, tf.int64), "numbers", Max).numpy().tolist()
 
-    def _step(self, compressor: Compressor, shapes: Sequence[tuple[int, int]]) -> Callable[[], None]:
-        return _step(compressor, self._workers.process_set, shapes)
+    def _step(
+        self, compressor: Compressor, shapes: Sequence[tuple[int, int]], workers: int
+    ) -> Callable[[], None]:
+        return _step(compressor, self._workers.process_set, shapes, workers)
 
-    def _average(self, dtype: str, nbytes: int) -> None:
-        zeros = tf.zeros(nbytes // tf.as_dtype(dtype).size, dtype)
-        self._workers.allreduce(zeros, dtype, Sum).numpy()
+    def _begin_average(self, dtype: str, nbytes: int) -> Callable[[], object]:
+        def average() -> None:
+            with context.eager_mode():  # which a thread has for itself
+                zeros = tf.zeros(nbytes // tf.as_dtype(dtype).size, dtype)
+                self._workers.allreduce(zeros, dtype, Sum).numpy()
+
+        thread = threading.Thread(target=average)
+        thread.start()
+        return thread.join
 
     def _gather(self, share: int, nbytes: int) -> None:
         self._workers.allgather(tf.zeros(nbytes // share, tf.uint8), "gather").numpy()
@@ -55,37 +78,62 @@ class Calibration(calibration.Calibration):
         tf.reduce_sum(tf.reshape(received, (count, size)), 0).numpy()
 
 
+@dataclass(frozen=True)
 class _Alone(Workers):
-    """One worker without others."""
+    """One worker, who stands for others: they would send what it sends.
 
+    Attributes:
+        workers: how many they are together.
+    """
+
+    workers: int = 1
     alone = True
 
+    @property
+    def size(self) -> int:
+        return self.workers
+
     def count(self, dtype: tf.DType) -> tf.Tensor:
-        return tf.constant(1, dtype)
+        return tf.constant(self.workers, dtype)
 
     def number(self) -> tf.Tensor:
         return tf.constant(0, tf.int64)
 
+    def gather(self, packed: tf.Tensor, name: str) -> tf.Tensor:
+        return tf.tile(packed[None], [self.workers, 1])
 
-def passes(compressor: Compressor, process_set: ProcessSet) -> list[tuple[list[tuple[int, int]], float]]:
+    def alltoall(self, messages: tf.Tensor, name: str) -> tf.Tensor:
+        return messages
+
+
+def passes(
+    compressor: Compressor, process_set: ProcessSet, shapes: Sequence[tuple[int, ...]]
+) -> list[tuple[list[tuple[int, int]], float]]:
     """(shapes, seconds) of steps that tell what a compressor takes of this worker's processor, without messages. Not to
-    be called inside a step, whose threads they may need."""
+    be called inside a step, whose threads they may need.
+
+    Args:
+        compressor: the configuration.
+        process_set: of the workers that there are.
+        shapes: of the variables.
+    """
+    samples = samples_of(compressor, shapes, trailing_columns, Calibration.most)
     # In a graph that is being built, too, of whichever TensorFlow.
     with context.eager_mode():
-        samples = samples_of(compressor, Calibration.samples)
-        return [(shapes, seconds_of(_step(compressor, process_set, shapes))) for shapes in samples]
+        return [(some, median(times_of(_step(compressor, process_set, some, process_set.size())))) for some in samples]
 
 
 def _step(
-    compressor: Compressor, process_set: ProcessSet, shapes: Sequence[tuple[int, int]]
+    compressor: Compressor, process_set: ProcessSet, shapes: Sequence[tuple[int, int]], workers: int
 ) -> Callable[[], None]:
     """A step of these matrices without messages."""
+    who = functools.partial(_Alone, workers=workers)
     counters, gradient_class = StepCounters(), gradient_class_of(compressor)
     states = [
         VariableState(str(i), shape, tf.float32, compressor, process_set, counters, gradient_class)
         for i, shape in enumerate(shapes)
     ]
-    exchange = Exchange(Settings(compressor, process_set), states, None, (False,) * len(states), _Alone)
+    exchange = Exchange(Settings(compressor, process_set), states, None, (False,) * len(states), who)
     gradients = [tf.random.normal(shape) for shape in shapes]
 
     def run() -> None:

@@ -46,7 +46,7 @@ class Exchange:
         states: Sequence[VariableState],
         groups,
         sparse: tuple[bool, ...],
-        workers_class: type[Workers] = Workers,
+        workers_class: Callable[..., Workers] = Workers,
     ):
         self._settings, self._config = settings, settings.config
         self.states, self.counters = list(states), states[0].counters

@@ -108,7 +108,7 @@ def quantized_mean(
     slices, total = Slices(rows, count, flat.dtype), tf.size(flat, tf.int64)
     message = slices.encoded(flat)
     own = slices.decoded(message)
-    if senders.workers.alone:
+    if isinstance(count, int) and count == 1:
         return own[:total], own[:total], Traffic(0, 0)
     many = tf.cast(count, tf.int64)
 

@@ -22,7 +22,7 @@ class Senders:
     @property
     def count(self) -> Number:
         """How many there are."""
-        return self.workers.count(tf.int64) if elastic() else self.workers.process_set.size()
+        return self.workers.count(tf.int64) if elastic() else self.workers.size
 
     def number(self) -> tf.Tensor:
         """This one's among them, int64."""

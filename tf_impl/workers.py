@@ -35,15 +35,20 @@ class Workers:
     device_sparse: str = ""
 
     @property
+    def size(self) -> int:
+        """W, while the graph is built."""
+        return self.process_set.size()
+
+    @property
     def alone(self) -> bool:
         """Whether there is one worker, and will be."""
-        return not elastic() and self.process_set.size() == 1
+        return not elastic() and self.size == 1
 
     def count(self, dtype: tf.DType) -> tf.Tensor:
         """W. In an elastic job it can change from step to step."""
         if elastic():
             return tf.cast(mpi_ops.size_op(process_set_id=self.process_set.process_set_id), dtype)
-        return tf.cast(self.process_set.size(), dtype)
+        return tf.cast(self.size, dtype)
 
     def number(self) -> tf.Tensor:
         """This worker's, int64. In an elastic job it can change from step to step."""
@@ -56,7 +61,7 @@ class Workers:
         if self.alone:
             return tensor
         # Half precision overflows where the sum comes before the division.
-        predivide_factor = self.process_set.size() if tensor.dtype == tf.float16 else self.predivide_factor
+        predivide_factor = self.size if tensor.dtype == tf.float16 else self.predivide_factor
         return self.allreduce(tensor, name, Average, 1 / predivide_factor, predivide_factor)
 
     def sparse_mean(self, slices: tf.IndexedSlices, name: str) -> tf.IndexedSlices:

@@ -141,8 +141,8 @@ class AutoEngine(Engine):
         self._last = time.perf_counter()
 
     def _calibrate(self) -> tuple[Network, Sequence[Work]]:
-        device = next(iter(self._gradients)).parameter.device
-        calibration = Calibration(self.workers.process_set, self.workers.prefix, device)
+        device, shapes = next(iter(self._gradients)).parameter.device, list(self._gradients.shapes().values())
+        calibration = Calibration(self.workers.process_set, shapes, prefix=self.workers.prefix, device=device)
         works = [calibration.work(candidate) for candidate in self._auto.candidates]
         # A worker that has joined (hvd.join) takes part in means only.
         return calibration.network(gathers=not self._auto.linear), works

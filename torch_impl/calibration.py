@@ -1,19 +1,22 @@
 """horovod_powersgd.calibration for PyTorch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from horovod.torch.mpi_ops import ProcessSet, Sum, allgather_async, allreduce_async_, synchronize
 
 from horovod_powersgd import calibration
+from horovod_powersgd.calibration import SIZES
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.compressors.precision import is_horovods_fp16
-from horovod_powersgd.cost import SIZES_IN_HOST
 from horovod_powersgd.hosts import Host
+from horovod_powersgd.layout import leading_rows
 from horovod_powersgd.torch import agreement
 from horovod_powersgd.torch.control_messages import largest
 from horovod_powersgd.torch.engine import Engine
+from horovod_powersgd.torch.futures import Gathered, Mean
 from horovod_powersgd.torch.peers import peers_of
 from horovod_powersgd.torch.workers import Workers
 
@@ -21,9 +24,25 @@ CPU = torch.device("cpu")
 
 
 class _Alone(Workers):
-    """One worker without others."""
+    """One worker, who stands for others: they would send what it sends."""
 
     count, index = 1, 0
+
+    def mean(self, tensor: torch.Tensor, name: str, in_place: bool = False) -> Mean:
+        return Mean(tensor)
+
+    def gather(self, packed: torch.Tensor, name: str, parity: bool, compressor: Compressor) -> Gathered:
+        return Gathered(packed.repeat(self.count), self.count, compressor)
+
+    def exchange(
+        self,
+        messages: torch.Tensor,
+        name: str,
+        parity: bool,
+        compressor: Compressor,
+        sizes: Mapping[int, int] | None = None,
+    ) -> Gathered:
+        return Gathered(messages.clone(), self.count, compressor)
 
 
 class Calibration(calibration.Calibration):
@@ -31,27 +50,39 @@ class Calibration(calibration.Calibration):
 
     Args:
         process_set: of the workers that measure.
+        shapes: of the model's tensors.
+        matrix_shape: as layout_of's.
         prefix: of the names of their messages.
         device: that gradients are on.
     """
 
-    def __init__(self, process_set: ProcessSet, prefix: str = "powersgd", device: torch.device = CPU):
+    def __init__(
+        self,
+        process_set: ProcessSet,
+        shapes: Sequence[tuple[int, ...]],
+        matrix_shape: Callable = leading_rows,
+        prefix: str = "powersgd",
+        device: torch.device = CPU,
+    ):
         self._workers, self._device = Workers(process_set, f"{prefix}.calibration"), device
         self.count, self.index = self._workers.count, self._workers.index
+        self.shapes, self.matrix_shape = shapes, matrix_shape
 
     def largest(self, numbers: Sequence[int]) -> list[int]:
         return largest(self._workers, list(numbers), "numbers")
 
-    def _step(self, compressor: Compressor, shapes: Sequence[tuple[int, int]]) -> Callable[[], None]:
+    def _step(
+        self, compressor: Compressor, shapes: Sequence[tuple[int, int]], workers: int
+    ) -> Callable[[], None]:
         if is_horovods_fp16(compressor):
             return _cast(self._device, shapes)
-        return _step(compressor, self._workers.process_set, self._device, shapes)
+        return _step(compressor, self._workers.process_set, self._device, shapes, workers)
 
-    def _average(self, dtype: str, nbytes: int) -> None:
+    def _begin_average(self, dtype: str, nbytes: int) -> Callable[[], object]:
         of_torch = getattr(torch, dtype)
         tensor = torch.zeros(nbytes // of_torch.itemsize, dtype=of_torch, device=self._device)
         name, process_set = f"{self._workers.prefix}.{dtype}", self._workers.process_set
-        synchronize(allreduce_async_(tensor, name=name, op=Sum, process_set=process_set))
+        return partial(synchronize, allreduce_async_(tensor, name=name, op=Sum, process_set=process_set))
 
     def _gather(self, share: int, nbytes: int) -> None:
         part = torch.zeros(nbytes // share, dtype=torch.uint8, device=self._device)
@@ -62,7 +93,7 @@ class Calibration(calibration.Calibration):
         peers = peers_of(self._workers, host, ["gradient"], self._device.type == "cpu")
         if peers is None:
             return super()._means_of(host)
-        gradient = torch.zeros(SIZES_IN_HOST[-1] // 4)
+        gradient = torch.zeros(SIZES[-1] // 4)
         peers.show("gradient", gradient)
         self.largest([0])  # all have shown theirs
         shown = peers.shown()
@@ -92,23 +123,29 @@ def _cast(device: torch.device, shapes: Sequence[tuple[int, int]]) -> Callable[[
 
 
 def _step(
-    compressor: Compressor, process_set: ProcessSet, device: torch.device, shapes: Sequence[tuple[int, int]]
+    compressor: Compressor,
+    process_set: ProcessSet,
+    device: torch.device,
+    shapes: Sequence[tuple[int, int]],
+    workers: int,
 ) -> Callable[[], None]:
     """A step of these matrices without messages."""
-    engine = Engine(compressor, _Alone(process_set))
+    alone = _Alone(process_set)
+    engine = Engine(compressor, alone)
     agreement.leave(engine)
-    parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
-    for i, parameter in enumerate(parameters):
+    for i, shape in enumerate(shapes):
+        parameter = torch.nn.Parameter(torch.empty(shape, device=device))
+        parameter.grad = torch.randn(shape, device=device)
         engine.add(str(i), parameter)
-    gradients = [torch.randn(shape, device=device) for shape in shapes]
 
     def run() -> None:
-        for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient
+        # As in a training, nobody but the parameters holds the gradients: the last step's updates.
         engine.finish(undoable=False)
         engine.commit()
         _finish(device)
 
+    run()  # in its first step it agrees with others, and so has none
+    alone.count = workers
     return run
 
 

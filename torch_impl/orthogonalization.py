@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from horovod_powersgd.factors import orthogonalize as orthogonalize_by_columns
+from horovod_powersgd.kernels import compiled as _kernels
 from horovod_powersgd.torch.profiling import profiled
 
 # The part of a column of its own, next to the longest one, that a Cholesky factor in double precision can be trusted
@@ -12,6 +13,8 @@ from horovod_powersgd.torch.profiling import profiled
 TRUSTED = 1e-5
 # From this part on, one pass makes a basis that is orthonormal in single precision.
 ONE_PASS = 1e-3
+# Up to so many numbers times rank, a compiled pass is faster than PyTorch's operations, which take their calls.
+SMALL = 2**15
 # Added to a rounding, for a factor of zeros.
 TINY = 1e-100
 
@@ -37,7 +40,11 @@ def orthogonalize(
     bases = list(factors)  # to be replaced, one by one
     by_rank: dict[int, list[int]] = {}
     for i, factor in enumerate(factors):
-        by_rank.setdefault(len(factor), []).append(i)
+        basis = _of_small(factor)
+        if basis is None:
+            by_rank.setdefault(len(factor), []).append(i)
+        else:
+            bases[i] = basis
     for places in by_rank.values():
         some, their_spares = [factors[i] for i in places], [spares[i] for i in places]
         ask = some[0].device.type == "cpu" or any(factor.dtype == torch.float64 for factor in some)
@@ -46,6 +53,16 @@ def orthogonalize(
         for i, basis in zip(places, found):
             bases[i] = basis
     return bases
+
+
+def _of_small(factor: torch.Tensor) -> torch.Tensor | None:
+    """Of a small factor in single precision, on a processor; None where one pass is not enough."""
+    rank, n = factor.shape
+    if _kernels is None or factor.dtype != torch.float32 or rank * rank * n > SMALL or factor.device.type != "cpu":
+        return None
+    factor, basis = factor.contiguous(), torch.empty_like(factor, memory_format=torch.contiguous_format)
+    part = _kernels.basis(factor.data_ptr(), basis.data_ptr(), rank, n)
+    return basis if part >= ONE_PASS else None
 
 
 def _checked(factors: Sequence[torch.Tensor], spares: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:

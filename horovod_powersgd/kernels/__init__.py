@@ -1,8 +1,8 @@
 """The passes over a whole gradient, compiled.
 
 Attributes:
-    compiled: the module that setup.py makes of kernels.cpp, with half_step and product; None where that was not
-        possible when this package was installed.
+    compiled: the module that setup.py makes of kernels.cpp, with half_step, product, keep and basis; None where that
+        was not possible when this package was installed.
     codes: the same of quantization.cpp, with encode and decode.
 """
 

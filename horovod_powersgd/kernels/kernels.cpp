@@ -1,11 +1,15 @@
 // The three passes over a gradient on processors: plus memory and times a factor's basis; times the other one's; the
 // product of both. They run at about the speed of memory, where a library's matrix product of so low a rank does not.
+// And the basis of a small factor, of which the calls into a library take longer than what they do.
 //
 // Python passes addresses, so this needs no framework; torch_impl/kernels.py calls it, and says what it computes.
 
 #include <Python.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <vector>
 
 namespace {
 
@@ -180,9 +184,82 @@ PyObject* keep(PyObject*, PyObject* arguments) {
     Py_RETURN_NONE;
 }
 
+// Two numbers of a row, in double precision.
+typedef float Floats __attribute__((vector_size(8), aligned(4), may_alias));
+typedef double Doubles __attribute__((vector_size(16)));
+
+inline Doubles two(const float* from) {
+    return __builtin_convertvector(*reinterpret_cast<const Floats*>(from), Doubles);
+}
+
+double inner_product(const float* a, const float* b, int64_t n) {
+    Doubles even{}, odd{};
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        even += two(a + i) * two(b + i);
+        odd += two(a + i + 2) * two(b + i + 2);
+    }
+    even += odd;
+    double sum = even[0] + even[1];
+    for (; i < n; i++) sum += double(a[i]) * b[i];
+    return sum;
+}
+
+// Makes the rows of a factor (rank, n) orthonormal, by the Cholesky factor L of its Gram matrix: out (rank, n) is
+// L^-1 factor. Returns the least part of a row that is its own, next to the longest row. Where a row depends on those
+// before it, or a number is not finite, that is no positive number, and out is left as it was.
+double small_basis(const float* factor, float* out, int64_t rank, int64_t n) {
+    std::vector<double> triangle(rank * rank), inverse(rank * rank);
+    double longest = 0, least = INFINITY;
+    for (int64_t i = 0; i < rank; i++) {
+        double* row = &triangle[i * rank];
+        for (int64_t j = 0; j <= i; j++) row[j] = inner_product(factor + i * n, factor + j * n, n);
+        longest = std::max(longest, row[i]);
+        for (int64_t j = 0; j <= i; j++) {
+            const double* other = &triangle[j * rank];
+            for (int64_t k = 0; k < j; k++) row[j] -= row[k] * other[k];
+            if (j < i) row[j] /= other[j];
+        }
+        if (!(row[i] > 0 && row[i] < INFINITY)) return 0;
+        row[i] = std::sqrt(row[i]);
+        least = std::min(least, row[i]);
+    }
+    for (int64_t i = 0; i < rank; i++) {
+        const double* row = &triangle[i * rank];
+        for (int64_t j = 0; j <= i; j++) {
+            double sum = i == j;
+            for (int64_t k = j; k < i; k++) sum -= row[k] * inverse[k * rank + j];
+            inverse[i * rank + j] = sum / row[i];
+        }
+    }
+    for (int64_t i = 0; i < rank; i++) {
+        const double* coefficients = &inverse[i * rank];
+        int64_t column = 0;
+        for (; column + 2 <= n; column += 2) {
+            Doubles sums{};
+            for (int64_t k = 0; k <= i; k++) sums += coefficients[k] * two(factor + k * n + column);
+            *reinterpret_cast<Floats*>(out + i * n + column) = __builtin_convertvector(sums, Floats);
+        }
+        for (; column < n; column++) {
+            double sum = 0;
+            for (int64_t k = 0; k <= i; k++) sum += coefficients[k] * factor[k * n + column];
+            out[i * n + column] = float(sum);
+        }
+    }
+    return least / std::sqrt(longest);
+}
+
+PyObject* basis(PyObject*, PyObject* arguments) {
+    unsigned long long factor, out;
+    long long rank, n;
+    if (!PyArg_ParseTuple(arguments, "KKLL", &factor, &out, &rank, &n)) return nullptr;
+    return PyFloat_FromDouble(small_basis(at<float>(factor), at<float>(out), rank, n));
+}
+
 PyMethodDef methods[] = {{"half_step", half_step, METH_VARARGS, nullptr},
                          {"product", product, METH_VARARGS, nullptr},
                          {"keep", keep, METH_VARARGS, nullptr},
+                         {"basis", basis, METH_VARARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -1,5 +1,7 @@
 """A worker of exchange.py: exchanges a model's gradients by several methods, with PyTorch."""
 
+import ctypes
+
 import torch
 import torch.distributed
 
@@ -11,6 +13,8 @@ from horovod_powersgd.torch.calibration import Calibration
 from methods import METHODS
 from models import MODELS
 from rounds import run_worker
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # malloc.h has these numbers
 
 
 class Arrival(torch.autograd.Function):
@@ -77,7 +81,17 @@ class Exchange:
         return self._method.bytes_sent(nbytes, lambda: self._optimizer.compression_stats())
 
 
+def keep_memory():
+    """Lets malloc keep what is freed. It would give some of it back to the system and page it in again, in some steps
+    or in all, by what else was allocated: which takes as long as an exchange."""
+    malloc = ctypes.CDLL(None)
+    if hasattr(malloc, "mallopt"):
+        malloc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        malloc.mallopt(MMAP_THRESHOLD, 2**25)  # the largest that it takes
+
+
 def exchanges(model, methods):
+    keep_memory()
     if any(METHODS[key].library == "ddp" for key in methods):
         torch.distributed.init_process_group("gloo", rank=hvd.rank(), world_size=hvd.size())
     torch.set_num_threads(1)

@@ -41,8 +41,7 @@ def run_worker(description, exchanges_of, hvd, predict=lambda model, methods: {}
     hvd.init()
     predictions = predict(args.model, args.methods)
     rows = measure_rounds(exchanges_of(args.model, args.methods), args.rounds, hvd)
-    # Where nothing is exchanged, most of a step may be memory that goes back to the system and comes again.
-    backward = next((row["quartiles_ms"][0] / 1e3 for row in rows if row["method"] == "no-exchange"), None)
+    backward = next((row["median_ms"] / 1e3 for row in rows if row["method"] == "no-exchange"), None)
     for row in rows:
         if row["method"] in predictions and backward is not None:
             row["predicted_ms"] = round(1e3 * predictions[row["method"]].step(backward), 2)

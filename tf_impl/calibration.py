@@ -48,7 +48,7 @@ class Calibration(calibration.Calibration):
     ):
         self._workers = Workers(process_set, f"{prefix}.calibration", device=device)
         self.count, self.index = int(self._workers.count(tf.int64)), int(self._workers.number())
-        self.shapes, self.matrix_shape = shapes, matrix_shape
+        self.shapes, self.matrix_shape, self._kept_zeros = shapes, matrix_shape, tf.zeros(0)
 
     def largest(self, numbers: Sequence[int]) -> list[int]:
         return self._workers.allreduce(tf.constant(numbers, tf.int64), "numbers", Max).numpy().tolist()
@@ -61,21 +61,26 @@ class Calibration(calibration.Calibration):
     def _begin_average(self, dtype: str, nbytes: int) -> Callable[[], object]:
         def average() -> None:
             with context.eager_mode():  # which a thread has for itself
-                zeros = tf.zeros(nbytes // tf.as_dtype(dtype).size, dtype)
-                self._workers.allreduce(zeros, dtype, Sum).numpy()
+                self._workers.allreduce(self._zeros(nbytes // tf.as_dtype(dtype).size, dtype), dtype, Sum).numpy()
 
         thread = threading.Thread(target=average)
         thread.start()
         return thread.join
 
     def _gather(self, share: int, nbytes: int) -> None:
-        self._workers.allgather(tf.zeros(nbytes // share, tf.uint8), "gather").numpy()
+        self._workers.allgather(self._zeros(nbytes // share, "uint8"), "gather").numpy()
 
     def _exchange(self, whom: Sequence[int], nbytes: int) -> None:
         size, count = nbytes // 4 // len(whom), len(whom)
         peers, to_each = tf.constant(whom, tf.int64), tf.constant([size] * count, tf.int64)
-        received = self._workers.exchange(tf.zeros(size * count), peers, to_each, "alltoall")
+        received = self._workers.exchange(self._zeros(size * count, "float32"), peers, to_each, "alltoall")
         tf.reduce_sum(tf.reshape(received, (count, size)), 0).numpy()
+
+    def _zeros(self, count: int, dtype: str) -> tf.Tensor:
+        """So many numbers, which are there before they are sent, as gradients are."""
+        if self._kept_zeros.shape != (count,) or self._kept_zeros.dtype != dtype:
+            self._kept_zeros = tf.zeros(count, dtype)
+        return self._kept_zeros
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ class Calibration(calibration.Calibration):
         self._workers, self._device = Workers(process_set, f"{prefix}.calibration"), device
         self.count, self.index = self._workers.count, self._workers.index
         self.shapes, self.matrix_shape = shapes, matrix_shape
+        self._kept_zeros = torch.zeros(0, dtype=torch.uint8)
 
     def largest(self, numbers: Sequence[int]) -> list[int]:
         return largest(self._workers, list(numbers), "numbers")
@@ -79,15 +80,20 @@ class Calibration(calibration.Calibration):
         return _step(compressor, self._workers.process_set, self._device, shapes, workers)
 
     def _begin_average(self, dtype: str, nbytes: int) -> Callable[[], object]:
-        of_torch = getattr(torch, dtype)
-        tensor = torch.zeros(nbytes // of_torch.itemsize, dtype=of_torch, device=self._device)
+        tensor = self._zeros(nbytes).view(getattr(torch, dtype))
         name, process_set = f"{self._workers.prefix}.{dtype}", self._workers.process_set
         return partial(synchronize, allreduce_async_(tensor, name=name, op=Sum, process_set=process_set))
 
     def _gather(self, share: int, nbytes: int) -> None:
-        part = torch.zeros(nbytes // share, dtype=torch.uint8, device=self._device)
+        part = self._zeros(nbytes // share)
         name, process_set = f"{self._workers.prefix}.gather", self._workers.process_set
         synchronize(allgather_async(part, name=name, process_set=process_set))
+
+    def _zeros(self, nbytes: int) -> torch.Tensor:
+        """So many bytes, which are there before they are sent, as gradients are."""
+        if len(self._kept_zeros) < nbytes:
+            self._kept_zeros = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
+        return self._kept_zeros[:nbytes]
 
     def _means_of(self, host: Host) -> Callable[[int], None]:
         peers = peers_of(self._workers, host, ["gradient"], self._device.type == "cpu")
@@ -107,7 +113,7 @@ class Calibration(calibration.Calibration):
 
     def _exchange(self, whom: Sequence[int], nbytes: int) -> None:
         size = nbytes // 4 // len(whom)
-        message, to = torch.zeros(size * len(whom), device=self._device), dict.fromkeys(whom, size)
+        message, to = self._zeros(4 * size * len(whom)).view(torch.float32), dict.fromkeys(whom, size)
         self._workers.exchange(message, "alltoall", False, PowerSGD(), to).result().sum(0)
 
 

@@ -20,7 +20,7 @@ from horovod_powersgd.statistics import TensorStats
 
 # A try is over after so many seconds, and after some steps at least and at most: of steps of a millisecond or two, ten
 # say little. The first of them does not count: it makes buckets and memories. Ten say enough of what is much slower.
-TRY_SECONDS, LEAST_STEPS, ENOUGH_STEPS, MOST_STEPS = 0.3, 4, 10, 40
+TRY_SECONDS, LEAST_STEPS, ENOUGH_STEPS, MOST_STEPS = 0.3, 3, 10, 40
 # A later candidate has to save this part of a step.
 MARGIN = 0.03
 # What promises a step that is at most so many times longer than the best that was measured is tried: predictions are

@@ -25,6 +25,8 @@ SIZES = [2**10, 2**14, 2**18, 2**20, 2**22, 2**24, 2**26]
 SECONDS, SECONDS_BEFORE = 0.04, 0.3
 # It is repeated so often at most, and once at least.
 MOST_TIMES = 6
+# A mean of so many bytes, and of more, is one of several tensors, as gradients are: Horovod copies these together.
+OF_PARTS, PARTS = 2**22, 8
 
 
 class Calibration(ABC):
@@ -117,7 +119,7 @@ class Calibration(ABC):
 
     @abstractmethod
     def _begin_average(self, dtype: str, nbytes: int) -> Callable[[], object]:
-        """Begins to average so many bytes; gives what waits for it."""
+        """Begins to average so many bytes, in PARTS where they are OF_PARTS or more; gives what waits for it."""
 
     @abstractmethod
     def _gather(self, share: int, nbytes: int) -> None:

@@ -11,7 +11,7 @@ from horovod.tensorflow.mpi_ops import Max, ProcessSet, Sum
 from tensorflow.python.eager import context
 
 from horovod_powersgd import calibration
-from horovod_powersgd.calibration import times_of
+from horovod_powersgd.calibration import OF_PARTS, PARTS, times_of
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.cost import samples_of
 from horovod_powersgd.layout import trailing_columns
@@ -61,7 +61,11 @@ class Calibration(calibration.Calibration):
     def _begin_average(self, dtype: str, nbytes: int) -> Callable[[], object]:
         def average() -> None:
             with context.eager_mode():  # which a thread has for itself
-                self._workers.allreduce(self._zeros(nbytes // tf.as_dtype(dtype).size, dtype), dtype, Sum).numpy()
+                zeros = self._zeros(nbytes // tf.as_dtype(dtype).size, dtype)
+                if nbytes < OF_PARTS:
+                    self._workers.allreduce(zeros, dtype, Sum).numpy()
+                else:
+                    self._workers.sums(tf.split(zeros, PARTS), f"{dtype}.parts")[-1].numpy()
 
         thread = threading.Thread(target=average)
         thread.start()

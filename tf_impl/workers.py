@@ -136,6 +136,13 @@ class Workers:
                 process_set=self.process_set,
             )
 
+    def sums(self, tensors: list[tf.Tensor], name: str) -> list[tf.Tensor]:
+        """The sums of several tensors, in one message if they are small enough."""
+        with tf.device(self.device):
+            return mpi_ops._grouped_allreduce(
+                tensors, name=self._full_name(name), op=Sum, ignore_name_scope=True, process_set=self.process_set
+            )
+
     def allgather(self, tensor: tf.Tensor, name: str) -> tf.Tensor:
         """Horovod's: all workers' tensors, one after the other along the first axis."""
         return mpi_ops.allgather(not_constant(tensor), self._full_name(name), True, self.process_set)

@@ -1,13 +1,12 @@
 """horovod_powersgd.calibration for PyTorch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from horovod.torch.mpi_ops import ProcessSet, Sum, allgather_async, allreduce_async_, synchronize
 
 from horovod_powersgd import calibration
-from horovod_powersgd.calibration import SIZES
+from horovod_powersgd.calibration import OF_PARTS, PARTS, SIZES
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.compressors.precision import is_horovods_fp16
@@ -80,9 +79,12 @@ class Calibration(calibration.Calibration):
         return _step(compressor, self._workers.process_set, self._device, shapes, workers)
 
     def _begin_average(self, dtype: str, nbytes: int) -> Callable[[], object]:
-        tensor = self._zeros(nbytes).view(getattr(torch, dtype))
+        parts = self._zeros(nbytes).view(getattr(torch, dtype)).chunk(PARTS if nbytes >= OF_PARTS else 1)
         name, process_set = f"{self._workers.prefix}.{dtype}", self._workers.process_set
-        return partial(synchronize, allreduce_async_(tensor, name=name, op=Sum, process_set=process_set))
+        handles = [
+            allreduce_async_(part, name=f"{name}.{i}", op=Sum, process_set=process_set) for i, part in enumerate(parts)
+        ]
+        return lambda: [synchronize(handle) for handle in handles]
 
     def _gather(self, share: int, nbytes: int) -> None:
         part = self._zeros(nbytes // share)

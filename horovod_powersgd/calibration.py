@@ -37,6 +37,7 @@ class Calibration(ABC):
         index: this worker's number among them.
         shapes: of the model's tensors.
         matrix_shape: as layout_of's.
+        on_processor: whether that computes; else a GPU does, and leaves the processor to messages.
         most: how many matrices a step has at most.
         seconds: of each measurement.
     """
@@ -45,6 +46,7 @@ class Calibration(ABC):
     index: int
     shapes: Sequence[tuple[int, ...]]
     matrix_shape: Callable = staticmethod(leading_rows)
+    on_processor: bool
     most = 24
     seconds = SECONDS
 
@@ -57,7 +59,8 @@ class Calibration(ABC):
         """What messages of these workers take; of an allgather, and of two levels, only where it is asked for."""
         mean, halves = (self._curve(partial(self._average, dtype)) for dtype in ("float32", "float16"))
         gather = self._curve(partial(self._gather, self.count), self.count) if gathers else mean
-        return Network(self.count, mean, halves, gather, self._hosts() if levels else None, self._overlap(mean))
+        hosts, overlap = self._hosts() if levels else None, self._overlap(mean) if self.on_processor else 1.0
+        return Network(self.count, mean, halves, gather, hosts, overlap)
 
     def _overlap(self, mean: Curve) -> float:
         """Network.overlap, of a message that takes as long as some passes over memory."""

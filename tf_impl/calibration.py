@@ -49,6 +49,7 @@ class Calibration(calibration.Calibration):
         self._workers = Workers(process_set, f"{prefix}.calibration", device=device)
         self.count, self.index = int(self._workers.count(tf.int64)), int(self._workers.number())
         self.shapes, self.matrix_shape, self._kept_zeros = shapes, matrix_shape, tf.zeros(0)
+        self.on_processor = not tf.config.list_physical_devices("GPU")
 
     def largest(self, numbers: Sequence[int]) -> list[int]:
         return self._workers.allreduce(tf.constant(numbers, tf.int64), "numbers", Max).numpy().tolist()

@@ -12,15 +12,26 @@ from horovod_powersgd.torch.gradient import Copies, PlainGradient
 from horovod_powersgd.torch.step import Step, Verdict
 from horovod_powersgd.torch.workers import Workers
 
+# A bucket of so few bytes begins when its last gradient is there: to begin with one after the other takes more calls,
+# and saves little.
+SMALL_BYTES = 2**20
+
 
 class Bucket:
-    """Gradients that travel together as they are, in one flat tensor; of one device and one dtype on the wire."""
+    """Gradients that travel together as they are, in one flat tensor; of one device and one dtype on the wire.
+
+    Attributes:
+        gradients: in the order that they come in, more or less.
+    """
 
     gradients: Sequence[PlainGradient]
 
     def __init__(self, name: str, gradients: Sequence[PlainGradient], workers: Workers, config: Compressor):
         self.gradients = list(gradients)
         self._name, self._workers, self._config = name, workers, config
+        # To be waited for in this order: the last one first, where all are.
+        is_small = sum(gradient.nbytes for gradient in gradients) <= SMALL_BYTES
+        self._last_first = self.gradients[::-1] if is_small else []
 
     def exchange(self, step: Step) -> Generator[PlainGradient | Future | Verdict, Any, None]:
         """reference.exchange of these gradients. Yields what it waits for."""
@@ -47,7 +58,8 @@ class Bucket:
 
     def _begin(self, gradient: PlainGradient, step: Step, sparse: dict[PlainGradient, SparseMean]):
         """Waits for a gradient; starts averaging it where it is sparse, and notes that."""
-        yield gradient
+        while not gradient.done():
+            yield next((other for other in self._last_first if not other.done()), gradient)
         gradient.begin(step.scale)
         if gradient.is_sparse:
             sparse[gradient], nbytes = gradient.send_sparse(self._workers, step.parity)

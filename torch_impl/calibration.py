@@ -65,7 +65,7 @@ class Calibration(calibration.Calibration):
     ):
         self._workers, self._device = Workers(process_set, f"{prefix}.calibration"), device
         self.count, self.index = self._workers.count, self._workers.index
-        self.shapes, self.matrix_shape = shapes, matrix_shape
+        self.shapes, self.matrix_shape, self.on_processor = shapes, matrix_shape, device.type == "cpu"
         self._kept_zeros = torch.zeros(0, dtype=torch.uint8)
 
     def largest(self, numbers: Sequence[int]) -> list[int]:

@@ -24,7 +24,8 @@ class PowerSGDBucket(Bucket):
     def __init__(self, name: str, gradients: Sequence[PlainGradient], workers: Workers, config: Compressor):
         assert isinstance(config.family, PowerSGD)
         self._family = config.family
-        super().__init__(name, sorted(gradients, key=lambda gradient: not gradient.compressed), workers, config)
+        super().__init__(name, gradients, workers, config)
+        self.gradients = sorted(gradients, key=lambda gradient: not gradient.compressed)
 
     @property
     def _worker(self) -> int:

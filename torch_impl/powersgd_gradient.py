@@ -161,7 +161,8 @@ class PowerSGDGradient(InPlaceGradient):
     def multiply(self, basis: torch.Tensor) -> torch.Tensor:
         """A half-step: delta Q^ or delta^T P^, flat; in the first one the memory is added to delta on the way."""
         with profiled("p" if self._mean_is_q else "q"):
-            self.made(half_step(self.half_step(basis)).to(self.factor_dtype))
+            own = half_step(self.half_step(basis))
+            self.made(own if self._scale_of_halves is None else own.to(self.factor_dtype))
         return self._own.view(-1)
 
     def receive(self, mean: torch.Tensor) -> None:
@@ -175,12 +176,16 @@ class PowerSGDGradient(InPlaceGradient):
 
     def _take_scale_of_halves(self, to_q: bool) -> None:
         """Of the next half-step, which makes Q or P."""
-        longer = self._mean.shape[1] / self._matrix_shape[1 if to_q else 0]
-        self._scale_of_halves = scale_of_halves(tensors, self._mean, longer) if self._sends_halves else None
+        self._scale_of_halves = None
+        if self._sends_halves:
+            longer = self._mean.shape[1] / self._matrix_shape[1 if to_q else 0]
+            self._scale_of_halves = scale_of_halves(tensors, self._mean, longer)
 
     def _unscaled(self, sent: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """A factor that has travelled."""
-        return sent.to(self.dtype) if scale is None else sent.to(self.dtype) / scale
+        if scale is None:
+            return sent if sent.dtype == self.dtype else sent.to(self.dtype)
+        return sent.to(self.dtype) / scale
 
     @property
     def rows(self) -> tuple[int, int]:

@@ -2,12 +2,14 @@
 optimizer sends them."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from horovod.torch.mpi_ops import allreduce_async_, synchronize
 
-from horovod_powersgd.torch.futures import Mean
 from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.ownership import owns_storage
+from horovod_powersgd.torch.profiling import profiled
 from horovod_powersgd.torch.workers import Workers
 
 
@@ -20,19 +22,29 @@ class DirectMeans:
 
     def __init__(self, workers: Workers):
         self._workers = workers
-        self._started: dict[PlainGradient, Mean] = {}
+        # By gradient, Horovod's handle of its average.
+        self._started: dict[PlainGradient, Any] = {}
+        # In this step, by dtype: asking for each gradient takes longer than all else.
+        self._averaging: dict[torch.dtype, dict[str, Any]] = {}
 
     def start(self, gradient: PlainGradient, incoming: torch.Tensor | None = None) -> None:
         """Starts averaging a gradient that backward has finished; `incoming` as Engine.arrived's."""
         given = gradient.parameter.grad
         assert given is not None
+        dtype = gradient.sent_dtype
         if given.is_sparse:
-            sent = given.to_dense().to(gradient.sent_dtype)
-        elif owns_storage(given, incoming):
-            sent = given.data.to(gradient.sent_dtype).contiguous()
+            sent = given.to_dense().to(dtype)
+        elif not owns_storage(given, incoming):
+            sent = given.data.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        elif given.dtype == dtype and given.is_contiguous():
+            sent = given
         else:
-            sent = given.data.to(gradient.sent_dtype, copy=True, memory_format=torch.contiguous_format)
-        self._started[gradient] = self._workers.mean(sent, f"direct.{gradient.name}", in_place=True)
+            sent = given.to(dtype).contiguous()
+        how = self._averaging.get(dtype)
+        if how is None:
+            how = self._averaging[dtype] = self._workers.averaging(dtype)
+        name = f"{self._workers.prefix}.direct.{gradient.name}"
+        self._started[gradient] = allreduce_async_(sent, name=name, **how)
 
     def finish(self, gradients: Iterable[PlainGradient], factor: float) -> int:
         """Puts all averages, times `factor`, into the gradients. Those that were not started take part as they are, and
@@ -46,9 +58,11 @@ class DirectMeans:
                 if gradient.parameter.grad is None:
                     gradient.make_zero()
                 self.start(gradient)
+        with profiled("wait"):
+            means = [synchronize(handle) for handle in self._started.values()]
         nbytes = 0
-        for gradient, started in self._started.items():
-            mean, given = started.result(), gradient.parameter.grad
+        for gradient, mean in zip(self._started, means):
+            given = gradient.parameter.grad
             assert given is not None
             nbytes += mean.nbytes
             if factor != 1:
@@ -57,9 +71,9 @@ class DirectMeans:
                 gradient.parameter.grad = mean.to(given.dtype).to_sparse(given.sparse_dim())
             elif mean.data_ptr() != given.data_ptr():
                 given.data.copy_(mean)
-        self._started = {}
+        self.forget()
         return nbytes
 
     def forget(self) -> None:
         """Lets go of what was started."""
-        self._started = {}
+        self._started, self._averaging = {}, {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from horovod.torch.mpi_ops import ProcessSet, Sum, allgather_async, allreduce_async, allreduce_async_, alltoall_async
@@ -39,18 +40,20 @@ class Workers:
         """Starts averaging a contiguous tensor of a dtype that Horovod reduces."""
         if self.count == 1:
             return Mean(tensor)
-        # Half precision overflows where the sum comes before the division.
-        predivide_factor = self.count if tensor.dtype == torch.float16 else self.predivide_factor
         start = allreduce_async_ if in_place else allreduce_async
-        handle = start(
-            tensor,
-            name=f"{self.prefix}.{name}",
-            op=Sum,
-            prescale_factor=1.0 / predivide_factor,
-            postscale_factor=predivide_factor / self.count,
-            process_set=self.process_set,
-        )
-        return Mean(tensor, handle)
+        return Mean(tensor, start(tensor, name=f"{self.prefix}.{name}", **self.averaging(tensor.dtype)))
+
+    def averaging(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What makes Horovod's allreduce an average of tensors of a dtype."""
+        count = self.count
+        # Half precision overflows where the sum comes before the division.
+        predivide_factor = count if dtype == torch.float16 else self.predivide_factor
+        return {
+            "op": Sum,
+            "prescale_factor": 1.0 / predivide_factor,
+            "postscale_factor": predivide_factor / count,
+            "process_set": self.process_set,
+        }
 
     def sparse_mean(
         self, indices: torch.Tensor, values: torch.Tensor, shape: torch.Size, name: str, parity: bool

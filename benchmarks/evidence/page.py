@@ -96,7 +96,7 @@ REGION = """One exchange of a model that is {matrices} square matrices and as ma
 how many times less time it takes at rank 4."""
 REGION_PLAIN = """Than with plain Horovod, by the number of parameters; where plain Horovod is faster, in bold:"""
 REGION_HALF = """Than with Horovod's fp16:"""
-REGION_AUTO = "hvd.Auto, of fp16 and rank 4, than plain Horovod:"
+REGION_AUTO = "`hvd.Auto`, with fp16 and rank 4 as its candidates, than with plain Horovod:"
 FOUND = {
     "ranks": """As in the paper, quality rises with the rank, and rank 4 of the CNN is as good as plain SGD within
     what the seeds differ by. Against the paper, rank 1 and 2 lose more, and the LSTM's rank 4 is worse than plain
@@ -145,12 +145,12 @@ FOUND = {
     worker's own, quality is the same, as it must be: the mean of the memories is the same. But each is three times
     as large after 180 steps, and goes on growing (memory.md).""",
     "region": """**Plain allreduce is faster when the model is small for the link.** PowerSGD's exchange is the
-    faster one from about 30 thousand parameters on at 100 Mbit/s, from about 130 thousand at 1 Gbit/s, and from one
-    or two million at 10 Gbit/s and without a limit, with 2 hosts as with 4; against fp16 it takes about twice as
-    many. With less, an exchange is all waiting, and PowerSGD waits twice in a step. Beside a backward that takes
-    long, the exchange is a smaller part of a step, and no more than that part can be saved. And what is saved in
-    each step has to pay for the steps that compression adds: at 10 Gbit/s the LSTM above, with more than a million
-    parameters, is slower with it.""",
+    faster one from about 10 thousand parameters on at 100 Mbit/s, from about 100 thousand at 1 Gbit/s, and from half
+    a million to one million at 10 Gbit/s and without a limit, with 2 hosts as with 4; against fp16 it takes up to
+    twice as many. With less, an exchange is all waiting, and PowerSGD waits twice in a step. Beside a backward that
+    takes long, the exchange is a smaller part of a step, and no more than that part can be saved. And what is saved
+    in each step has to pay for the steps that compression adds: at 10 Gbit/s the LSTM above, with more than a million
+    parameters, gains nothing by it. hvd.Auto finds out for itself ([planning.md](planning.md)).""",
 }
 
 # Not measured any more.

@@ -91,7 +91,6 @@ def keep_memory():
 
 
 def exchanges(model, methods):
-    keep_memory()
     if any(METHODS[key].library == "ddp" for key in methods):
         torch.distributed.init_process_group("gloo", rank=hvd.rank(), world_size=hvd.size())
     torch.set_num_threads(1)
@@ -119,4 +118,5 @@ def predict(model, methods):
 
 
 if __name__ == "__main__":
+    keep_memory()
     run_worker(__doc__, exchanges, hvd, predict)

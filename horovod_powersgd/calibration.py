@@ -59,8 +59,9 @@ class Calibration(ABC):
         """What messages of these workers take; of an allgather, and of two levels, only where it is asked for."""
         mean, halves = (self._curve(partial(self._average, dtype)) for dtype in ("float32", "float16"))
         gather = self._curve(partial(self._gather, self.count), self.count) if gathers else mean
-        hosts, overlap = self._hosts() if levels else None, self._overlap(mean) if self.on_processor else 1.0
-        return Network(self.count, mean, halves, gather, hosts, overlap)
+        hosts = self._hosts() if levels else None
+        [on_processor] = self.largest([int(self.on_processor)])
+        return Network(self.count, mean, halves, gather, hosts, self._overlap(mean) if on_processor else 1.0)
 
     def _overlap(self, mean: Curve) -> float:
         """Network.overlap, of a message that takes as long as some passes over memory."""

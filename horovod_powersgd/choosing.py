@@ -101,7 +101,8 @@ class Chooser:
             self._times.append(seconds)
             if not self._tried():
                 return self.choice
-            self.measured[self.choice] = statistics.median(self._times[1:])
+            # Of two, the shorter one: what disturbs steps makes them longer.
+            self.measured[self.choice] = statistics.median_low(self._times[1:])
             if self._untried is None:
                 self._look(*calibrate())
         self._go_on()
@@ -131,7 +132,7 @@ class Chooser:
         if steps < LEAST_STEPS:
             return False
         best = min(self.measured.values(), default=math.inf)
-        is_slow = steps >= ENOUGH_STEPS and statistics.median(counted) > PROMISING * best
+        is_slow = steps >= ENOUGH_STEPS and statistics.median_low(counted) > PROMISING * best
         return is_slow or steps >= MOST_STEPS or sum(counted) >= TRY_SECONDS
 
     def _go_on(self) -> None:

@@ -89,7 +89,8 @@ class Work(NamedTuple):
         rows, seconds = zip(*((_amounts(shapes), taken) for shapes, taken in samples), strict=True)
         # Each sample counts by its part of what it took; no part may be negative, which noise would make it.
         weighted = np.array(rows) / np.array(seconds)[:, None]
-        used = [0, 1, 2]
+        # Few samples tell few parts; bytes first.
+        used = [1, 0, 2][: len(samples)]
         while used:
             found = np.linalg.lstsq(weighted[:, used], np.ones(len(seconds)), rcond=None)[0]
             if (found >= 0).all():

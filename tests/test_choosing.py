@@ -79,6 +79,14 @@ def test_a_wrong_prediction_costs_some_steps_only():
     assert sum(choice.number == 0 for choice in chosen) <= MOST_STEPS
 
 
+def test_a_disturbed_step_of_two_does_not_count():
+    found, job = chooser(), Job(link(1e6))
+    for seconds in (9.0, job.step(Choice()), 7 * job.step(Choice())):
+        assert found.choice == Choice()
+        found.report(seconds, job.calibrate)
+    assert found.measured == {Choice(): pytest.approx(job.step(Choice()))}
+
+
 def test_what_is_much_slower_is_soon_given_up():
     job = Job(link(5e8), lie=2.5)
     chosen = run(chooser(), job, TRIES)

@@ -39,6 +39,12 @@ def test_work_is_found_from_samples(true):
     assert found == pytest.approx(true, abs=1e-12)
 
 
+def test_few_samples_tell_of_bytes_and_then_of_tensors():
+    true, samples = Work(7.5e-6, 2.1e-10), [[(64, 64)] * 24, [(256, 64)] * 24]
+    assert Work.fitted([(shapes, true.seconds(shapes)) for shapes in samples]) == pytest.approx(true)
+    assert Work.fitted([(samples[0], 1e-3)]) == pytest.approx((0, 1e-3 / (24 * 4 * 64 * 64), 0))
+
+
 @pytest.mark.parametrize("compressor", [PowerSGD(4), PowerSGD(8, wire_dtype="int8"), Int8(), Float16()])
 def test_what_is_measured_are_matrices_of_the_model(compressor):
     small, middle, large = (90, 90), (300, 300), (900, 300)

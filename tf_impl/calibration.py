@@ -1,8 +1,8 @@
 """horovod_powersgd.calibration for TensorFlow, by ops that run at once."""
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import median
 
@@ -49,7 +49,8 @@ class Calibration(calibration.Calibration):
         self._workers = Workers(process_set, f"{prefix}.calibration", device=device)
         self.count, self.index = int(self._workers.count(tf.int64)), int(self._workers.number())
         self.shapes, self.matrix_shape, self._kept_zeros = shapes, matrix_shape, tf.zeros(0)
-        self.on_processor = not tf.config.list_physical_devices("GPU")
+        self.on_processor = not tf.config.get_visible_devices("GPU")
+        self._thread = ThreadPoolExecutor(1)
 
     def largest(self, numbers: Sequence[int]) -> list[int]:
         return self._workers.allreduce(tf.constant(numbers, tf.int64), "numbers", Max).numpy().tolist()
@@ -66,11 +67,10 @@ class Calibration(calibration.Calibration):
                 if nbytes < OF_PARTS:
                     self._workers.allreduce(zeros, dtype, Sum).numpy()
                 else:
-                    self._workers.sums(tf.split(zeros, PARTS), f"{dtype}.parts")[-1].numpy()
+                    parts = tf.split(tf.reshape(zeros, (PARTS, -1)), PARTS)  # which copies nothing
+                    self._workers.sums(parts, f"{dtype}.parts")[-1].numpy()
 
-        thread = threading.Thread(target=average)
-        thread.start()
-        return thread.join
+        return self._thread.submit(average).result
 
     def _gather(self, share: int, nbytes: int) -> None:
         self._workers.allgather(self._zeros(nbytes // share, "uint8"), "gather").numpy()
@@ -114,6 +114,9 @@ class _Alone(Workers):
 
     def alltoall(self, messages: tf.Tensor, name: str) -> tf.Tensor:
         return messages
+
+    def exchange(self, tensor: tf.Tensor, peers: tf.Tensor, sizes: tf.Tensor, name: str) -> tf.Tensor:
+        return tensor
 
 
 def passes(

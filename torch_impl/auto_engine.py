@@ -88,7 +88,7 @@ class AutoEngine(Engine):
     def _goes_directly(self) -> bool:
         """Whether the step's gradients all travel as they are, or as Horovod's fp16 has them, one by one; begins such a
         step."""
-        if self._chooser is None or self._groups is not None:
+        if self._chooser is None or self._groups is not None or self.workers.count == 1:
             return False
         if self._choice.number is not None and not is_horovods_fp16(self._config):
             return False

@@ -58,10 +58,10 @@ class DirectMeans:
                 if gradient.parameter.grad is None:
                     gradient.make_zero()
                 self.start(gradient)
-        with profiled("wait"):
-            means = [synchronize(handle) for handle in self._started.values()]
         nbytes = 0
-        for gradient, mean in zip(self._started, means):
+        for gradient, handle in self._started.items():
+            with profiled("wait"):
+                mean = synchronize(handle)
             given = gradient.parameter.grad
             assert given is not None
             nbytes += mean.nbytes

@@ -39,19 +39,18 @@ def orthogonalize(
     """
     bases = list(factors)  # to be replaced, one by one
     by_rank: dict[int, list[int]] = {}
-    for i, factor in enumerate(factors):
-        basis = _of_small(factor)
-        if basis is None:
-            by_rank.setdefault(len(factor), []).append(i)
-        else:
-            bases[i] = basis
-    for places in by_rank.values():
-        some, their_spares = [factors[i] for i in places], [spares[i] for i in places]
-        ask = some[0].device.type == "cpu" or any(factor.dtype == torch.float64 for factor in some)
-        with profiled("orthogonalize"):
-            found = (_checked if ask else _unchecked)(some, their_spares)
-        for i, basis in zip(places, found):
-            bases[i] = basis
+    with profiled("orthogonalize"):
+        for i, factor in enumerate(factors):
+            basis = _of_small(factor)
+            if basis is None:
+                by_rank.setdefault(len(factor), []).append(i)
+            else:
+                bases[i] = basis
+        for places in by_rank.values():
+            some, their_spares = [factors[i] for i in places], [spares[i] for i in places]
+            ask = some[0].device.type == "cpu" or any(factor.dtype == torch.float64 for factor in some)
+            for i, basis in zip(places, (_checked if ask else _unchecked)(some, their_spares)):
+                bases[i] = basis
     return bases
 
 

@@ -1,4 +1,4 @@
-"""The passes over a whole gradient, compiled.
+"""The passes over a whole gradient, and bases of small factors, compiled.
 
 Attributes:
     compiled: the module that setup.py makes of kernels.cpp, with half_step, product, keep and basis; None where that

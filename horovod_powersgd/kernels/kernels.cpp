@@ -2,7 +2,8 @@
 // product of both. They run at about the speed of memory, where a library's matrix product of so low a rank does not.
 // And the basis of a small factor, of which the calls into a library take longer than what they do.
 //
-// Python passes addresses, so this needs no framework; torch_impl/kernels.py calls it, and says what it computes.
+// Python passes addresses, so this needs no framework; torch_impl/kernels.py and orthogonalization.py call it, and say
+// what it computes.
 
 #include <Python.h>
 
@@ -206,8 +207,8 @@ double inner_product(const float* a, const float* b, int64_t n) {
 }
 
 // Makes the rows of a factor (rank, n) orthonormal, by the Cholesky factor L of its Gram matrix: out (rank, n) is
-// L^-1 factor. Returns the least part of a row that is its own, next to the longest row. Where a row depends on those
-// before it, or a number is not finite, that is no positive number, and out is left as it was.
+// L^-1 factor. Returns the least part of a row that is its own, next to the longest row: 0 or a rounding where a row
+// depends on those before it, and 0 where a number is not finite; out is of no use then.
 double small_basis(const float* factor, float* out, int64_t rank, int64_t n) {
     std::vector<double> triangle(rank * rank), inverse(rank * rank);
     double longest = 0, least = INFINITY;

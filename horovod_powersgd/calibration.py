@@ -13,9 +13,8 @@ from functools import partial
 import numpy as np
 
 from horovod_powersgd.compressors.compressor import Compressor
-from horovod_powersgd.cost import ITEMSIZE, Work, samples_of
+from horovod_powersgd.cost import ITEMSIZE, SAMPLE_MATRICES, Work, samples_of
 from horovod_powersgd.hosts import Host, host_key, host_of
-from horovod_powersgd.layout import leading_rows
 from horovod_powersgd.network import Curve, HostNetwork, Network
 
 # Messages of so many bytes are measured, up to what the model has.
@@ -45,9 +44,9 @@ class Calibration(ABC):
     count: int
     index: int
     shapes: Sequence[tuple[int, ...]]
-    matrix_shape: Callable = staticmethod(leading_rows)
+    matrix_shape: Callable
     on_processor: bool
-    most = 24
+    most = SAMPLE_MATRICES
     seconds = SECONDS
 
     @property

@@ -27,12 +27,15 @@ from horovod_powersgd.network import HostNetwork, Network
 from horovod_powersgd.quantization import Slices, slice_count
 
 ITEMSIZE = 4  # gradients are float32 here
-# A sample of a model has so many bytes of matrices at most, since a calibration has seconds.
-SAMPLE_BYTES = 2**24
+# A sample of a model has so many bytes, and so many matrices, at most, since a calibration has seconds.
+SAMPLE_BYTES, SAMPLE_MATRICES = 2**24, 24
 
 
 def samples_of(
-    compressor: Compressor, shapes: Iterable[tuple[int, ...]], matrix_shape: Callable = leading_rows, most: int = 24
+    compressor: Compressor,
+    shapes: Iterable[tuple[int, ...]],
+    matrix_shape: Callable = leading_rows,
+    most: int = SAMPLE_MATRICES,
 ) -> list[list[tuple[int, int]]]:
     """Matrices whose steps tell what a compressor takes: of those of a model that it compresses the small ones, those
     between, and the large ones.

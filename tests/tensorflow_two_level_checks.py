@@ -39,7 +39,7 @@ def check_two_levels_in_8_bits_equal_the_reference():
 
 
 def check_messages_of_two_levels_are_measured():
-    of_tapes.messages_are_measured(Calibration(hvd.global_process_set, [(60, 70)]))
+    of_tapes.messages_are_measured(Calibration(hvd.global_process_set, [(64, 64)]))
 
 
 def check_a_state_goes_on_as_it_was():

@@ -89,7 +89,7 @@ def check_two_levels_in_8_bits_equal_the_reference():
 
 
 def check_messages_of_two_levels_are_measured():
-    two_levels.messages_are_measured(Calibration(hvd.global_process_set, [(60, 70)]))
+    two_levels.messages_are_measured(Calibration(hvd.global_process_set, [(64, 64)]))
 
 
 def check_a_host_has_one_memory():

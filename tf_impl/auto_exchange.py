@@ -52,6 +52,7 @@ class AutoExchange(Exchange):
 
     def __init__(self, settings: Settings, states: Sequence[AutoState], groups, sparse: tuple[bool, ...]):
         self._auto, self._auto_states, self._chosen = states[0].config, states, states[0].chosen
+        self._shapes = {state.name: state.layout.shape for state in states}
         self._ways = _ways(states)
         # How many steps this choice has had, and seconds of the last ones.
         self._since, self._seconds = make_variable(np.int64(0)), make_variable(np.zeros(PERIOD))
@@ -64,13 +65,12 @@ class AutoExchange(Exchange):
         self._chooser = self._new_chooser(Choice())
         super().__init__(settings, states, groups, sparse)
         alone = self._workers.alone
-        shapes = [state.layout.shape for state in states]
+        shapes = list(self._shapes.values())
         self._passes = [] if alone else [passes(c, settings.process_set, shapes) for c in self._auto.candidates]
 
     def _new_chooser(self, choice: Choice) -> Chooser:
-        shapes = {state.name: state.layout.shape for state in self._auto_states}
-        small = frozenset(name for name, shape in shapes.items() if math.prod(shape) < SMALL_NUMBERS)
-        chooser = Chooser(self._auto, shapes, trailing_columns, (frozenset(), small))
+        small = frozenset(name for name, shape in self._shapes.items() if math.prod(shape) < SMALL_NUMBERS)
+        chooser = Chooser(self._auto, self._shapes, trailing_columns, (frozenset(), small))
         chooser.settle(choice)
         return chooser
 
@@ -163,7 +163,7 @@ class AutoExchange(Exchange):
         with context.eager_mode():
             calibration = Calibration(
                 self._workers.process_set,
-                [state.layout.shape for state in self._auto_states],
+                list(self._shapes.values()),
                 prefix=self._workers.prefix,
                 device=self._workers.device,
             )

@@ -9,7 +9,7 @@ from horovod_powersgd import quantization
 from horovod_powersgd.compressors.compressor import Traffic
 from horovod_powersgd.quantization import LEVELS
 from horovod_powersgd.tensorflow.senders import Senders
-from horovod_powersgd.tensorflow.workers import Number, elastic
+from horovod_powersgd.tensorflow.workers import Number
 
 
 class Slices:
@@ -108,7 +108,7 @@ def quantized_mean(
     slices, total = Slices(rows, count, flat.dtype), tf.size(flat, tf.int64)
     message = slices.encoded(flat)
     own = slices.decoded(message)
-    if senders.workers.size == 1 and not elastic():
+    if senders.workers.single:
         return own[:total], own[:total], Traffic(0, 0)
     many = tf.cast(count, tf.int64)
 

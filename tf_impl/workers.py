@@ -40,9 +40,14 @@ class Workers:
         return self.process_set.size()
 
     @property
-    def alone(self) -> bool:
+    def single(self) -> bool:
         """Whether there is one worker, and will be."""
         return not elastic() and self.size == 1
+
+    @property
+    def alone(self) -> bool:
+        """Whether this one exchanges nothing with others."""
+        return self.single
 
     def count(self, dtype: tf.DType) -> tf.Tensor:
         """W. In an elastic job it can change from step to step."""

@@ -88,11 +88,13 @@ class AutoEngine(Engine):
     def _goes_directly(self) -> bool:
         """Whether the step's gradients all travel as they are, or as Horovod's fp16 has them, one by one; begins such a
         step."""
-        if self._chooser is None or self._groups is not None or self.workers.count == 1:
+        if self._chooser is None or self._groups is not None:
             return False
         if self._choice.number is not None and not is_horovods_fp16(self._config):
             return False
         if not self._directly:
+            if self.workers.count == 1:
+                return False
             self.discard()
             self._directly = {gradient.parameter: gradient for gradient in self._trainable()}
         return True

@@ -98,7 +98,7 @@ class Calibration(calibration.Calibration):
         return self._kept_zeros[:nbytes]
 
     def _means_of(self, host: Host) -> Callable[[int], None]:
-        peers = peers_of(self._workers, host, ["gradient"], self._device.type == "cpu")
+        peers = peers_of(self._workers, host, ["gradient"], self.on_processor)
         if peers is None:
             return super()._means_of(host)
         gradient = torch.zeros(SIZES[-1] // 4)

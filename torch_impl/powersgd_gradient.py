@@ -183,9 +183,8 @@ class PowerSGDGradient(InPlaceGradient):
 
     def _unscaled(self, sent: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """A factor that has travelled."""
-        if scale is None:
-            return sent if sent.dtype == self.dtype else sent.to(self.dtype)
-        return sent.to(self.dtype) / scale
+        factor = sent if sent.dtype == self.dtype else sent.to(self.dtype)
+        return factor if scale is None else factor / scale
 
     @property
     def rows(self) -> tuple[int, int]:

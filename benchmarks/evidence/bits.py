@@ -10,8 +10,10 @@ some that are four times as long.
 from longer import TIMES
 from runs import RESULTS, Hosts, parse, plan, print_table
 
-RANKS = [f"rank-{rank}{bits}" for rank in (2, 4, 8, 16) for bits in ("", "-float16", "-int8")]
-METHODS = ["none", *RANKS, "int8"]
+RANKS = (2, 4, 8, 16)
+# As methods' names end, by how factors travel.
+PRECISIONS = {"full precision": "", "half precision": "-float16", "8 bits": "-int8"}
+METHODS = ["none", *(f"rank-{rank}{end}" for rank in RANKS for end in PRECISIONS.values()), "int8"]
 
 
 def runs(args):

@@ -100,7 +100,7 @@ METHODS = {
     # Of a rank, in fewer bits.
     **{
         f"rank-{r}-{dtype}": Method(f"PowerSGD, rank {r}, {dtype}", rank(r, wire_dtype=dtype))
-        for r in (2, 4, 6, 8, 16, 32)
+        for r in (2, 4, 8, 16, 32)
         for dtype in ("float16", "int8")
     },
     "rank-16-int8-warmup": Method(

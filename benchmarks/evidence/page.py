@@ -7,6 +7,7 @@ import argparse
 import json
 import statistics
 
+import bits
 import longer
 import region
 import time_to_quality
@@ -294,19 +295,23 @@ def qualities_figure(rows, file):
                 place = dict(xytext=(-5, -6), ha="right") if ours else dict(xytext=(5, -2))
                 point = sent, statistics.mean(qualities)
                 panel.annotate(name, point, textcoords="offset points", fontsize=7, **place)
-        panel.set(xscale="log", xlabel="MB that a worker sends in an epoch", ylabel=QUALITY[learner])
-        panel.set_title(LEARNERS[learner])
+        set_qualities(panel, learner, LEARNERS[learner])
         panel.margins(x=0.3)
-        if learner == "lstm":
-            panel.invert_yaxis()
     return save(figure, file)
+
+
+def set_qualities(panel, learner, title):
+    """Makes a panel one of quality against bytes: the better, the higher."""
+    panel.set(xscale="log", xlabel="MB that a worker sends in an epoch", ylabel=QUALITY[learner])
+    panel.set_title(title)
+    if learner == "lstm":
+        panel.invert_yaxis()
 
 
 def bits_figure(rows):
     """Quality against bytes: a panel for each learner, a line for each precision, whose points are ranks."""
     figure, panels = panels_for(list(LEARNERS), width=5, height=4)
-    precisions = {"full precision": "", "half precision": "-float16", "8 bits": "-int8"}
-    lines = {label: [f"rank-{rank}{bits}" for rank in (2, 4, 8, 16)] for label, bits in precisions.items()}
+    lines = {label: [f"rank-{rank}{end}" for rank in bits.RANKS] for label, end in bits.PRECISIONS.items()}
     lines |= {"Int8": ["int8"], "none (Horovod)": ["none"]}
     for panel, learner in panels:
         groups = {method: group for (whose, method), group in summaries(rows).items() if whose == learner}
@@ -315,10 +320,7 @@ def bits_figure(rows):
             sent = [statistics.mean(row["bytes_per_epoch"] for row in group) / 1e6 for group in some]
             quality = [statistics.mean(row["quality"] for row in group) for group in some]
             panel.plot(sent, quality, color=color, marker=marker, markersize=4, label=label)
-        panel.set(xscale="log", xlabel="MB that a worker sends in an epoch", ylabel=QUALITY[learner])
-        panel.set_title(f"{LEARNERS[learner]}, ranks 2, 4, 8, 16")
-        if learner == "lstm":
-            panel.invert_yaxis()
+        set_qualities(panel, learner, f"{LEARNERS[learner]}, ranks {', '.join(map(str, bits.RANKS))}")
     panels[0][0].legend(frameon=False, fontsize=8, loc="lower right")
     return save(figure, "evidence-bits")
 

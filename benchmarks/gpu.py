@@ -43,7 +43,7 @@ WORKING_SET = 2**28  # bytes; larger than a GPU's cache
 # That the device sleeps, while the host asks for what is timed.
 CYCLES = 10_000_000
 ALONE = ["no-exchange", "rank-4"]
-TOGETHER = ["no-exchange", "hvd", "hvd-fp16", "ddp-rank-4", "rank-4", "rank-8-int8"]
+TOGETHER = ["no-exchange", "hvd", "hvd-fp16", "ddp-rank-4", "rank-4", "rank-8-int8", "auto"]
 
 
 def checked(module, workers):

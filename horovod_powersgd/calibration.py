@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 
+from horovod_powersgd.buckets import BUCKET_BYTES
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.cost import ITEMSIZE, SAMPLE_MATRICES, Work, samples_of
 from horovod_powersgd.hosts import Host, host_key, host_of
@@ -24,8 +25,6 @@ SIZES = [2**10, 2**14, 2**18, 2**20, 2**22, 2**24, 2**26]
 SECONDS, SECONDS_BEFORE = 0.04, 0.3
 # It is repeated so often at most, and once at least.
 MOST_TIMES = 6
-# A mean of so many bytes, and of more, is one of several tensors, as gradients are: Horovod copies these together.
-OF_PARTS, PARTS = 2**22, 8
 
 
 class Calibration(ABC):
@@ -37,6 +36,7 @@ class Calibration(ABC):
         shapes: of the model's tensors.
         matrix_shape: as layout_of's.
         on_processor: whether that computes; else a GPU does, and leaves the processor to messages.
+        bucket_bytes: that buckets have.
         most: how many matrices a step has at most.
         seconds: of each measurement.
     """
@@ -46,6 +46,7 @@ class Calibration(ABC):
     shapes: Sequence[tuple[int, ...]]
     matrix_shape: Callable
     on_processor: bool
+    bucket_bytes = BUCKET_BYTES
     most = SAMPLE_MATRICES
     seconds = SECONDS
 
@@ -73,7 +74,7 @@ class Calibration(ABC):
                 np.add(first, second, out=second)
 
         def both() -> None:
-            wait = self._begin_average("float32", nbytes)
+            wait = self._begin_average("float32", nbytes, self._parts("float32", nbytes))
             compute()
             wait()
 
@@ -101,8 +102,12 @@ class Calibration(ABC):
             workers: from whom there is something to decode in a step; None: those that measure.
         """
         samples = samples_of(compressor, self.shapes, self.matrix_shape, self.most)
+        if not self.on_processor:
+            # To tell a bucket's calls, which are what a GPU takes most of, from a matrix's.
+            samples += [sample[:1] for sample in samples[:1]]
         steps = ((shapes, self._step(compressor, shapes, workers or self.count)) for shapes in samples)
-        return Work.fitted([(shapes, self._seconds_of(step)) for shapes, step in steps])
+        measured = [(shapes, self._seconds_of(step)) for shapes, step in steps]
+        return Work.fitted(measured, self.on_processor)._replace(bucket_bytes=self.bucket_bytes)
 
     def works(self, settings: Mapping[str, Compressor | None], workers: int | None = None) -> dict[str, Work]:
         """Of each compressor, by the names that they are given with; None takes none."""
@@ -121,8 +126,9 @@ class Calibration(ABC):
         workers sent what this one sends; it is called often."""
 
     @abstractmethod
-    def _begin_average(self, dtype: str, nbytes: int) -> Callable[[], object]:
-        """Begins to average so many bytes, in PARTS where they are OF_PARTS or more; gives what waits for it."""
+    def _begin_average(self, dtype: str, nbytes: int, parts: int) -> Callable[[], object]:
+        """Begins to average so many bytes, of so many tensors; gives what waits for it. Their numbers are those of
+        gradients: where they are zeros, Gloo adds up half precision in a third of the time."""
 
     @abstractmethod
     def _gather(self, share: int, nbytes: int) -> None:
@@ -134,7 +140,12 @@ class Calibration(ABC):
         up what has come, in single precision."""
 
     def _average(self, dtype: str, nbytes: int) -> None:
-        self._begin_average(dtype, nbytes)()
+        self._begin_average(dtype, nbytes, self._parts(dtype, nbytes))()
+
+    def _parts(self, dtype: str, nbytes: int) -> int:
+        """Of how many tensors so many bytes of gradients would be, on average."""
+        part = nbytes / np.dtype(dtype).itemsize / sum(map(math.prod, self.shapes))
+        return max(1, round(len(self.shapes) * min(1.0, part)))
 
     def _means_of(self, host: Host) -> Callable[[int], None]:
         """What lets each worker of a host have its share of the mean of so many bytes of theirs; by messages, unless a

@@ -175,7 +175,7 @@ class Chooser:
             if layout.compressed:
                 sent = compressor.message_bytes(*layout.matrix, ITEMSIZE, compressor.warmup_steps + 1)
                 saved = (ITEMSIZE * math.prod(layout.shape) - sent) * per_byte
-                lost[name] = work.seconds([layout.matrix]) - saved
+                lost[name] = work.seconds([layout.matrix], 0) - saved
         if self._plain_sets is None:
             plain = frozenset(name for name, seconds in lost.items() if seconds > 0)
         else:

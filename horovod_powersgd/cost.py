@@ -73,42 +73,50 @@ class Work(NamedTuple):
         per_tensor: seconds for each tensor that is compressed.
         per_byte: seconds for each of its bytes.
         per_side: seconds for each of a matrix's rows and columns: what is done to factors.
+        per_bucket: seconds for each bucket: what asks a GPU for all of its tensors at once.
+        bucket_bytes: that a bucket has.
     """
 
     per_tensor: float
     per_byte: float
     per_side: float = 0.0
+    per_bucket: float = 0.0
+    bucket_bytes: int = BUCKET_BYTES
 
     @classmethod
-    def fitted(cls, samples: Iterable[tuple[Sequence[tuple[int, int]], float]]) -> "Work":
+    def fitted(
+        cls, samples: Iterable[tuple[Sequence[tuple[int, int]], float]], on_processor: bool = True
+    ) -> "Work":
         """From what steps of some matrices have taken.
 
         Args:
-            samples: (shapes, seconds), which tell the more, the more they differ. Without any, nothing takes any time.
+            samples: (shapes, seconds), a bucket each, which tell the more, the more they differ. Without any, nothing
+                takes any time.
+            on_processor: else on a GPU, where calls take time, and sides none.
         """
         samples = list(samples)
         if not samples:
             return cls(0.0, 0.0)
-        rows, seconds = zip(*((_amounts(shapes), taken) for shapes, taken in samples), strict=True)
+        rows, seconds = zip(*((_amounts(shapes, 1), taken) for shapes, taken in samples), strict=True)
         # Each sample counts by its part of what it took; no part may be negative, which noise would make it.
         weighted = np.array(rows) / np.array(seconds)[:, None]
-        # Few samples tell few parts; bytes first.
-        used = [1, 0, 2][: len(samples)]
+        # Few samples tell few parts; bytes first, or buckets.
+        used = ([1, 0, 2] if on_processor else [3, 0, 1])[: len(samples)]
         while used:
             found = np.linalg.lstsq(weighted[:, used], np.ones(len(seconds)), rcond=None)[0]
             if (found >= 0).all():
                 break
             del used[int(np.argmin(found * weighted[:, used].max(0)))]
         parts = dict(zip(used, found.tolist(), strict=True))
-        return cls(*(parts.get(i, 0.0) for i in range(3)))
+        return cls(*(parts.get(i, 0.0) for i in range(4)))
 
-    def seconds(self, shapes: Sequence[tuple[int, int]]) -> float:
-        """Of a step of these matrices."""
-        return float(np.dot(_amounts(shapes), self))
+    def seconds(self, shapes: Sequence[tuple[int, int]], buckets: int = 1) -> float:
+        """Of a step of these matrices, in so many buckets."""
+        return float(np.dot(_amounts(shapes, buckets), self[:4]))
 
 
-def _amounts(shapes: Sequence[tuple[int, int]]) -> tuple[int, int, int]:
-    return len(shapes), ITEMSIZE * sum(n * m for n, m in shapes), sum(n + m for n, m in shapes)
+def _amounts(shapes: Sequence[tuple[int, int]], buckets: int) -> tuple[int, int, int, int]:
+    return len(shapes), ITEMSIZE * sum(n * m for n, m in shapes), sum(n + m for n, m in shapes), buckets
 
 
 class Prediction(NamedTuple):
@@ -181,21 +189,22 @@ def predict(
         _Tensor(str(i), "", ITEMSIZE * math.prod(layout.shape), layout.compressed and i not in plain, layout)
         for i, layout in enumerate(layouts)
     ]
-    buckets = sort_into_buckets(tensors, bucket_bytes=BUCKET_BYTES)
+    buckets = sort_into_buckets(tensors, bucket_bytes=work.bucket_bytes)
     hosts = network.hosts if compressor.family.hierarchical else None
     per_host = 1 if hosts is None else hosts.per_host
-    at_once, on_network = 0, 0.0
+    at_once, on_network, of_matrices = 0, 0.0, 0
     for bucket in buckets:
         as_it_is = sum(tensor.nbytes for tensor in bucket if not tensor.compressed)
         matrices = [tensor.layout.matrix for tensor in bucket if tensor.compressed]
         if matrices:
             on_network += _messages(matrices, as_it_is, compressor, network, hosts)
+            of_matrices += 1
         else:
             at_once += as_it_is
     # What is averaged as it is, and is there at once, Horovod puts into one message.
     on_network += network.allreduce(at_once) if at_once else 0.0
     compressed = [tensor.layout.matrix for tensor in tensors if tensor.compressed]
-    on_processor = _of_share(work, compressor, per_host).seconds(compressed) if compressed else 0.0
+    on_processor = _of_share(work, compressor, per_host).seconds(compressed, of_matrices) if compressed else 0.0
     step, workers = compressor.warmup_steps + 1, network.workers
     of_these = [tensor.layout.shape for tensor in tensors if tensor.compressed]
     sent = compressor.traffic(of_these, workers, ITEMSIZE, step, matrix_shape, per_host).sent

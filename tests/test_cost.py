@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from horovod_powersgd import Float16, Int8, NoCompression, PowerSGD, TopK
+from horovod_powersgd.buckets import GPU_BUCKET_BYTES
 from horovod_powersgd.cost import SAMPLE_BYTES, Work, predict, predict_plain, samples_of
 from horovod_powersgd.layout import layout_of, leading_rows, trailing_columns
 from horovod_powersgd.network import Curve, HostNetwork, Network
@@ -42,7 +43,21 @@ def test_work_is_found_from_samples(true):
 def test_few_samples_tell_of_bytes_and_then_of_tensors():
     true, samples = Work(7.5e-6, 2.1e-10), [[(64, 64)] * 24, [(256, 64)] * 24]
     assert Work.fitted([(shapes, true.seconds(shapes)) for shapes in samples]) == pytest.approx(true)
-    assert Work.fitted([(samples[0], 1e-3)]) == pytest.approx((0, 1e-3 / (24 * 4 * 64 * 64), 0))
+    assert Work.fitted([(samples[0], 1e-3)]) == pytest.approx(Work(0, 1e-3 / (24 * 4 * 64 * 64)))
+
+
+@pytest.mark.parametrize("true", [Work(1e-4, 1e-11, 0.0, 1e-3), Work(1e-4, 0.0, 0.0, 0.0), Work(0.0, 0.0, 0.0, 1e-3)])
+def test_a_gpus_work_is_told_by_buckets(true):
+    samples = [[(64, 64)] * 24, [(512, 512)] * 15, [(512, 4608)] * 3, [(64, 64)]]
+    found = Work.fitted([(shapes, true.seconds(shapes)) for shapes in samples], on_processor=False)
+    assert found == pytest.approx(true, abs=1e-12)
+    assert found.seconds([(512, 512)] * 60, 2) == pytest.approx(true.per_bucket + true.seconds([(512, 512)] * 60))
+
+
+def test_buckets_are_as_large_as_work_says():
+    large = [(1000, 1000)] * 20
+    assert predict(large, PowerSGD(4), MESSAGES, FREE).buckets == 3
+    assert predict(large, PowerSGD(4), MESSAGES, FREE._replace(bucket_bytes=GPU_BUCKET_BYTES)).buckets == 1
 
 
 @pytest.mark.parametrize("compressor", [PowerSGD(4), PowerSGD(8, wire_dtype="int8"), Int8(), Float16()])
@@ -63,7 +78,7 @@ def test_a_sample_has_its_bytes_at_most():
     samples = samples_of(PowerSGD(4), model)
     assert [len(shapes) for shapes in samples] == [4, 1, 1] and samples[2] == [(SAMPLE_BYTES // 4 // 1000, 1000)]
     assert samples_of(Int8(), [(3, 10**7)], leading_rows) == [[(3, SAMPLE_BYTES // 4 // 3)]]
-    assert samples_of(PowerSGD(4), [(9,)]) == [] and Work.fitted([]) == (0, 0, 0)
+    assert samples_of(PowerSGD(4), [(9,)]) == [] and Work.fitted([]) == Work(0, 0)
     assert samples_of(PowerSGD(4), [(5, 6, 90)], trailing_columns) == [[(30, 90)]]
 
 

@@ -148,7 +148,9 @@ def check_all_workers_choose_alike_from_what_they_measure():
             for _ in range(25):
                 optimizer.zero_grad()
                 model(torch.randn(8, 200, device=DEVICE)).square().mean().backward()
+                drawn = torch.get_rng_state()
                 optimizer.step()
+                assert torch.equal(torch.get_rng_state(), drawn)  # what is measured draws from others
                 chosen.append(optimizer._engine._choice)
         assert chosen[0] == PLAIN
         everyones = hvd.allgather_object(chosen)

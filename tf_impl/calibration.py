@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from statistics import median
 
 import tensorflow as tf
-from horovod.tensorflow.mpi_ops import Max, ProcessSet, Sum
+from horovod.tensorflow.mpi_ops import Average, Max, ProcessSet
 from tensorflow.python.eager import context
 
 from horovod_powersgd import calibration
-from horovod_powersgd.calibration import OF_PARTS, PARTS, times_of
+from horovod_powersgd.calibration import times_of
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.cost import samples_of
 from horovod_powersgd.layout import trailing_columns
@@ -48,7 +48,7 @@ class Calibration(calibration.Calibration):
     ):
         self._workers = Workers(process_set, f"{prefix}.calibration", device=device)
         self.count, self.index = int(self._workers.count(tf.int64)), int(self._workers.number())
-        self.shapes, self.matrix_shape, self._kept_zeros = shapes, matrix_shape, tf.zeros(0)
+        self.shapes, self.matrix_shape, self._kept = shapes, matrix_shape, tf.zeros(0)
         self.on_processor = not tf.config.get_visible_devices("GPU")
         self._thread = ThreadPoolExecutor(1)
 
@@ -60,32 +60,33 @@ class Calibration(calibration.Calibration):
     ) -> Callable[[], None]:
         return _step(compressor, self._workers.process_set, shapes, workers)
 
-    def _begin_average(self, dtype: str, nbytes: int) -> Callable[[], object]:
+    def _begin_average(self, dtype: str, nbytes: int, parts: int) -> Callable[[], object]:
         def average() -> None:
             with context.eager_mode():  # which a thread has for itself
-                zeros = self._zeros(nbytes // tf.as_dtype(dtype).size, dtype)
-                if nbytes < OF_PARTS:
-                    self._workers.allreduce(zeros, dtype, Sum).numpy()
+                size = nbytes // tf.as_dtype(dtype).size // parts
+                message = self._message(size * parts, dtype)
+                if parts == 1:
+                    self._workers.allreduce(message, dtype, Average).numpy()
                 else:
-                    parts = tf.split(tf.reshape(zeros, (PARTS, -1)), PARTS)  # which copies nothing
-                    self._workers.sums(parts, f"{dtype}.parts")[-1].numpy()
+                    tensors = tf.split(tf.reshape(message, (parts, size)), parts)  # which copies nothing
+                    self._workers.sums(tensors, f"{dtype}.parts")[-1].numpy()
 
         return self._thread.submit(average).result
 
     def _gather(self, share: int, nbytes: int) -> None:
-        self._workers.allgather(self._zeros(nbytes // share, "uint8"), "gather").numpy()
+        self._workers.allgather(self._message(nbytes // 4 // share, "float32"), "gather").numpy()
 
     def _exchange(self, whom: Sequence[int], nbytes: int) -> None:
         size, count = nbytes // 4 // len(whom), len(whom)
         peers, to_each = tf.constant(whom, tf.int64), tf.constant([size] * count, tf.int64)
-        received = self._workers.exchange(self._zeros(size * count, "float32"), peers, to_each, "alltoall")
+        received = self._workers.exchange(self._message(size * count, "float32"), peers, to_each, "alltoall")
         tf.reduce_sum(tf.reshape(received, (count, size)), 0).numpy()
 
-    def _zeros(self, count: int, dtype: str) -> tf.Tensor:
+    def _message(self, count: int, dtype: str) -> tf.Tensor:
         """So many numbers, which are there before they are sent, as gradients are."""
-        if self._kept_zeros.shape != (count,) or self._kept_zeros.dtype != dtype:
-            self._kept_zeros = tf.zeros(count, dtype)
-        return self._kept_zeros
+        if self._kept.shape != (count,) or self._kept.dtype != dtype:
+            self._kept = tf.cast(_random((count,)), dtype)
+        return self._kept
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,15 @@ def _step(
         for i, shape in enumerate(shapes)
     ]
     exchange = Exchange(Settings(compressor, process_set), states, None, (False,) * len(states), who)
-    gradients = [tf.random.normal(shape) for shape in shapes]
+    gradients = [_random(shape) for shape in shapes]
 
     def run() -> None:
         exchange(gradients)
         tf.test.experimental.sync_devices()
 
     return run
+
+
+def _random(shape: tuple[int, ...]) -> tf.Tensor:
+    """Numbers that leave TensorFlow's own generators as they are, from which the job draws."""
+    return tf.random.stateless_normal(shape, seed=(0, 0))

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from horovod.torch.mpi_ops import ProcessSet, Sum, allgather_async, allreduce_async_, synchronize
+from horovod.torch.mpi_ops import ProcessSet, allgather_async, allreduce_async_, local_rank, synchronize
 
 from horovod_powersgd import calibration
-from horovod_powersgd.calibration import OF_PARTS, PARTS, SIZES
+from horovod_powersgd.buckets import BUCKET_BYTES, GPU_BUCKET_BYTES
+from horovod_powersgd.calibration import SIZES
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.compressors.precision import is_horovods_fp16
@@ -19,7 +20,8 @@ from horovod_powersgd.torch.futures import Gathered, Mean
 from horovod_powersgd.torch.peers import peers_of
 from horovod_powersgd.torch.workers import Workers
 
-CPU = torch.device("cpu")
+# A message repeats so many.
+NUMBERS = 2**14
 
 
 class _Alone(Workers):
@@ -52,7 +54,7 @@ class Calibration(calibration.Calibration):
         shapes: of the model's tensors.
         matrix_shape: as layout_of's.
         prefix: of the names of their messages.
-        device: that gradients are on.
+        device: that gradients are on. None: a worker's own GPU, or that which it shares, and without one the processor.
     """
 
     def __init__(
@@ -61,12 +63,15 @@ class Calibration(calibration.Calibration):
         shapes: Sequence[tuple[int, ...]],
         matrix_shape: Callable = leading_rows,
         prefix: str = "powersgd",
-        device: torch.device = CPU,
+        device: torch.device | None = None,
     ):
+        device = device or _usual_device()
         self._workers, self._device = Workers(process_set, f"{prefix}.calibration"), device
         self.count, self.index = self._workers.count, self._workers.index
         self.shapes, self.matrix_shape, self.on_processor = shapes, matrix_shape, device.type == "cpu"
-        self._kept_zeros = torch.zeros(0, dtype=torch.uint8)
+        self.bucket_bytes = BUCKET_BYTES if self.on_processor else GPU_BUCKET_BYTES
+        # By dtype.
+        self._messages: dict[str, torch.Tensor] = {}
 
     def largest(self, numbers: Sequence[int]) -> list[int]:
         return largest(self._workers, list(numbers), "numbers")
@@ -78,24 +83,25 @@ class Calibration(calibration.Calibration):
             return _cast(self._device, shapes)
         return _step(compressor, self._workers.process_set, self._device, shapes, workers)
 
-    def _begin_average(self, dtype: str, nbytes: int) -> Callable[[], object]:
-        parts = self._zeros(nbytes).view(getattr(torch, dtype)).chunk(PARTS if nbytes >= OF_PARTS else 1)
-        name, process_set = f"{self._workers.prefix}.{dtype}", self._workers.process_set
-        handles = [
-            allreduce_async_(part, name=f"{name}.{i}", op=Sum, process_set=process_set) for i, part in enumerate(parts)
-        ]
+    def _begin_average(self, dtype: str, nbytes: int, parts: int) -> Callable[[], object]:
+        name, how = f"{self._workers.prefix}.{dtype}", self._workers.averaging(getattr(torch, dtype))
+        message = self._message(dtype, nbytes).tensor_split(parts)
+        handles = [allreduce_async_(part, name=f"{name}.{i}", **how) for i, part in enumerate(message)]
         return lambda: [synchronize(handle) for handle in handles]
 
     def _gather(self, share: int, nbytes: int) -> None:
-        part = self._zeros(nbytes // share)
+        part = self._message("float32", nbytes // share)
         name, process_set = f"{self._workers.prefix}.gather", self._workers.process_set
         synchronize(allgather_async(part, name=name, process_set=process_set))
 
-    def _zeros(self, nbytes: int) -> torch.Tensor:
+    def _message(self, dtype: str, nbytes: int) -> torch.Tensor:
         """So many bytes, which are there before they are sent, as gradients are."""
-        if len(self._kept_zeros) < nbytes:
-            self._kept_zeros = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
-        return self._kept_zeros[:nbytes]
+        as_dtype = getattr(torch, dtype)
+        count = nbytes // as_dtype.itemsize
+        if dtype not in self._messages or len(self._messages[dtype]) < count:
+            some = _random((NUMBERS,), self._device).to(as_dtype)
+            self._messages[dtype] = some.repeat(-(-count // NUMBERS))
+        return self._messages[dtype][:count]
 
     def _means_of(self, host: Host) -> Callable[[int], None]:
         peers = peers_of(self._workers, host, ["gradient"], self.on_processor)
@@ -115,12 +121,22 @@ class Calibration(calibration.Calibration):
 
     def _exchange(self, whom: Sequence[int], nbytes: int) -> None:
         size = nbytes // 4 // len(whom)
-        message, to = self._zeros(4 * size * len(whom)).view(torch.float32), dict.fromkeys(whom, size)
+        message, to = self._message("float32", 4 * size * len(whom)), dict.fromkeys(whom, size)
         self._workers.exchange(message, "alltoall", False, PowerSGD(), to).result().sum(0)
 
 
+def _usual_device() -> torch.device:
+    count = torch.cuda.device_count()
+    return torch.device("cuda", local_rank() % count) if count else torch.device("cpu")
+
+
+def _random(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Numbers that leave PyTorch's own generators as they are, from which the job draws."""
+    return torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(0))
+
+
 def _cast(device: torch.device, shapes: Sequence[tuple[int, int]]) -> Callable[[], None]:
-    gradients = [torch.randn(shape, device=device) for shape in shapes]
+    gradients = [_random(shape, device) for shape in shapes]
 
     def run() -> None:
         for gradient in gradients:
@@ -143,7 +159,7 @@ def _step(
     agreement.leave(engine)
     for i, shape in enumerate(shapes):
         parameter = torch.nn.Parameter(torch.empty(shape, device=device))
-        parameter.grad = torch.randn(shape, device=device)
+        parameter.grad = _random(shape, device)
         engine.add(str(i), parameter)
 
     def run() -> None:

@@ -76,9 +76,13 @@ class Exchange:
         """Gives the gradients' memory to the next method."""
         self._optimizer.zero_grad()
 
+    def stats(self):
+        """This package's."""
+        return self._optimizer.compression_stats()
+
     def bytes_sent(self):
         nbytes = sum(p.nbytes for p in self._parameters.parameters())
-        return self._method.bytes_sent(nbytes, lambda: self._optimizer.compression_stats())
+        return self._method.bytes_sent(nbytes, self.stats)
 
 
 def keep_memory():

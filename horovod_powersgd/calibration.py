@@ -20,11 +20,14 @@ from horovod_powersgd.network import Curve, HostNetwork, Network
 
 # Messages of so many bytes are measured, up to what the model has.
 SIZES = [2**10, 2**14, 2**18, 2**20, 2**22, 2**24, 2**26]
-# What is measured is repeated for so many seconds; and larger messages than the first that takes longer are not
-# measured. In a job, whose steps wait meanwhile, and before a job, where nobody waits.
-SECONDS, SECONDS_BEFORE = 0.04, 0.3
-# It is repeated so often at most, and once at least.
+# Of half precision, from here on: less takes what it does in single precision.
+FIRST_HALVES = 2**18
+# What is measured is repeated for so many seconds, and so often at most. In a job, whose steps wait meanwhile, and
+# before a job, where nobody waits.
+SECONDS, SECONDS_BEFORE = 0.01, 0.3
 MOST_TIMES = 6
+# Larger messages than the first that takes longer are not measured; nor than the first that takes SECONDS_BEFORE.
+LONGEST = 0.04
 
 
 class Calibration(ABC):
@@ -57,17 +60,32 @@ class Calibration(ABC):
 
     def network(self, gathers: bool = True, levels: bool = False) -> Network:
         """What messages of these workers take; of an allgather, and of two levels, only where it is asked for."""
-        mean, halves = (self._curve(partial(self._average, dtype)) for dtype in ("float32", "float16"))
+        mean = self._curve(partial(self._average, "float32"))
+        small = [(nbytes, seconds) for nbytes, seconds in mean.points if nbytes < FIRST_HALVES]
+        halves = self._curve(partial(self._average, "float16"), known=small)
         gather = self._curve(partial(self._gather, self.count), self.count) if gathers else mean
         hosts = self._hosts() if levels else None
         [on_processor] = self.largest([int(self.on_processor)])
-        return Network(self.count, mean, halves, gather, hosts, self._overlap(mean) if on_processor else 1.0)
+        overlap = self._overlap(mean) if on_processor else 1.0
+        return Network(self.count, mean, halves, gather, hosts, overlap, self._idle(mean))
+
+    def _idle(self, mean: Curve) -> float:
+        """Network.idle, of what is sent after computing for a part of a message's time: no longer, so that what
+        disturbs a worker does not make it miss the cycle."""
+        computing, message = 0.6 * mean(SIZES[0]), partial(self._average, "float32", SIZES[0])
+
+        def one_after_the_other() -> None:
+            end = time.perf_counter() + computing
+            while time.perf_counter() < end:
+                pass
+            message()
+
+        return min(computing, max(0.0, computing + mean(SIZES[0]) - self._seconds_of(one_after_the_other)))
 
     def _overlap(self, mean: Curve) -> float:
         """Network.overlap, of a message that takes as long as some passes over memory."""
         first, second = np.ones((2, 2**20), np.float32)
         nbytes = int(next((nbytes for nbytes, seconds in mean.points if seconds > 4e-3), mean.points[-1][0]))
-        send = partial(self._average, "float32", nbytes)
 
         def compute() -> None:
             for _ in range(passes):
@@ -78,10 +96,10 @@ class Calibration(ABC):
             compute()
             wait()
 
-        passes = 1
-        passes = max(1, math.ceil(mean(nbytes) / self._seconds_of(compute)))
-        # Disturbances make each of them longer.
-        computing, message, together = (self._seconds_of(run, min) for run in (compute, send, both))
+        passes, message = 1, mean(nbytes)
+        once = self._seconds_of(compute)
+        passes = max(1, math.ceil(message / once))
+        computing, together = passes * once, self._seconds_of(both)
         return min(1.0, max(0.0, (computing + message - together) / min(computing, message)))
 
     def _hosts(self) -> HostNetwork | None:
@@ -152,16 +170,18 @@ class Calibration(ABC):
         framework has another way."""
         return partial(self._exchange, host.peers)
 
-    def _seconds_of(self, run: Callable[[], object], typical: Callable = statistics.median) -> float:
-        return typical(times_of(run, self.seconds, self.largest))
+    def _seconds_of(self, run: Callable[[], object]) -> float:
+        return statistics.median(times_of(run, self.seconds, self.largest))
 
-    def _curve(self, send: Callable[[int], None], share: int = 1) -> Curve:
-        points: list[tuple[float, float]] = []
-        of_model = ITEMSIZE * sum(map(math.prod, self.shapes))
-        for size in SIZES:
-            points.append((size / share, self._seconds_of(partial(send, size))))
-            if points[-1][1] > self.seconds or size >= of_model:
+    def _curve(
+        self, send: Callable[[int], None], share: int = 1, known: Sequence[tuple[float, float]] = ()
+    ) -> Curve:
+        points, of_model = list(known), ITEMSIZE * sum(map(math.prod, self.shapes))
+        send(SIZES[0])  # the first message of its kind takes longer
+        for size in SIZES[len(known) :]:
+            if points and (points[-1][1] > max(LONGEST, self.seconds) or share * points[-1][0] >= of_model):
                 break
+            points.append((size / share, self._seconds_of(partial(send, size))))
         return Curve(tuple(points))
 
 
@@ -171,15 +191,18 @@ def times_of(
     """What it takes, in seconds, some times.
 
     Args:
-        run: is called some times, and once before.
-        seconds: that the times have together, more or less.
+        run: is called some times.
+        seconds: that the times have together, more or less. A first time that is longer is the only one; else it does
+            not count.
         largest: of each of some numbers, the largest of all workers', whose slowest then counts. Without it, this one
             does.
     """
-    run()
-    [first] = largest([_nanoseconds(run)])
-    times = max(1, min(MOST_TIMES, int(1e9 * seconds / first)))
-    return [found / 1e9 for found in (first, *largest([_nanoseconds(run) for _ in range(times)]))]
+    [found] = largest([_nanoseconds(run)])
+    if found > 1e9 * seconds:
+        return [found / 1e9]
+    [found] = largest([_nanoseconds(run)])
+    times = min(MOST_TIMES, int(1e9 * seconds / found))
+    return [time / 1e9 for time in (found, *largest([_nanoseconds(run) for _ in range(times)]))]
 
 
 def _nanoseconds(run: Callable[[], object]) -> int:

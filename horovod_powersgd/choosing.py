@@ -21,14 +21,17 @@ from horovod_powersgd.statistics import TensorStats
 # A try is over after so many seconds, and after some steps at least and at most: of steps of a millisecond or two, ten
 # say little. The first of them does not count: it makes buckets and memories. Ten say enough of what is much slower.
 TRY_SECONDS, LEAST_STEPS, ENOUGH_STEPS, MOST_STEPS = 0.3, 3, 10, 40
+# After the first one, so many seconds' steps are reported together, at most so many: the message that follows would
+# begin where a next step hides what this one does after its last message.
+TOGETHER_SECONDS, TOGETHER = 0.05, 10
 # A later candidate has to save this part of a step.
 MARGIN = 0.03
 # What promises a step that is at most so many times longer than the best that was measured is tried: predictions are
 # off by as much, and a try costs little.
 PROMISING = 1.3
-# Once it has chosen, steps' times are compared so often; and it looks again where they have twice in a row been so
-# many times longer or shorter than they were.
-PERIOD, CHANGE = 50, 1.5
+# Once it has chosen, steps' times are compared after so many seconds, but after FEW steps at least and PERIOD steps at
+# most; and it looks again where they have twice in a row been CHANGE times longer or shorter than they were.
+PERIOD_SECONDS, FEW, PERIOD, CHANGE = 0.3, 5, 50, 1.5
 
 
 class Choice(NamedTuple):
@@ -69,7 +72,8 @@ class Chooser:
         self.choice = Choice()
         self.predicted: dict[Choice, float] = {}
         self.measured: dict[Choice, float] = {}
-        self._times: list[float] = []
+        # Of this try's reports: (steps, seconds of each).
+        self._times: list[tuple[int, float]] = []
         self._untried: list[Choice] | None = None  # None: nothing is predicted yet
         self._expected: float | None = None
         self._odd = 0
@@ -77,7 +81,9 @@ class Chooser:
     @property
     def interval(self) -> int:
         """After how many steps to `report`."""
-        return 1 if self._expected is None else PERIOD
+        if self._expected is None:
+            return 1 if not self._times else max(1, min(TOGETHER, int(TOGETHER_SECONDS / self._times[-1][1])))
+        return FEW if self._odd else max(FEW, min(PERIOD, round(PERIOD_SECONDS / self._expected)))
 
     def settle(self, choice: Choice) -> None:
         """Begins with a choice that was made before, perhaps elsewhere."""
@@ -98,11 +104,10 @@ class Chooser:
             self.measured, self._expected, self._odd = {self.choice: seconds}, None, 0
             self._look(*calibrate())
         else:
-            self._times.append(seconds)
+            self._times.append((self.interval, seconds))
             if not self._tried():
                 return self.choice
-            # Of two, the shorter one: what disturbs steps makes them longer.
-            self.measured[self.choice] = statistics.median_low(self._times[1:])
+            self.measured[self.choice] = self._typical()
             if self._untried is None:
                 self._look(*calibrate())
         self._go_on()
@@ -128,12 +133,17 @@ class Chooser:
 
     def _tried(self) -> bool:
         """Whether enough is known of what this choice's steps take."""
-        steps, counted = len(self._times), self._times[1:]
+        steps = sum(number for number, _ in self._times)
         if steps < LEAST_STEPS:
             return False
         best = min(self.measured.values(), default=math.inf)
-        is_slow = steps >= ENOUGH_STEPS and statistics.median_low(counted) > PROMISING * best
-        return is_slow or steps >= MOST_STEPS or sum(counted) >= TRY_SECONDS
+        is_slow = steps >= ENOUGH_STEPS and self._typical() > PROMISING * best
+        taken = sum(number * seconds for number, seconds in self._times[1:])
+        return is_slow or steps >= MOST_STEPS or taken >= TRY_SECONDS
+
+    def _typical(self) -> float:
+        """Seconds of a step of this try. Of two, the shorter one: what disturbs steps makes them longer."""
+        return statistics.median_low([seconds for number, seconds in self._times[1:] for _ in range(number)])
 
     def _go_on(self) -> None:
         """Tries the most promising one that is left, or settles for the best."""

@@ -3,7 +3,8 @@
 An exchange is two kinds of work that go on side by side: a processor's, which is passes over the gradients and what
 each tensor costs, and the network's, which is messages one after the other. A bucket's factors are computed before they
 are sent, and so the shorter kind is hidden behind the longer one but for one bucket's part; less of it, where a
-worker's messages keep the same cores busy (Network.overlap).
+worker's messages keep the same cores busy (Network.overlap). Each message waits for Horovod's next cycle, which hides
+what was computed before it (Network.idle).
 
 In two levels (PowerSGD.hierarchical) a worker's half-steps take a share of the rows, and messages inside its host are
 added. What is left out: that a tensor takes more calls there; that in PyTorch a host's last factor goes round only
@@ -124,6 +125,7 @@ class Prediction(NamedTuple):
 
     Attributes:
         processor: seconds of it that a processor works; network: that messages take.
+        idle: seconds of these in which they wait for Horovod's next cycles.
         overlap: Network.overlap.
         compressed: how many tensors travel compressed.
         buckets: how many.
@@ -133,6 +135,7 @@ class Prediction(NamedTuple):
 
     processor: float
     network: float
+    idle: float
     overlap: float
     compressed: int
     buckets: int
@@ -148,8 +151,8 @@ class Prediction(NamedTuple):
         """Seconds of a step whose backward takes so long: a processor does one thing at a time, messages travel
         meanwhile, but for one bucket's."""
         on_processor = backward + self.processor
-        hidden = self.overlap * min(on_processor, self.network) * (1 - 1 / max(self.buckets, 1))
-        return on_processor + self.network - hidden
+        beside = self.overlap * min(on_processor, self.network) * (1 - 1 / max(self.buckets, 1))
+        return on_processor + self.network - max(beside, min(on_processor, self.idle))
 
 
 @dataclass
@@ -192,17 +195,17 @@ def predict(
     buckets = sort_into_buckets(tensors, bucket_bytes=work.bucket_bytes)
     hosts = network.hosts if compressor.family.hierarchical else None
     per_host = 1 if hosts is None else hosts.per_host
-    at_once, on_network, of_matrices = 0, 0.0, 0
+    at_once, messages, of_matrices = 0, list[float](), 0
     for bucket in buckets:
         as_it_is = sum(tensor.nbytes for tensor in bucket if not tensor.compressed)
         matrices = [tensor.layout.matrix for tensor in bucket if tensor.compressed]
         if matrices:
-            on_network += _messages(matrices, as_it_is, compressor, network, hosts)
+            messages += _messages(matrices, as_it_is, compressor, network, hosts)
             of_matrices += 1
         else:
             at_once += as_it_is
     # What is averaged as it is, and is there at once, Horovod puts into one message.
-    on_network += network.allreduce(at_once) if at_once else 0.0
+    messages += [network.allreduce(at_once)] if at_once else []
     compressed = [tensor.layout.matrix for tensor in tensors if tensor.compressed]
     on_processor = _of_share(work, compressor, per_host).seconds(compressed, of_matrices) if compressed else 0.0
     step, workers = compressor.warmup_steps + 1, network.workers
@@ -212,7 +215,8 @@ def predict(
     itemsize = 2 if compressor.family.memory_dtype else ITEMSIZE
     memory = itemsize * sum(-(-n // per_host) * m for n, m in compressed) if compressor.keeps_memory else 0
     overlap, number = network.overlap, len(buckets)
-    return Prediction(on_processor, on_network, overlap, len(compressed), number, sent, memory)
+    idle = network.idle * len(messages)
+    return Prediction(on_processor, sum(messages), idle, overlap, len(compressed), number, sent, memory)
 
 
 def predict_plain(shapes: Sequence[tuple[int, ...]], network: Network, casts: Work | None = None) -> Prediction:
@@ -231,7 +235,7 @@ def predict_plain(shapes: Sequence[tuple[int, ...]], network: Network, casts: Wo
         on_processor = casts.per_tensor * len(shapes) + casts.per_byte * nbytes
     # Horovod sends what is there.
     buckets = max(1, math.ceil(nbytes / BUCKET_BYTES))
-    return Prediction(on_processor, on_network, network.overlap, 0, buckets, sent, 0)
+    return Prediction(on_processor, on_network, network.idle, network.overlap, 0, buckets, sent, 0)
 
 
 def _of_share(work: Work, compressor: Compressor, per_host: int) -> Work:
@@ -247,46 +251,48 @@ def _messages(
     compressor: Compressor,
     network: Network,
     hosts: HostNetwork | None,
-) -> float:
-    """Seconds that a bucket's messages take, one after the other.
+) -> list[float]:
+    """Seconds that each of a bucket's messages takes, one after the other.
 
     Args:
         plain: bytes of what travels as it is, with the first of them.
         hosts: None in an exchange of one level.
     """
-    step, seconds = compressor.warmup_steps + 1, 0.0
+    step, seconds = compressor.warmup_steps + 1, list[float]()
     if hosts is not None:
-        seconds += hosts.gradients(ITEMSIZE * sum(n * m for n, m in matrices))
-        seconds += 2 * network.allreduce(ITEMSIZE)  # that they are there, and that they have been read
+        # A message says that they are there, and another one that they have been read.
+        there = read = network.allreduce(ITEMSIZE)
+        seconds += [there + hosts.gradients(ITEMSIZE * sum(n * m for n, m in matrices)), read]
     rounds = list(zip(*(compressor.quantized_rows(n, m, step) for n, m in matrices), strict=True))
+    as_it_is = [network.allreduce(plain)] if plain else []
     if rounds:
         for lengths in rounds:
             seconds += _mean_in_8_bits(list(itertools.chain(*lengths)), network, hosts)
-        return seconds + (network.allreduce(plain) if plain else 0.0)
+        return seconds + as_it_is
     halves = compressor.sends_halves(step) or isinstance(compressor.family, Float16)
     collective = (network.halves if halves else network.allreduce) if compressor.linear else network.allgather
     by_matrix = [compressor.round_bytes(n, m, ITEMSIZE, step) for n, m in matrices]
     sizes = [sum(some) for some in zip(*by_matrix, strict=True)]
     if hosts is not None and compressor.keeps_memory:
         # Each worker tells the others of its host its part of the last factor.
-        seconds += hosts.inside(hosts.per_host * sizes[-1])
-    if plain and collective is network.allreduce:
+        seconds.append(hosts.inside(hosts.per_host * sizes[-1]))
+    if collective is network.allreduce:
         sizes[0] += plain
-    elif plain:
-        seconds += network.allreduce(plain)
-    return seconds + sum(map(collective, sizes))
+    else:
+        seconds += as_it_is
+    return seconds + [collective(size) for size in sizes]
 
 
-def _mean_in_8_bits(lengths: Sequence[int], network: Network, hosts: HostNetwork | None) -> float:
-    """Seconds of an average of rows of such lengths."""
+def _mean_in_8_bits(lengths: Sequence[int], network: Network, hosts: HostNetwork | None) -> list[float]:
+    """Seconds of each message of an average of rows of such lengths."""
     if hosts is None:
         count = slice_count(network.workers)
         # Of an alltoall each link carries as much as of an allgather of its slices.
-        return network.allgather(Slices(lengths, count).nbytes(ITEMSIZE)) * (1 if count == 1 else 2)
+        return [network.allgather(Slices(lengths, count).nbytes(ITEMSIZE))] * (1 if count == 1 else 2)
     per_host, number = hosts.per_host, network.workers // hosts.per_host
     count = slice_count(number)
     # A host's workers tell each other their parts, as they are. Of the codes each sends a part of every message to one
     # worker of each host, who tells it to the others there.
     message = number * -(-Slices(lengths, count).nbytes(ITEMSIZE) // per_host)
-    one_round = hosts.between(message) + hosts.inside(per_host * message)
-    return hosts.inside(per_host * ITEMSIZE * sum(lengths)) + one_round * (1 if count == 1 else 2)
+    one_round = [hosts.between(message), hosts.inside(per_host * message)]
+    return [hosts.inside(per_host * ITEMSIZE * sum(lengths)), *one_round * (1 if count == 1 else 2)]

@@ -62,6 +62,8 @@ class Network(NamedTuple):
         hosts: where several workers share each of several hosts. None: exchanges have one level.
         overlap: the part of the shorter one that is saved where a worker computes while a message travels: 1 where it
             has a core to spare for messages; 0 where computing takes so much longer.
+        idle: seconds of a message in which it waits for Horovod's next cycle: what a worker computes between two
+            messages takes so much less.
     """
 
     workers: int
@@ -70,6 +72,7 @@ class Network(NamedTuple):
     allgather: Curve
     hosts: HostNetwork | None = None
     overlap: float = 1.0
+    idle: float = 0.0
 
     @classmethod
     def of_links(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 
 from horovod_powersgd import Accordion, Auto, Float16, NoCompression, PowerSGD
-from horovod_powersgd.choosing import CHANGE, ENOUGH_STEPS, MOST_STEPS, PERIOD, Choice, Chooser
+from horovod_powersgd.choosing import CHANGE, ENOUGH_STEPS, FEW, MOST_STEPS, PERIOD, Choice, Chooser
 from horovod_powersgd.cost import Work, predict, predict_plain
 from horovod_powersgd.layout import layout_of, leading_rows
 from horovod_powersgd.network import Curve, Network
@@ -105,9 +105,17 @@ def test_it_looks_again_when_the_link_has_changed():
     assert found.choice == Choice() and found.interval == PERIOD
     slow = Job(link(1e7))
     assert slow.step(Choice()) > CHANGE * found.measured[Choice()]
-    chosen = run(found, slow, 2 * PERIOD + TRIES)
+    chosen = run(found, slow, PERIOD + FEW + TRIES)
     assert chosen[PERIOD] == Choice()  # once may be a disturbance
-    assert chosen[-1].number == 0
+    assert chosen[PERIOD + FEW].number == 0 and chosen[-1].number == 0
+
+
+def test_long_steps_are_compared_after_fewer_of_them():
+    found = chooser()
+    run(found, Job(link(1e11), backward=0.02), TRIES)
+    assert found.interval == 14  # of 21 ms
+    run(found, Job(link(1e11), backward=9.0), found.interval)
+    assert found.interval == FEW
 
 
 def test_a_choice_that_was_saved_is_where_it_begins():

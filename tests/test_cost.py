@@ -54,6 +54,15 @@ def test_a_gpus_work_is_told_by_buckets(true):
     assert found.seconds([(512, 512)] * 60, 2) == pytest.approx(true.per_bucket + true.seconds([(512, 512)] * 60))
 
 
+def test_waiting_for_a_cycle_hides_what_was_computed_before():
+    waiting, work = MESSAGES._replace(idle=8e-4), Work(1e-3, 0.0)
+    once, plain = predict(SHAPES, PowerSGD(2), MESSAGES, work), predict_plain(SHAPES, waiting)
+    twice = predict(SHAPES, PowerSGD(2), waiting, work)  # P and Q
+    assert twice.seconds == pytest.approx(once.seconds - 1e-3)
+    assert twice.step(9.0) == pytest.approx(9 + once.seconds - 1.6e-3)
+    assert plain.seconds == plain.step(5e-4) == plain.step(8e-4) == pytest.approx(plain.step(1e-3) - 2e-4)
+
+
 def test_buckets_are_as_large_as_work_says():
     large = [(1000, 1000)] * 20
     assert predict(large, PowerSGD(4), MESSAGES, FREE).buckets == 3

@@ -32,6 +32,8 @@ PROMISING = 1.3
 # Once it has chosen, steps' times are compared after so many seconds, but after FEW steps at least and PERIOD steps at
 # most; and it looks again where they have twice in a row been CHANGE times longer or shorter than they were.
 PERIOD_SECONDS, FEW, PERIOD, CHANGE = 0.3, 5, 50, 1.5
+# It looks again after so many seconds and steps, too: compressed steps do not tell that links have become faster.
+AGAIN_SECONDS, AGAIN_STEPS = 120.0, 500
 
 
 class Choice(NamedTuple):
@@ -76,7 +78,8 @@ class Chooser:
         self._times: list[tuple[int, float]] = []
         self._untried: list[Choice] | None = None  # None: nothing is predicted yet
         self._expected: float | None = None
-        self._odd = 0
+        # How often in a row it was another one than expected; steps, and seconds, since that is expected.
+        self._odd, self._steps, self._age = 0, 0, 0.0
 
     @property
     def interval(self) -> int:
@@ -97,11 +100,13 @@ class Chooser:
             calibrate: measures the network, and the work of each candidate; is called now and then.
         """
         if self._expected is not None:
+            self._steps, self._age = self._steps + self.interval, self._age + self.interval * seconds
+            is_old = self._age >= AGAIN_SECONDS and self._steps >= AGAIN_STEPS
             changed = not 1 / CHANGE < seconds / self._expected < CHANGE
             self._odd = self._odd + 1 if changed else 0
-            if self._odd < 2:
+            if self._odd < 2 and not is_old:
                 return self.choice
-            self.measured, self._expected, self._odd = {self.choice: seconds}, None, 0
+            self.measured, self._expected = {self.choice: seconds}, None
             self._look(*calibrate())
         else:
             self._times.append((self.interval, seconds))
@@ -160,6 +165,7 @@ class Chooser:
             if self.measured[choice] < self.measured[best] * (1 - MARGIN):
                 best = choice
         self.choice, self._expected = best, self.measured[best]
+        self._odd, self._steps, self._age = 0, 0, 0.0
 
     def _look(self, network: Network, works: Sequence[Work]) -> None:
         """Predicts all choices, from what this one's steps have taken."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 
 from horovod_powersgd import Accordion, Auto, Float16, NoCompression, PowerSGD
-from horovod_powersgd.choosing import CHANGE, ENOUGH_STEPS, FEW, MOST_STEPS, PERIOD, Choice, Chooser
+from horovod_powersgd.choosing import AGAIN_STEPS, CHANGE, ENOUGH_STEPS, FEW, MOST_STEPS, PERIOD, Choice, Chooser
 from horovod_powersgd.cost import Work, predict, predict_plain
 from horovod_powersgd.layout import layout_of, leading_rows
 from horovod_powersgd.network import Curve, Network
@@ -110,11 +110,22 @@ def test_it_looks_again_when_the_link_has_changed():
     assert chosen[PERIOD + FEW].number == 0 and chosen[-1].number == 0
 
 
+def test_it_looks_again_when_the_link_may_have_become_faster():
+    # Of which steps do not tell: backward hides the messages.
+    slow, fast = Job(link(1e7), backward=0.5), Job(link(1e11), backward=0.5)
+    found = chooser()
+    run(found, slow, TRIES)
+    compressed = found.choice
+    assert compressed.number == 0 and slow.step(compressed) < CHANGE * fast.step(compressed)
+    chosen = run(found, fast, AGAIN_STEPS + TRIES)
+    assert set(chosen[: AGAIN_STEPS - TRIES]) == {compressed} and chosen[-1] == Choice()
+
+
 def test_long_steps_are_compared_after_fewer_of_them():
     found = chooser()
     run(found, Job(link(1e11), backward=0.02), TRIES)
     assert found.interval == 14  # of 21 ms
-    run(found, Job(link(1e11), backward=9.0), found.interval)
+    run(found, Job(link(1e11), backward=0.9), found.interval)
     assert found.interval == FEW
 
 

@@ -30,8 +30,9 @@ MARGIN = 0.03
 # off by as much, and a try costs little.
 PROMISING = 1.3
 # Once it has chosen, steps' times are compared after so many seconds, but after FEW steps at least and PERIOD steps at
-# most; and it looks again where they have twice in a row been CHANGE times longer or shorter than they were.
-PERIOD_SECONDS, FEW, PERIOD, CHANGE = 0.3, 5, 50, 1.5
+# most; and it looks again where they have twice in a row been CHANGE times longer or shorter than they were, and by a
+# cycle of Horovod's, which is a matter of luck.
+PERIOD_SECONDS, FEW, PERIOD, CHANGE, CYCLE = 0.3, 5, 50, 1.5, 1e-3
 # It looks again after so many seconds and steps, too: compressed steps do not tell that links have become faster.
 AGAIN_SECONDS, AGAIN_STEPS = 120.0, 500
 
@@ -77,7 +78,9 @@ class Chooser:
         # Of this try's reports: (steps, seconds of each).
         self._times: list[tuple[int, float]] = []
         self._untried: list[Choice] | None = None  # None: nothing is predicted yet
+        # What a step takes since the choice was made, and what it took when it was last reported.
         self._expected: float | None = None
+        self._latest = 0.0
         # How often in a row it was another one than expected; steps, and seconds, since that is expected.
         self._odd, self._steps, self._age = 0, 0, 0.0
 
@@ -86,7 +89,7 @@ class Chooser:
         """After how many steps to `report`."""
         if self._expected is None:
             return 1 if not self._times else max(1, min(TOGETHER, int(TOGETHER_SECONDS / self._times[-1][1])))
-        return FEW if self._odd else max(FEW, min(PERIOD, round(PERIOD_SECONDS / self._expected)))
+        return max(FEW, min(PERIOD, round(PERIOD_SECONDS / self._latest)))
 
     def settle(self, choice: Choice) -> None:
         """Begins with a choice that was made before, perhaps elsewhere."""
@@ -102,7 +105,9 @@ class Chooser:
         if self._expected is not None:
             self._steps, self._age = self._steps + self.interval, self._age + self.interval * seconds
             is_old = self._age >= AGAIN_SECONDS and self._steps >= AGAIN_STEPS
-            changed = not 1 / CHANGE < seconds / self._expected < CHANGE
+            ratio, difference = seconds / self._expected, abs(seconds - self._expected)
+            changed = difference > CYCLE and not 1 / CHANGE < ratio < CHANGE
+            self._latest = seconds
             self._odd = self._odd + 1 if changed else 0
             if self._odd < 2 and not is_old:
                 return self.choice
@@ -164,7 +169,7 @@ class Chooser:
         for choice in order[1:]:
             if self.measured[choice] < self.measured[best] * (1 - MARGIN):
                 best = choice
-        self.choice, self._expected = best, self.measured[best]
+        self.choice, self._expected, self._latest = best, self.measured[best], self.measured[best]
         self._odd, self._steps, self._age = 0, 0, 0.0
 
     def _look(self, network: Network, works: Sequence[Work]) -> None:

@@ -26,9 +26,8 @@ from measured_plan import plan_is_measured
 from tensorflow_trainee import EagerTrainee, FunctionTrainee
 
 AUTO = Auto(PowerSGD(rank=2, min_compression_rate=1), hvd.Compression.fp16, TopK(0.1))
-SHAPES = {name: cases.SHAPES[name] for name in ("linear", "tall", "vector")}
-# "tall" is the small one.
-SMALL = Choice(0, frozenset({"tall"}))
+SHAPES = {name: cases.SHAPES[name] for name in ("linear", "tall", "square", "vector")}
+SMALL, MIDDLE = (Choice(0, frozenset(names)) for names in (["square"], ["square", "tall"]))
 
 
 @contextlib.contextmanager
@@ -38,7 +37,7 @@ def choosing(*choices):
         choices_of_all.choosing(*choices),
         mock.patch.object(Chooser, "interval", 1),
         mock.patch.object(auto_exchange, "passes", lambda *_: []),
-        mock.patch.object(auto_exchange, "SMALL_NUMBERS", 48 * 64),
+        mock.patch.object(auto_exchange, "NUMBERS", dict(zip(auto_exchange.NUMBERS, (32 * 32 + 1, 48 * 64)))),
     ):
         yield
 
@@ -56,7 +55,7 @@ def memories(trainee):
 
 
 def check_no_gradient_is_lost_and_candidates_do_as_they_do_alone():
-    script = [PLAIN, Choice(0), Choice(0), Choice(2), SMALL, Choice(0), Choice(1), PLAIN]
+    script = [PLAIN, Choice(0), Choice(0), Choice(2), SMALL, MIDDLE, Choice(0), Choice(1), PLAIN]
     taken, given = {}, {}
     with choosing(*script):
         trainee = FunctionTrainee(AUTO, "float64", SHAPES)
@@ -92,7 +91,7 @@ def checkpoint(trainee):
 
 
 def check_a_saved_choice_goes_on_and_statistics_say_what_it_was():
-    with choosing(PLAIN, SMALL):
+    with choosing(PLAIN, MIDDLE):
         whole = EagerTrainee(AUTO, "float64", SHAPES)
         for step in range(5):
             whole.exchange(gradients(step))

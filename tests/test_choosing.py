@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 
 from horovod_powersgd import Accordion, Auto, Float16, NoCompression, PowerSGD
-from horovod_powersgd.choosing import AGAIN_STEPS, CHANGE, ENOUGH_STEPS, FEW, MOST_STEPS, PERIOD, Choice, Chooser
+from horovod_powersgd.choosing import AGAIN_STEPS, CHANGE, CYCLE, ENOUGH_STEPS, FEW, MOST_STEPS, PERIOD, Choice, Chooser
 from horovod_powersgd.cost import Work, predict, predict_plain
 from horovod_powersgd.layout import layout_of, leading_rows
 from horovod_powersgd.network import Curve, Network
@@ -108,6 +108,16 @@ def test_it_looks_again_when_the_link_has_changed():
     chosen = run(found, slow, PERIOD + FEW + TRIES)
     assert chosen[PERIOD] == Choice()  # once may be a disturbance
     assert chosen[PERIOD + FEW].number == 0 and chosen[-1].number == 0
+
+
+def test_a_cycle_more_is_no_change():
+    found, calibrated = chooser(), []
+    run(found, Job(link(1e11)), TRIES)
+    least = found.measured[Choice()]
+    assert 1.9 * least < least + CYCLE
+    for seconds in [1.9 * least] * 9:
+        found.report(seconds, calibrated.append)
+    assert found.interval == PERIOD and not calibrated
 
 
 def test_it_looks_again_when_the_link_may_have_become_faster():

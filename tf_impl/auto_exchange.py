@@ -19,14 +19,15 @@ from horovod_powersgd.network import Network
 from horovod_powersgd.statistics import TensorStats
 from horovod_powersgd.tensorflow.auto_state import AutoState
 from horovod_powersgd.tensorflow.calibration import Calibration, passes
-from horovod_powersgd.tensorflow.chosen import ALL, NOTHING_MORE, SMALL
+from horovod_powersgd.tensorflow.chosen import ALL, MIDDLE, NOTHING_MORE, SMALL
 from horovod_powersgd.tensorflow.exchange import Exchange, by_branch
 from horovod_powersgd.tensorflow.settings import Settings
 from horovod_powersgd.tensorflow.variable import make_variable
 from horovod_powersgd.tensorflow.variable_state import VariableState
 
-# Matrices of fewer numbers are small: they may travel as they are while the others are compressed.
-SMALL_NUMBERS = 2**16
+# Matrices of fewer numbers may travel as they are while the others are compressed. Each size makes graphs larger; what
+# these lose against a choice tensor by tensor, benchmarks/tensor_by_tensor.py predicts.
+NUMBERS = {SMALL: 2**16, MIDDLE: 2**20}
 
 
 class _Way(NamedTuple):
@@ -69,8 +70,11 @@ class AutoExchange(Exchange):
         self._passes = [] if alone else [passes(c, settings.process_set, shapes) for c in self._auto.candidates]
 
     def _new_chooser(self, choice: Choice) -> Chooser:
-        small = frozenset(name for name, shape in self._shapes.items() if math.prod(shape) < SMALL_NUMBERS)
-        chooser = Chooser(self._auto, self._shapes, trailing_columns, (frozenset(), small))
+        sets = [
+            frozenset(name for name, shape in self._shapes.items() if math.prod(shape) < numbers)
+            for numbers in NUMBERS.values()
+        ]
+        chooser = Chooser(self._auto, self._shapes, trailing_columns, (frozenset(), *sets))
         chooser.settle(choice)
         return chooser
 
@@ -88,7 +92,7 @@ class AutoExchange(Exchange):
         places = {way.numbers: i for i, way in enumerate(self._ways)}
         table = [
             [places[0, ALL] if plain == ALL else places.get((number, plain), places[number, NOTHING_MORE])
-             for plain in (NOTHING_MORE, SMALL, ALL)]
+             for plain in range(4)]
             for number in range(len(self._auto.candidates))
         ]
         numbers = [tf.convert_to_tensor(variable) for variable in self._chosen.variables().values()]
@@ -192,9 +196,12 @@ def _ways(states: Sequence[AutoState]) -> list[_Way]:
     for number, candidate in enumerate(states[0].config.candidates):
         mine = [state.candidates[number] for state in states]
         compressed = {state.name for state in mine if state.layout.compressed}
-        small = {state.name for state in mine if math.prod(state.layout.shape) < SMALL_NUMBERS} & compressed
         found.append(_Way((number, NOTHING_MORE), Choice(number), mine))
-        if 0 < len(small) < len(compressed) and not is_horovods_fp16(candidate):
-            large = [whole if whole.name in small else of_one for whole, of_one in zip(states, mine)]
-            found.append(_Way((number, SMALL), Choice(number, frozenset(small)), large))
+        last = set[str]()
+        for plain, numbers in NUMBERS.items() if not is_horovods_fp16(candidate) else ():
+            some = {state.name for state in mine if math.prod(state.layout.shape) < numbers} & compressed
+            if len(last) < len(some) < len(compressed):
+                large = [whole if whole.name in some else of_one for whole, of_one in zip(states, mine)]
+                found.append(_Way((number, plain), Choice(number, frozenset(some)), large))
+            last = some
     return found

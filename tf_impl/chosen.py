@@ -8,8 +8,9 @@ import tensorflow as tf
 from horovod_powersgd.compressors.auto import Auto
 from horovod_powersgd.tensorflow.variable import make_variable
 
-# What travels as it is: what a candidate leaves alone; small matrices, too; all gradients.
-NOTHING_MORE, SMALL, ALL = range(3)
+# What travels as it is: what a candidate leaves alone; small matrices, too; all gradients; those of middle size, and
+# the small ones. Checkpoints have these numbers.
+NOTHING_MORE, SMALL, ALL, MIDDLE = range(4)
 
 
 class Chosen:
@@ -20,7 +21,7 @@ class Chosen:
 
     Attributes:
         candidate: int64 variable: the number of the candidate that was taken last.
-        plain: int64 variable: what travels as it is: NOTHING_MORE, SMALL or ALL.
+        plain: int64 variable: what travels as it is: NOTHING_MORE, SMALL, MIDDLE or ALL.
     """
 
     def __init__(self, auto: Auto):

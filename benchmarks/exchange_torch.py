@@ -8,7 +8,6 @@ import torch.distributed
 import horovod_powersgd.torch as hvd
 from distribution import distribute
 from horovod_powersgd import Float16, cost
-from horovod_powersgd.calibration import SECONDS_BEFORE
 from horovod_powersgd.torch.calibration import Calibration
 from methods import METHODS
 from models import MODELS
@@ -109,7 +108,7 @@ def predict(model, methods):
     torch.set_num_threads(1)
     shapes, found = [shape for _, shape in MODELS[model]()], {}
     calibration = Calibration(hvd.global_process_set, shapes)
-    calibration.seconds = SECONDS_BEFORE
+    calibration.hurries = False
     network = calibration.network(levels=True)
     for key in methods:
         method = METHODS[key]

@@ -22,12 +22,11 @@ from horovod_powersgd.network import Curve, HostNetwork, Network
 SIZES = [2**10, 2**14, 2**18, 2**20, 2**22, 2**24, 2**26]
 # Of half precision, from here on: less takes what it does in single precision.
 FIRST_HALVES = 2**18
-# What is measured is repeated for so many seconds, and so often at most. In a job, whose steps wait meanwhile, and
-# before a job, where nobody waits.
+# What is measured is repeated for so many seconds, and so often at most; and larger messages than the first that takes
+# LONGEST seconds are not measured. In a job, whose steps wait meanwhile, and before a job, where nobody waits.
 SECONDS, SECONDS_BEFORE = 0.01, 0.3
+LONGEST, LONGEST_BEFORE = 0.04, 0.3
 MOST_TIMES = 6
-# Larger messages than the first that takes longer are not measured; nor than the first that takes SECONDS_BEFORE.
-LONGEST = 0.04
 
 
 class Calibration(ABC):
@@ -41,7 +40,7 @@ class Calibration(ABC):
         on_processor: whether that computes; else a GPU does, and leaves the processor to messages.
         bucket_bytes: that buckets have.
         most: how many matrices a step has at most.
-        seconds: of each measurement.
+        hurries: whether a job waits meanwhile.
     """
 
     count: int
@@ -51,7 +50,7 @@ class Calibration(ABC):
     on_processor: bool
     bucket_bytes = BUCKET_BYTES
     most = SAMPLE_MATRICES
-    seconds = SECONDS
+    hurries = True
 
     @property
     def is_first(self) -> bool:
@@ -171,15 +170,18 @@ class Calibration(ABC):
         return partial(self._exchange, host.peers)
 
     def _seconds_of(self, run: Callable[[], object]) -> float:
-        return statistics.median(times_of(run, self.seconds, self.largest))
+        if not self.hurries:
+            run()
+        return statistics.median(times_of(run, SECONDS if self.hurries else SECONDS_BEFORE, self.largest))
 
     def _curve(
         self, send: Callable[[int], None], share: int = 1, known: Sequence[tuple[float, float]] = ()
     ) -> Curve:
         points, of_model = list(known), ITEMSIZE * sum(map(math.prod, self.shapes))
+        longest = LONGEST if self.hurries else LONGEST_BEFORE
         send(SIZES[0])  # the first message of its kind takes longer
         for size in SIZES[len(known) :]:
-            if points and (points[-1][1] > max(LONGEST, self.seconds) or share * points[-1][0] >= of_model):
+            if points and (points[-1][1] > longest or share * points[-1][0] >= of_model):
                 break
             points.append((size / share, self._seconds_of(partial(send, size))))
         return Curve(tuple(points))

@@ -3,8 +3,8 @@
 An exchange is two kinds of work that go on side by side: a processor's, which is passes over the gradients and what
 each tensor costs, and the network's, which is messages one after the other. A bucket's factors are computed before they
 are sent, and so the shorter kind is hidden behind the longer one but for one bucket's part; less of it, where a
-worker's messages keep the same cores busy (Network.overlap). Each message waits for Horovod's next cycle, which hides
-what was computed before it (Network.idle).
+worker's messages keep the same cores busy (Network.overlap). Of one bucket, messages wait for Horovod's next cycle,
+which hides what was computed before them (Network.idle).
 
 In two levels (PowerSGD.hierarchical) a worker's half-steps take a share of the rows, and messages inside its host are
 added. What is left out: that a tensor takes more calls there; that in PyTorch a host's last factor goes round only
@@ -125,7 +125,7 @@ class Prediction(NamedTuple):
 
     Attributes:
         processor: seconds of it that a processor works; network: that messages take.
-        idle: seconds of these in which they wait for Horovod's next cycles.
+        idle: seconds of these in which they wait for Horovod's next cycles, and nothing else travels.
         overlap: Network.overlap.
         compressed: how many tensors travel compressed.
         buckets: how many.
@@ -215,7 +215,7 @@ def predict(
     itemsize = 2 if compressor.family.memory_dtype else ITEMSIZE
     memory = itemsize * sum(-(-n // per_host) * m for n, m in compressed) if compressor.keeps_memory else 0
     overlap, number = network.overlap, len(buckets)
-    idle = network.idle * len(messages)
+    idle = network.idle * len(messages) if len(buckets) == 1 else 0.0
     return Prediction(on_processor, sum(messages), idle, overlap, len(compressed), number, sent, memory)
 
 
@@ -235,7 +235,8 @@ def predict_plain(shapes: Sequence[tuple[int, ...]], network: Network, casts: Wo
         on_processor = casts.per_tensor * len(shapes) + casts.per_byte * nbytes
     # Horovod sends what is there.
     buckets = max(1, math.ceil(nbytes / BUCKET_BYTES))
-    return Prediction(on_processor, on_network, network.idle, network.overlap, 0, buckets, sent, 0)
+    idle = network.idle if buckets == 1 else 0.0
+    return Prediction(on_processor, on_network, idle, network.overlap, 0, buckets, sent, 0)
 
 
 def _of_share(work: Work, compressor: Compressor, per_host: int) -> Work:

@@ -5,7 +5,6 @@ import importlib
 import sys
 from typing import Any
 
-from horovod_powersgd.calibration import SECONDS_BEFORE
 from horovod_powersgd.environment.frameworks import TENSORFLOW, TORCH
 from horovod_powersgd.environment.installed_horovod import horovod_problem
 from horovod_powersgd.layout import trailing_columns
@@ -87,5 +86,5 @@ def _calibration(tensors: Tensors) -> Any:
     except (ImportError, RuntimeError) as error:  # RuntimeError: a launcher's workers came up as jobs of one
         raise Refused(str(error)) from error
     measures = calibration.Calibration(hvd.global_process_set, list(tensors.shapes.values()), tensors.matrix_shape)
-    measures.seconds = SECONDS_BEFORE
+    measures.hurries = False
     return measures

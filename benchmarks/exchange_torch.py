@@ -107,7 +107,7 @@ def predict(model, methods):
     """What is predicted of Horovod's and this package's methods, {method: a Prediction}."""
     torch.set_num_threads(1)
     shapes, found = [shape for _, shape in MODELS[model]()], {}
-    calibration = Calibration(hvd.global_process_set, shapes)
+    calibration = Calibration(hvd.global_process_set, shapes, device=torch.device("cpu"))
     calibration.hurries = False
     network = calibration.network(levels=True)
     for key in methods:

@@ -119,12 +119,14 @@ class Calibration(ABC):
             workers: from whom there is something to decode in a step; None: those that measure.
         """
         samples = samples_of(compressor, self.shapes, self.matrix_shape, self.most)
-        if not self.on_processor:
+        # Where workers differ, as the slowest.
+        on_processor, bucket_bytes = self.largest([int(self.on_processor), self.bucket_bytes])
+        if not on_processor:
             # To tell a bucket's calls, which are what a GPU takes most of, from a matrix's.
             samples += [sample[:1] for sample in samples[:1]]
         steps = ((shapes, self._step(compressor, shapes, workers or self.count)) for shapes in samples)
         measured = [(shapes, self._seconds_of(step)) for shapes, step in steps]
-        return Work.fitted(measured, self.on_processor)._replace(bucket_bytes=self.bucket_bytes)
+        return Work.fitted(measured, bool(on_processor))._replace(bucket_bytes=bucket_bytes)
 
     def works(self, settings: Mapping[str, Compressor | None], workers: int | None = None) -> dict[str, Work]:
         """Of each compressor, by the names that they are given with; None takes none."""
@@ -156,6 +158,10 @@ class Calibration(ABC):
         """Sends each of some workers, this one among them, in ascending order, an equal part of so many bytes, and adds
         up what has come, in single precision."""
 
+    @abstractmethod
+    def _prepare(self, nbytes: int) -> None:
+        """Makes what messages of so many bytes send, so that this takes none of their time."""
+
     def _average(self, dtype: str, nbytes: int) -> None:
         self._begin_average(dtype, nbytes, self._parts(dtype, nbytes))()
 
@@ -181,8 +187,9 @@ class Calibration(ABC):
         longest = LONGEST if self.hurries else LONGEST_BEFORE
         send(SIZES[0])  # the first message of its kind takes longer
         for size in SIZES[len(known) :]:
-            if points and (points[-1][1] > longest or share * points[-1][0] >= of_model):
+            if len(points) > 1 and (points[-1][1] > longest or share * points[-1][0] >= of_model):
                 break
+            self._prepare(size)
             points.append((size / share, self._seconds_of(partial(send, size))))
         return Curve(tuple(points))
 
@@ -199,12 +206,11 @@ def times_of(
         largest: of each of some numbers, the largest of all workers', whose slowest then counts. Without it, this one
             does.
     """
-    [found] = largest([_nanoseconds(run)])
-    if found > 1e9 * seconds:
-        return [found / 1e9]
-    [found] = largest([_nanoseconds(run)])
-    times = min(MOST_TIMES, int(1e9 * seconds / found))
-    return [time / 1e9 for time in (found, *largest([_nanoseconds(run) for _ in range(times)]))]
+    [first] = largest([_nanoseconds(run)])
+    if first > 1e9 * seconds:
+        return [first / 1e9]
+    times = max(2, min(MOST_TIMES, int(1e9 * seconds / first)))
+    return [found / 1e9 for found in largest([_nanoseconds(run) for _ in range(times)])]
 
 
 def _nanoseconds(run: Callable[[], object]) -> int:

@@ -109,7 +109,7 @@ class Chooser:
             changed = difference > CYCLE and not 1 / CHANGE < ratio < CHANGE
             self._latest = seconds
             self._odd = self._odd + 1 if changed else 0
-            if self._odd < 2 and not is_old:
+            if self._odd < 2 and (changed or not is_old):
                 return self.choice
             self.measured, self._expected = {self.choice: seconds}, None
             self._look(*calibrate())
@@ -164,7 +164,7 @@ class Chooser:
             return
         self._untried = []
         # In the order of care.
-        order = sorted(self.measured, key=lambda choice: -1 if choice.number is None else choice.number)
+        order = sorted(self.measured, key=_in_order)
         best = order[0]
         for choice in order[1:]:
             if self.measured[choice] < self.measured[best] * (1 - MARGIN):
@@ -181,15 +181,20 @@ class Chooser:
         measured, exchange = self.measured[self.choice], predictions[self.choice].step(0.0)
         # What a step takes beside the exchange is backward; where it takes less, so will the others' exchanges.
         backward, scale = max(0.0, measured - exchange), min(1.0, measured / exchange)
-        self.predicted = {choice: scale * prediction.step(backward) for choice, prediction in predictions.items()}
-        self._untried = sorted(choices - self.measured.keys(), key=self.predicted.__getitem__)
+        # To the microsecond, in an order that is the same in every process: sets of names have none.
+        self.predicted = {
+            choice: round(scale * predictions[choice].step(backward), 6) for choice in sorted(choices, key=_in_order)
+        }
+        self._untried = sorted(self.predicted.keys() - self.measured.keys(), key=_in_order)
+        self._untried.sort(key=self.predicted.__getitem__)
 
     def _promising(self, number: int, compressor: Compressor, network: Network, work: Work) -> set[Choice]:
         """The best choice with a candidate; none where it would compress nothing."""
         if is_horovods_fp16(compressor):
             return {Choice(number)}
         # What a byte more costs beside others.
-        per_byte = (network.allreduce(2e8) - network.allreduce(1e8)) / 1e8
+        nbytes = ITEMSIZE * sum(map(math.prod, self._shapes.values()))
+        per_byte = (network.allreduce(nbytes) - network.allreduce(0)) / nbytes
         layouts = {name: layout_of(shape, compressor, self._matrix_shape) for name, shape in self._shapes.items()}
         lost = {}  # seconds, by its being compressed
         for name, layout in layouts.items():
@@ -211,3 +216,8 @@ class Chooser:
         compressor, work = self._auto.candidates[choice.number], works[choice.number]
         places = [i for i, name in enumerate(self._shapes) if name in choice.plain]
         return predict(shapes, compressor, network, work, self._matrix_shape, places)
+
+
+def _in_order(choice: Choice) -> tuple[int, list[str]]:
+    """Of care: gradients as they are first."""
+    return -1 if choice.number is None else choice.number, sorted(choice.plain)

@@ -232,7 +232,7 @@ def predict_plain(shapes: Sequence[tuple[int, ...]], network: Network, casts: Wo
         on_network, on_processor, sent = network.allreduce(nbytes), 0.0, nbytes
     else:
         on_network, sent = network.halves(nbytes // 2), nbytes // 2
-        on_processor = casts.per_tensor * len(shapes) + casts.per_byte * nbytes
+        on_processor = casts.per_tensor * len(shapes) + casts.per_byte * nbytes + casts.per_bucket
     # Horovod sends what is there.
     buckets = max(1, math.ceil(nbytes / BUCKET_BYTES))
     idle = network.idle if buckets == 1 else 0.0

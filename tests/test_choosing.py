@@ -131,6 +131,30 @@ def test_it_looks_again_when_the_link_may_have_become_faster():
     assert set(chosen[: AGAIN_STEPS - TRIES]) == {compressed} and chosen[-1] == Choice()
 
 
+def test_what_is_predicted_alike_is_tried_in_the_order_of_care():
+    nothing = (Work(0.0, 0.0), Work(0.0, 0.0))
+    auto = Auto(Float16(error_feedback=False), PowerSGD(4, min_compression_rate=1))
+    for names in ("abc", "cab", "bca"):
+        found = Chooser(auto, dict.fromkeys(names, (100, 100)), leading_rows)
+        found.settle(Choice(1))
+        waiting = Network(2, *[Curve(((0, 1e-3), (1e9, 1e-3)))] * 3)
+        for _ in range(TRIES):
+            if found.report(1e-3, lambda: (waiting, nothing)) != Choice(1):
+                break
+        assert found.predicted[Choice()] == found.predicted[Choice(0)] and found.choice == Choice()
+
+
+def test_it_does_not_look_again_from_a_disturbed_report():
+    job = Job(link(1e11), backward=0.5)
+    found = chooser()
+    run(found, job, AGAIN_STEPS - TRIES)
+    expected = found.measured[Choice()]
+    while found._steps < AGAIN_STEPS - FEW:
+        found.report(expected, job.calibrate)
+    found.report(2 * expected, job.calibrate)
+    assert found._steps >= AGAIN_STEPS and found.measured[Choice()] == expected
+
+
 def test_long_steps_are_compared_after_fewer_of_them():
     found = chooser()
     run(found, Job(link(1e11), backward=0.02), TRIES)

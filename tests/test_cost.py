@@ -6,6 +6,7 @@ import pytest
 
 from horovod_powersgd import Float16, Int8, NoCompression, PowerSGD, TopK
 from horovod_powersgd.buckets import GPU_BUCKET_BYTES
+from horovod_powersgd.calibration import times_of
 from horovod_powersgd.cost import SAMPLE_BYTES, Work, predict, predict_plain, samples_of
 from horovod_powersgd.layout import layout_of, leading_rows, trailing_columns
 from horovod_powersgd.network import Curve, HostNetwork, Network
@@ -61,6 +62,20 @@ def test_waiting_for_a_cycle_hides_what_was_computed_before():
     assert twice.seconds == pytest.approx(once.seconds - 1e-3)
     assert twice.step(9.0) == pytest.approx(9 + once.seconds - 1.6e-3)
     assert plain.seconds == plain.step(5e-4) == plain.step(8e-4) == pytest.approx(plain.step(1e-3) - 2e-4)
+
+
+def test_what_is_measured_in_a_job_is_not_repeated_where_it_takes_long():
+    asked = []
+
+    def largest(numbers):
+        asked.append(len(numbers))
+        return [10**6 * next(milliseconds) for _ in numbers]
+
+    milliseconds = iter([50])
+    assert times_of(lambda: None, 0.01, largest) == [0.05]
+    milliseconds = iter([2, 15, 2, 3, 4, 5])
+    assert times_of(lambda: None, 0.01, largest) == [0.015, 0.002, 0.003, 0.004, 0.005]
+    assert asked == [1, 1, 5]
 
 
 def test_buckets_are_as_large_as_work_says():

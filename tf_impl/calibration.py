@@ -22,6 +22,9 @@ from horovod_powersgd.tensorflow.step_counters import StepCounters
 from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import Workers
 
+# A message repeats so many numbers.
+BLOCK = 2**14
+
 
 class Calibration(calibration.Calibration):
     """Measures what cost.predict needs. Inside a step, where the threads are busy that another step may need, only
@@ -48,7 +51,9 @@ class Calibration(calibration.Calibration):
     ):
         self._workers = Workers(process_set, f"{prefix}.calibration", device=device)
         self.count, self.index = int(self._workers.count(tf.int64)), int(self._workers.number())
-        self.shapes, self.matrix_shape, self._kept = shapes, matrix_shape, tf.zeros(0)
+        self.shapes, self.matrix_shape = shapes, matrix_shape
+        # By dtype.
+        self._kept: dict[str, tf.Tensor] = {}
         self.on_processor = not tf.config.get_visible_devices("GPU")
         self._thread = ThreadPoolExecutor(1)
 
@@ -68,13 +73,13 @@ class Calibration(calibration.Calibration):
                 if parts == 1:
                     self._workers.allreduce(message, dtype, Average).numpy()
                 else:
-                    tensors = tf.split(tf.reshape(message, (parts, size)), parts)  # which copies nothing
+                    tensors = tf.split(tf.reshape(message, (parts, size)), parts)
                     self._workers.sums(tensors, f"{dtype}.parts")[-1].numpy()
 
         return self._thread.submit(average).result
 
     def _gather(self, share: int, nbytes: int) -> None:
-        self._workers.allgather(self._message(nbytes // 4 // share, "float32"), "gather").numpy()
+        self._workers.allgather(self._message(max(1, nbytes // 4 // share), "float32"), "gather").numpy()
 
     def _exchange(self, whom: Sequence[int], nbytes: int) -> None:
         size, count = nbytes // 4 // len(whom), len(whom)
@@ -82,11 +87,16 @@ class Calibration(calibration.Calibration):
         received = self._workers.exchange(self._message(size * count, "float32"), peers, to_each, "alltoall")
         tf.reduce_sum(tf.reshape(received, (count, size)), 0).numpy()
 
+    def _prepare(self, nbytes: int) -> None:
+        with context.eager_mode():
+            for dtype in ("float32", "float16"):
+                self._message(nbytes // tf.as_dtype(dtype).size, dtype)
+
     def _message(self, count: int, dtype: str) -> tf.Tensor:
         """So many numbers, which are there before they are sent, as gradients are."""
-        if self._kept.shape != (count,) or self._kept.dtype != dtype:
-            self._kept = tf.cast(_random((count,)), dtype)
-        return self._kept
+        if dtype not in self._kept or len(self._kept[dtype]) < count:
+            self._kept[dtype] = tf.tile(tf.cast(_random((BLOCK,)), dtype), [-(-count // BLOCK)])
+        return self._kept[dtype][:count]  # which copies nothing
 
 
 @dataclass(frozen=True)

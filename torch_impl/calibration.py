@@ -20,8 +20,8 @@ from horovod_powersgd.torch.futures import Gathered, Mean
 from horovod_powersgd.torch.peers import peers_of
 from horovod_powersgd.torch.workers import Workers
 
-# A message repeats so many.
-NUMBERS = 2**14
+# A message repeats so many numbers.
+BLOCK = 2**14
 
 
 class _Alone(Workers):
@@ -89,8 +89,12 @@ class Calibration(calibration.Calibration):
         handles = [allreduce_async_(part, name=f"{name}.{i}", **how) for i, part in enumerate(message)]
         return lambda: [synchronize(handle) for handle in handles]
 
+    def _prepare(self, nbytes: int) -> None:
+        for dtype in ("float32", "float16"):
+            self._message(dtype, nbytes)
+
     def _gather(self, share: int, nbytes: int) -> None:
-        part = self._message("float32", nbytes // share)
+        part = self._message("float32", max(4, nbytes // share))
         name, process_set = f"{self._workers.prefix}.gather", self._workers.process_set
         synchronize(allgather_async(part, name=name, process_set=process_set))
 
@@ -99,8 +103,8 @@ class Calibration(calibration.Calibration):
         as_dtype = getattr(torch, dtype)
         count = nbytes // as_dtype.itemsize
         if dtype not in self._messages or len(self._messages[dtype]) < count:
-            some = _random((NUMBERS,), self._device).to(as_dtype)
-            self._messages[dtype] = some.repeat(-(-count // NUMBERS))
+            some = _random((BLOCK,), self._device).to(as_dtype)
+            self._messages[dtype] = some.repeat(-(-count // BLOCK))
         return self._messages[dtype][:count]
 
     def _means_of(self, host: Host) -> Callable[[int], None]:
@@ -170,6 +174,7 @@ def _step(
 
     run()  # in its first step it agrees with others, and so has none
     alone.count = workers
+    run()  # on a GPU, the first one that reads memories compiles a kernel
     return run
 
 

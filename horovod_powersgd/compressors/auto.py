@@ -14,8 +14,8 @@ from horovod_powersgd.compressors.precision import Float16, NoCompression
 class Auto(Compressor):
     """Takes what makes steps fastest: gradients as they are, or one of these compressors for those that it pays for.
 
-    The first steps are exchanged as they are, and timed. Then messages and passes are measured, which takes a quarter of
-    a second or so, and every candidate's step is predicted; those that promise not to be much slower are tried for some
+    The first steps are exchanged as they are, and timed. Then messages and passes are measured, in a quarter of a
+    second or so, and every candidate's step is predicted; those that promise not to be much slower are tried for some
     steps, and the fastest stays (horovod_powersgd.choosing). All workers choose alike. When steps become slower or
     faster, and now and then, it looks again.
 

@@ -8,6 +8,7 @@ Passes are measured here, by one worker; links are made up, and so are messages:
 import math
 
 import horovod_powersgd.tensorflow as hvd
+from exchange_tensorflow import layout
 from horovod_powersgd import Auto, PowerSGD
 from horovod_powersgd.choosing import Chooser
 from horovod_powersgd.cost import Work, predict
@@ -19,11 +20,6 @@ from models import MODELS, TITLES
 
 LINKS = [1e9, 2.5e9, 5e9, 1e10, 1.5e10, 2e10, 2.5e10]  # bits per second
 RANK_4 = PowerSGD(4)
-
-
-def keras(shape):
-    """As Keras has a parameter of PyTorch's."""
-    return (*shape[2:], shape[1], shape[0]) if len(shape) == 4 else tuple(reversed(shape))
 
 
 def milliseconds(shapes, network, work, sizes):
@@ -39,7 +35,7 @@ def main():
     small, *more = NUMBERS.values()
     print(f"{'':<14}{'Gbit/s':>8}{'each':>8}{'none, or of fewer than':>24} {small:,}, or {more[0]:,}")
     for model, title in TITLES.items():
-        shapes = {name: keras(shape) for name, shape in MODELS[model]()}
+        shapes = {name: layout(shape) for name, shape in MODELS[model]()}
         work = Work.fitted(passes(RANK_4, hvd.global_process_set, list(shapes.values())))
         for link in LINKS:
             messages = Curve(((0, 1e-3), (1e9, 1e-3 + 8e9 / link)))

@@ -27,6 +27,8 @@ FIRST_HALVES = 2**18
 SECONDS, SECONDS_BEFORE = 0.01, 0.3
 LONGEST, LONGEST_BEFORE = 0.04, 0.3
 MOST_TIMES = 6
+# A message repeats so many numbers.
+BLOCK = 2**14
 
 
 class Calibration(ABC):
@@ -159,8 +161,8 @@ class Calibration(ABC):
         up what has come, in single precision."""
 
     @abstractmethod
-    def _prepare(self, nbytes: int) -> None:
-        """Makes what messages of so many bytes send, so that this takes none of their time."""
+    def _message(self, dtype: str, nbytes: int) -> object:
+        """So many bytes to send, which are kept: numbers as gradients are."""
 
     def _average(self, dtype: str, nbytes: int) -> None:
         self._begin_average(dtype, nbytes, self._parts(dtype, nbytes))()
@@ -189,7 +191,8 @@ class Calibration(ABC):
         for size in SIZES[len(known) :]:
             if len(points) > 1 and (points[-1][1] > longest or share * points[-1][0] >= of_model):
                 break
-            self._prepare(size)
+            for dtype in ("float32", "float16"):
+                self._message(dtype, size)  # so that making it takes none of the message's time
             points.append((size / share, self._seconds_of(partial(send, size))))
         return Curve(tuple(points))
 

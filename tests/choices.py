@@ -8,8 +8,8 @@ import cases
 from horovod_powersgd.choosing import Choice, Chooser
 
 PLAIN = Choice()
-# While it is entered, a try takes a few steps.
-short_tries = mock.patch("horovod_powersgd.choosing.MOST_STEPS", 8)
+# While it is entered, a try takes a few steps, and what was chosen is not compared before 50 more.
+short_tries = mock.patch.multiple("horovod_powersgd.choosing", MOST_STEPS=8, FEW=50)
 
 
 def choosing(*choices):

@@ -158,8 +158,7 @@ def check_all_workers_choose_alike_in_fit():
         everyones = hvd.allgather_object(chosen, name="chosen")
         assert all(theirs == chosen for theirs in everyones)
         chooser = optimizer._aggregation.reduction.exchange._chooser
-        # Where steps' times differed much, it has looked again, and measured has what that began with.
-        assert PLAIN in chooser.predicted and chooser.measured and chosen[-1][0][1:] == (
+        assert PLAIN in chooser.measured and chosen[-1][0][1:] == (
             chooser.predicted[chooser.choice], chooser.measured.get(chooser.choice)
         )
         hvd.assert_replicas_equal(model.variables)

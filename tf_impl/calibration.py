@@ -11,7 +11,7 @@ from horovod.tensorflow.mpi_ops import Average, Max, ProcessSet
 from tensorflow.python.eager import context
 
 from horovod_powersgd import calibration
-from horovod_powersgd.calibration import times_of
+from horovod_powersgd.calibration import BLOCK, times_of
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.cost import samples_of
 from horovod_powersgd.layout import trailing_columns
@@ -21,9 +21,6 @@ from horovod_powersgd.tensorflow.settings import Settings
 from horovod_powersgd.tensorflow.step_counters import StepCounters
 from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import Workers
-
-# A message repeats so many numbers.
-BLOCK = 2**14
 
 
 class Calibration(calibration.Calibration):
@@ -68,8 +65,9 @@ class Calibration(calibration.Calibration):
     def _begin_average(self, dtype: str, nbytes: int, parts: int) -> Callable[[], object]:
         def average() -> None:
             with context.eager_mode():  # which a thread has for itself
-                size = nbytes // tf.as_dtype(dtype).size // parts
-                message = self._message(size * parts, dtype)
+                whole = self._message(dtype, nbytes)
+                size = len(whole) // parts
+                message = whole[: size * parts]
                 if parts == 1:
                     self._workers.allreduce(message, dtype, Average).numpy()
                 else:
@@ -79,21 +77,16 @@ class Calibration(calibration.Calibration):
         return self._thread.submit(average).result
 
     def _gather(self, share: int, nbytes: int) -> None:
-        self._workers.allgather(self._message(max(1, nbytes // 4 // share), "float32"), "gather").numpy()
+        self._workers.allgather(self._message("float32", max(4, nbytes // share)), "gather").numpy()
 
     def _exchange(self, whom: Sequence[int], nbytes: int) -> None:
         size, count = nbytes // 4 // len(whom), len(whom)
         peers, to_each = tf.constant(whom, tf.int64), tf.constant([size] * count, tf.int64)
-        received = self._workers.exchange(self._message(size * count, "float32"), peers, to_each, "alltoall")
+        received = self._workers.exchange(self._message("float32", 4 * size * count), peers, to_each, "alltoall")
         tf.reduce_sum(tf.reshape(received, (count, size)), 0).numpy()
 
-    def _prepare(self, nbytes: int) -> None:
-        with context.eager_mode():
-            for dtype in ("float32", "float16"):
-                self._message(nbytes // tf.as_dtype(dtype).size, dtype)
-
-    def _message(self, count: int, dtype: str) -> tf.Tensor:
-        """So many numbers, which are there before they are sent, as gradients are."""
+    def _message(self, dtype: str, nbytes: int) -> tf.Tensor:
+        count = nbytes // tf.as_dtype(dtype).size
         if dtype not in self._kept or len(self._kept[dtype]) < count:
             self._kept[dtype] = tf.tile(tf.cast(_random((BLOCK,)), dtype), [-(-count // BLOCK)])
         return self._kept[dtype][:count]  # which copies nothing

@@ -7,7 +7,7 @@ from horovod.torch.mpi_ops import ProcessSet, allgather_async, allreduce_async_,
 
 from horovod_powersgd import calibration
 from horovod_powersgd.buckets import BUCKET_BYTES, GPU_BUCKET_BYTES
-from horovod_powersgd.calibration import SIZES
+from horovod_powersgd.calibration import BLOCK, SIZES
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.compressors.precision import is_horovods_fp16
@@ -19,9 +19,6 @@ from horovod_powersgd.torch.engine import Engine
 from horovod_powersgd.torch.futures import Gathered, Mean
 from horovod_powersgd.torch.peers import peers_of
 from horovod_powersgd.torch.workers import Workers
-
-# A message repeats so many numbers.
-BLOCK = 2**14
 
 
 class _Alone(Workers):
@@ -89,17 +86,12 @@ class Calibration(calibration.Calibration):
         handles = [allreduce_async_(part, name=f"{name}.{i}", **how) for i, part in enumerate(message)]
         return lambda: [synchronize(handle) for handle in handles]
 
-    def _prepare(self, nbytes: int) -> None:
-        for dtype in ("float32", "float16"):
-            self._message(dtype, nbytes)
-
     def _gather(self, share: int, nbytes: int) -> None:
         part = self._message("float32", max(4, nbytes // share))
         name, process_set = f"{self._workers.prefix}.gather", self._workers.process_set
         synchronize(allgather_async(part, name=name, process_set=process_set))
 
     def _message(self, dtype: str, nbytes: int) -> torch.Tensor:
-        """So many bytes, which are there before they are sent, as gradients are."""
         as_dtype = getattr(torch, dtype)
         count = nbytes // as_dtype.itemsize
         if dtype not in self._messages or len(self._messages[dtype]) < count:

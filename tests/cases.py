@@ -117,8 +117,9 @@ def tolerance(config, dtype, workers, steps):
         # digit, some round the other way. A rounding is 2^-11; it turns a basis by as much times the condition
         # number of its factor, which is about 10 here, and a later step starts from that.
         return 16 * 2**-11 if steps == 1 else 64 * 2**-11
-    if getattr(config.family, "wire_dtype", None) == "int8" and dtype == "float32":
-        # Where a number lies between two codes, up to a rounding, it travels as the one or the other.
+    if (isinstance(config, Int8) or getattr(config.family, "wire_dtype", None) == "int8") and dtype == "float32":
+        # Where a number lies between two codes, up to a rounding, it travels as the one or the other; a mean's, of as
+        # many times the difference in the memory of the worker that rounds it as there are workers.
         return 4 / 127
     if config.family.memory_dtype and dtype == "float32":
         # Where a number of the memory lies between two of 16 bits, up to a rounding of what decides, it becomes the one

@@ -14,7 +14,7 @@ from device_clock import milliseconds
 from exchange_torch import exchanges
 from methods import METHODS
 from models import MODELS, parameters
-from rounds import slowest_ms
+from rounds import step_ms
 
 SECONDS = 2.0  # that a method gets
 MOST_STEPS = 50
@@ -56,7 +56,7 @@ def main():
         rows.append(
             {
                 "method": key,
-                "median_ms": statistics.median(slowest_ms(everyone)),
+                "median_ms": statistics.median(step_ms(everyone)),
                 "peak": (torch.cuda.max_memory_allocated() - before) / (4 * parameters(args.model)),
                 "bytes_sent": exchange.bytes_sent(),
                 **counted(exchange),

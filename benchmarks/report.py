@@ -41,7 +41,7 @@ COLORS = {
 GAINS_OVER = "hvd", "hvd-fp16", "ddp", "ddp-rank-4"
 
 INTRODUCTION = """{place} The machine has {cores} cores, and each worker computes with one thread{crowd}. Methods take
-turns in rounds; times are medians over the steps, of the slowest worker in each, with the quartiles in brackets where
+turns in rounds; times are medians over the steps, of the workers' mean in each, with the quartiles in brackets where
 more than one step was timed. What a worker sends is counted by its network interface, headers and all;
 beside it, in brackets, is what compression_stats() says was handed to allreduce: of that, W workers send 2 (W - 1) / W.
 

@@ -22,15 +22,14 @@ SECONDS = 2.0  # that a method gets in a round
 MOST_STEPS = 10  # of a method in a round
 
 
-def run_worker(description, exchanges_of, hvd, predict=lambda model, methods: {}):
+def run_worker(description, exchanges_of, hvd, predict=lambda model, exchanges: {}):
     """A worker of exchange.py.
 
     Args:
         description: of the program.
         exchanges_of: (model, methods) to what measure_rounds takes.
         hvd: Horovod for the framework.
-        predict: (model, methods) to what is predicted of some methods, a cost.Prediction. Rows have it where
-            "no-exchange" is one of the methods, which tells what their backward takes.
+        predict: (model, exchanges) to the seconds that are predicted of steps of some methods.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", choices=MODELS, required=True)
@@ -39,12 +38,12 @@ def run_worker(description, exchanges_of, hvd, predict=lambda model, methods: {}
     parser.add_argument("--results", type=Path, required=True)
     args = parser.parse_args()
     hvd.init()
-    predictions = predict(args.model, args.methods)
-    rows = measure_rounds(exchanges_of(args.model, args.methods), args.rounds, hvd)
-    backward = next((row["median_ms"] / 1e3 for row in rows if row["method"] == "no-exchange"), None)
+    exchanges = exchanges_of(args.model, args.methods)
+    predictions = predict(args.model, exchanges)
+    rows = measure_rounds(exchanges, args.rounds, hvd)
     for row in rows:
-        if row["method"] in predictions and backward is not None:
-            row["predicted_ms"] = round(1e3 * predictions[row["method"]].step(backward), 2)
+        if row["method"] in predictions:
+            row["predicted_ms"] = round(1e3 * predictions[row["method"]], 2)
     if hvd.rank() == 0:
         args.results.write_text(json.dumps(rows))
 
@@ -58,9 +57,8 @@ def measure_rounds(exchanges, rounds, hvd):
         hvd: Horovod for the framework, which is running.
 
     Returns:
-        A dictionary for each method: `median_ms` and `quartiles_ms` of the slowest worker's time, `steps` that were
-        timed, `wire_bytes` that a worker sent in a step, on average, and `bytes_sent` of them that this worker handed
-        to allreduce.
+        A dictionary for each method: `median_ms` and `quartiles_ms` of a step, `steps` that were timed, `wire_bytes`
+        that a worker sent in a step, on average, and `bytes_sent` of them that this worker handed to allreduce.
     """
     warm = {key: _warm_up(key, exchange, hvd) for key, exchange in exchanges.items()}
     _switch(hvd, on=True)
@@ -123,19 +121,20 @@ def of_each(wire):
     return statistics.mean(wire) / senders
 
 
-def slowest_ms(seconds):
-    """The slowest worker's milliseconds in each step, from the seconds of all of them."""
-    return [1000 * max(step) for step in zip(*seconds)]
+def step_ms(seconds):
+    """Milliseconds of each step, from the seconds of all workers: their mean. Who is late in one step waits the less in
+    the next: the slowest one's would add up to more than the job takes."""
+    return [1000 * statistics.mean(step) for step in zip(*seconds)]
 
 
 def _row(key, seconds, wire, bytes_sent):
-    slowest = slowest_ms(seconds)
-    quartiles = statistics.quantiles(slowest, n=4, method="inclusive") if len(slowest) > 1 else slowest * 3
+    steps = step_ms(seconds)
+    quartiles = statistics.quantiles(steps, n=4, method="inclusive") if len(steps) > 1 else steps * 3
     return {
         "method": key,
         "median_ms": round(quartiles[1], 2),
         "quartiles_ms": [round(quartiles[0], 2), round(quartiles[2], 2)],
-        "steps": len(slowest),
-        "wire_bytes": round(of_each(wire) / len(slowest)),
+        "steps": len(steps),
+        "wire_bytes": round(of_each(wire) / len(steps)),
         "bytes_sent": bytes_sent,
     }

@@ -35,7 +35,9 @@ def tree(workers, bytes_per_second):
         return Curve(((0, rounds * LATENCY), (1e9, rounds * LATENCY + factor * 1e9 / bytes_per_second)))
 
     hosts = ring(workers, bytes_per_second).hosts
-    return Network(workers, line(2 * depth, 2), line(2 * depth, 2), line(depth, workers - 1), hosts)
+    mean, gather = line(2 * depth, 2), line(depth, workers - 1)
+    # Each sends each of the others its part: no tree spares it that.
+    return Network(workers, mean, mean, gather, ring(workers, bytes_per_second).alltoall, hosts)
 
 
 def options(shapes, network):

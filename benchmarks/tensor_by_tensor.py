@@ -39,7 +39,7 @@ def main():
         work = Work.fitted(passes(RANK_4, hvd.global_process_set, list(shapes.values())))
         for link in LINKS:
             messages = Curve(((0, 1e-3), (1e9, 1e-3 + 8e9 / link)))
-            network = Network(2, messages, messages, messages)
+            network = Network(2, messages, messages, messages, messages)
             steps = [milliseconds(shapes, network, work, sizes) for sizes in (None, [small], [small, *more])]
             if None not in steps:
                 print(f"{title:<14}{link / 1e9:>8}" + "".join(f"{step:>8.1f}" for step in steps), flush=True)

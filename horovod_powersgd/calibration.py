@@ -17,6 +17,7 @@ from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.cost import ITEMSIZE, SAMPLE_MATRICES, Work, samples_of
 from horovod_powersgd.hosts import Host, host_key, host_of
 from horovod_powersgd.network import Curve, HostNetwork, Network
+from horovod_powersgd.quantization import slice_count
 
 # Messages of so many bytes are measured, up to what the model has.
 SIZES = [2**10, 2**14, 2**18, 2**20, 2**22, 2**24, 2**26]
@@ -27,8 +28,8 @@ FIRST_HALVES = 2**18
 SECONDS, SECONDS_BEFORE = 0.01, 0.3
 LONGEST, LONGEST_BEFORE = 0.04, 0.3
 MOST_TIMES = 6
-# A message repeats so many numbers.
-BLOCK = 2**14
+# A message repeats so many numbers: a prime number, so that the rows of a matrix of them differ.
+BLOCK = 2**14 - 3
 
 
 class Calibration(ABC):
@@ -43,6 +44,7 @@ class Calibration(ABC):
         bucket_bytes: that buckets have.
         most: how many matrices a step has at most.
         hurries: whether a job waits meanwhile.
+        clock: nanoseconds that steps take; best without those in which others have the core.
     """
 
     count: int
@@ -53,6 +55,7 @@ class Calibration(ABC):
     bucket_bytes = BUCKET_BYTES
     most = SAMPLE_MATRICES
     hurries = True
+    clock: Callable[[], int] = staticmethod(time.perf_counter_ns)
 
     @property
     def is_first(self) -> bool:
@@ -60,15 +63,17 @@ class Calibration(ABC):
         return self.index == 0
 
     def network(self, gathers: bool = True, levels: bool = False) -> Network:
-        """What messages of these workers take; of an allgather, and of two levels, only where it is asked for."""
+        """What messages of these workers take; of gathers, and of two levels, only where it is asked for."""
         mean = self._curve(partial(self._average, "float32"))
         small = [(nbytes, seconds) for nbytes, seconds in mean.points if nbytes < FIRST_HALVES]
         halves = self._curve(partial(self._average, "float16"), known=small)
         gather = self._curve(partial(self._gather, self.count), self.count) if gathers else mean
+        in_slices = gathers and slice_count(self.count) > 1
+        exchange = self._curve(partial(self._exchange, range(self.count))) if in_slices else gather
         hosts = self._hosts() if levels else None
         [on_processor] = self.largest([int(self.on_processor)])
         overlap = self._overlap(mean) if on_processor else 1.0
-        return Network(self.count, mean, halves, gather, hosts, overlap, self._idle(mean))
+        return Network(self.count, mean, halves, gather, exchange, hosts, overlap, self._idle(mean))
 
     def _idle(self, mean: Curve) -> float:
         """Network.idle, of what is sent after computing for a part of a message's time: no longer, so that what
@@ -121,18 +126,38 @@ class Calibration(ABC):
             workers: from whom there is something to decode in a step; None: those that measure.
         """
         samples = samples_of(compressor, self.shapes, self.matrix_shape, self.most)
+        if not samples:
+            return Work.fitted([])
         # Where workers differ, as the slowest.
         on_processor, bucket_bytes = self.largest([int(self.on_processor), self.bucket_bytes])
         if not on_processor:
             # To tell a bucket's calls, which are what a GPU takes most of, from a matrix's.
             samples += [sample[:1] for sample in samples[:1]]
-        steps = ((shapes, self._step(compressor, shapes, workers or self.count)) for shapes in samples)
-        measured = [(shapes, self._seconds_of(step)) for shapes, step in steps]
+        steps = [self._step(compressor, shapes, workers or self.count) for shapes in samples]
+        measured = zip(samples, self.in_turn(steps), strict=True)
         return Work.fitted(measured, bool(on_processor))._replace(bucket_bytes=bucket_bytes)
 
     def works(self, settings: Mapping[str, Compressor | None], workers: int | None = None) -> dict[str, Work]:
         """Of each compressor, by the names that they are given with; None takes none."""
         return {name: self.work(compressor, workers) for name, compressor in settings.items() if compressor is not None}
+
+    def in_turn(self, steps: Sequence[Callable[[], object]]) -> list[float]:
+        """Seconds of each of some steps without messages, one at least, which take turns. At their end all wait for the
+        last worker: where workers share cores, some compute before others begin, and each finds its own steps short."""
+        wait, own = partial(self._average, "float32", SIZES[0]), list[list[int]]()
+        seconds = 2 * SECONDS if self.hurries else SECONDS_BEFORE
+
+        def together() -> None:
+            own.extend(take_turns(steps, self.clock) for _ in range(number))
+            wait()
+
+        [once] = self.largest([_nanoseconds(lambda: take_turns(steps))])
+        waiting = self._seconds_of(wait)
+        number = max(1, round(1e9 * seconds / 2 / once))
+        taken = statistics.median(times_of(together, seconds, self.largest))
+        mine = self.largest([statistics.median_low(times) for times in zip(*own, strict=True)])
+        scale = max(1.0, 1e9 * (taken - waiting) / (number * sum(mine)))
+        return [scale * nanoseconds / 1e9 for nanoseconds in mine]
 
     @abstractmethod
     def largest(self, numbers: Sequence[int]) -> list[int]:
@@ -197,6 +222,12 @@ class Calibration(ABC):
         return Curve(tuple(points))
 
 
+def take_turns(steps: Sequence[Callable[[], object]], clock: Callable[[], int] = time.perf_counter_ns) -> list[int]:
+    """Nanoseconds of each of some steps, one after the other, as a model's matrices come: what one has left in caches,
+    others displace."""
+    return [_nanoseconds(step, clock) for step in steps]
+
+
 def times_of(
     run: Callable[[], object], seconds: float = SECONDS, largest: Callable[[list[int]], Iterable[int]] = list
 ) -> list[float]:
@@ -209,6 +240,7 @@ def times_of(
         largest: of each of some numbers, the largest of all workers', whose slowest then counts. Without it, this one
             does.
     """
+    largest([0])  # all begin together
     [first] = largest([_nanoseconds(run)])
     if first > 1e9 * seconds:
         return [first / 1e9]
@@ -216,7 +248,7 @@ def times_of(
     return [found / 1e9 for found in largest([_nanoseconds(run) for _ in range(times)])]
 
 
-def _nanoseconds(run: Callable[[], object]) -> int:
-    begin = time.perf_counter()
+def _nanoseconds(run: Callable[[], object], clock: Callable[[], int] = time.perf_counter_ns) -> int:
+    begin = clock()
     run()
-    return int(1e9 * (time.perf_counter() - begin))
+    return clock() - begin

@@ -28,8 +28,9 @@ from horovod_powersgd.network import HostNetwork, Network
 from horovod_powersgd.quantization import Slices, slice_count
 
 ITEMSIZE = 4  # gradients are float32 here
-# A sample of a model has so many bytes, and so many matrices, at most, since a calibration has seconds.
-SAMPLE_BYTES, SAMPLE_MATRICES = 2**24, 24
+# A sample of a model has so many bytes, and so many matrices, at most, since a calibration has seconds. They are more
+# than a processor's caches have, as a large model's are.
+SAMPLE_BYTES, SAMPLE_MATRICES = 2**25, 24
 
 
 def samples_of(
@@ -288,8 +289,9 @@ def _mean_in_8_bits(lengths: Sequence[int], network: Network, hosts: HostNetwork
     """Seconds of each message of an average of rows of such lengths."""
     if hosts is None:
         count = slice_count(network.workers)
-        # Of an alltoall each link carries as much as of an allgather of its slices.
-        return [network.allgather(Slices(lengths, count).nbytes(ITEMSIZE))] * (1 if count == 1 else 2)
+        nbytes = Slices(lengths, count).nbytes(ITEMSIZE)
+        gathered = network.allgather(nbytes)
+        return [gathered] if count == 1 else [network.alltoall(count * nbytes), gathered]
     per_host, number = hosts.per_host, network.workers // hosts.per_host
     count = slice_count(number)
     # A host's workers tell each other their parts, as they are. Of the codes each sends a part of every message to one

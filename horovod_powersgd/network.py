@@ -59,6 +59,7 @@ class Network(NamedTuple):
         allreduce: seconds by the bytes that each worker hands over, in single precision.
         halves: the same in half precision.
         allgather: seconds by the bytes that each worker hands over to all.
+        alltoall: seconds by the bytes that each worker hands over, its own part among them.
         hosts: where several workers share each of several hosts. None: exchanges have one level.
         overlap: the part of the shorter one that is saved where a worker computes while a message travels: 1 where it
             has a core to spare for messages; 0 where computing takes so much longer.
@@ -70,6 +71,7 @@ class Network(NamedTuple):
     allreduce: Curve
     halves: Curve
     allgather: Curve
+    alltoall: Curve
     hosts: HostNetwork | None = None
     overlap: float = 1.0
     idle: float = 0.0
@@ -105,4 +107,4 @@ class Network(NamedTuple):
             gradients, inside = (line(per_host - 1, 1 / per_host, rate) for rate in in_host)
             hosts = HostNetwork(per_host, gradients, inside, line(count - 1, per_host / count))
         mean = line(2 * around, 1 / workers)
-        return cls(workers, mean, mean, line(around, 1), hosts)
+        return cls(workers, mean, mean, line(around, 1), line(around, 1 / workers), hosts)

@@ -40,7 +40,7 @@ class Job(NamedTuple):
 
 def link(bytes_per_second, latency=1e-3):
     curve = Curve(((0, latency), (1e9, latency + 1e9 / bytes_per_second)))
-    return Network(2, curve, curve, curve)
+    return Network(2, curve, curve, curve, curve)
 
 
 def run(chooser, job, steps):
@@ -137,7 +137,7 @@ def test_what_is_predicted_alike_is_tried_in_the_order_of_care():
     for names in ("abc", "cab", "bca"):
         found = Chooser(auto, dict.fromkeys(names, (100, 100)), leading_rows)
         found.settle(Choice(1))
-        waiting = Network(2, *[Curve(((0, 1e-3), (1e9, 1e-3)))] * 3)
+        waiting = Network(2, *[Curve(((0, 1e-3), (1e9, 1e-3)))] * 4)
         for _ in range(TRIES):
             if found.report(1e-3, lambda: (waiting, nothing)) != Choice(1):
                 break

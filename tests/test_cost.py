@@ -11,8 +11,8 @@ from horovod_powersgd.cost import SAMPLE_BYTES, Work, predict, predict_plain, sa
 from horovod_powersgd.layout import layout_of, leading_rows, trailing_columns
 from horovod_powersgd.network import Curve, HostNetwork, Network
 
-# A message takes a millisecond, and a nanosecond for each byte; of halves, and of a gather, two.
-MESSAGES = Network(2, *(Curve(((0, 1e-3), (1e6, 1e-3 + slope))) for slope in (1e-3, 2e-3, 2e-3)))
+# A message takes a millisecond, and a nanosecond for each byte; of halves, and of a gather, two; of an alltoall, three.
+MESSAGES = Network(2, *(Curve(((0, 1e-3), (1e6, 1e-3 + slope))) for slope in (1e-3, 2e-3, 2e-3, 3e-3)))
 FREE = Work(0.0, 0.0)
 SHAPES = [(1000, 500), (300,)]  # 2,000,000 and 1,200 bytes
 
@@ -31,6 +31,7 @@ def test_messages_of_a_ring():
     network = Network.of_links(4, bytes_per_second=1e9, latency=1e-5)
     assert network.allreduce(8e6) == pytest.approx(6 * (1e-5 + 2e-3))  # W - 1 rounds of a part, twice
     assert network.allgather(8e6) == pytest.approx(3 * (1e-5 + 8e-3))
+    assert network.alltoall(8e6) == pytest.approx(3 * (1e-5 + 2e-3))  # to each of the others its part
     assert Network.of_links(1, 1e9, 1e-5).allreduce(1e9) == 0
 
 
@@ -152,9 +153,8 @@ def test_each_kind_of_message_has_its_own_time(compressor, seconds):
 def test_numbers_in_8_bits_are_averaged_in_slices_by_many():
     four = MESSAGES._replace(workers=4)
     # An alltoall of the slices, and a gather of one.
-    assert predict(SHAPES[:1], Int8(1000), four, FREE).network == pytest.approx(
-        2 * (1e-3 + (125_000 + 125 * 4) * 2e-9)
-    )
+    one = 125_000 + 125 * 4
+    assert predict(SHAPES[:1], Int8(1000), four, FREE).network == pytest.approx(2e-3 + 4 * one * 3e-9 + one * 2e-9)
 
 
 def test_links_of_hosts():

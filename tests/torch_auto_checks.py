@@ -134,7 +134,7 @@ def check_all_workers_choose_alike_from_what_they_measure():
     slow = Curve(((0, 1e-2), (1e6, 1.0)))
 
     def calibrate(self):
-        return Network(hvd.size(), slow, slow, slow), [Work(1e-5, 1e-10)] * len(AUTO.candidates)
+        return Network(hvd.size(), slow, slow, slow, slow), [Work(1e-5, 1e-10)] * len(AUTO.candidates)
 
     # Measured and predicted on this machine, and as on a network that is slow.
     for patch in (contextlib.nullcontext(), mock.patch.object(AutoEngine, "_calibrate", calibrate)):

@@ -11,6 +11,7 @@ import numpy as np
 
 import cases
 from horovod_powersgd import Accordion, PowerSGD, reference
+from horovod_powersgd.quantization import TWO_ROUNDS
 
 # Which workers share each host: neighbours, or not; as many on all, or not.
 HOSTS = {2: [[0], [1]], 3: [[0, 1], [2]], 4: [[0, 3], [1, 2]], 6: [[0, 1, 2], [3, 4, 5]]}
@@ -147,14 +148,24 @@ class TwoLevels:
         with self.on_hosts():
             found = calibration.network(levels=True)
         assert found.workers == self._hvd.size()
+        of_model = [2**10, 2**14]
+        assert all([nbytes for nbytes, _ in curve.points] == of_model for curve in (found.allreduce, found.halves))
+        assert [nbytes for nbytes, _ in found.allgather.points] == [nbytes / self._hvd.size() for nbytes in of_model]
+        if self._hvd.size() >= TWO_ROUNDS:
+            assert [nbytes for nbytes, _ in found.alltoall.points] == of_model
+        else:
+            assert found.alltoall == found.allgather
         if self.flat_because():
             assert found.hosts is None
         else:
             per_host, *curves = found.hosts
             assert per_host == len(self._sharing()[0])
-            assert all([nbytes for nbytes, _ in curve.points] == [2**10, 2**14] for curve in curves)
-        for theirs in self._hvd.allgather_object(found, name="network"):
-            assert theirs == found
+            assert all([nbytes for nbytes, _ in curve.points] == of_model for curve in curves)
+        numbers = [np.ones(count) for count in (2**14, 2**18)]
+        taken = calibration.in_turn([functools.partial(np.add, some, some, out=some) for some in numbers])
+        assert 0 < taken[0] < taken[1]
+        for theirs in self._hvd.allgather_object((found, taken), name="network"):
+            assert theirs == (found, taken)
 
     def a_state_goes_on_as_it_was(self, config, ways):
         """Each way is a function that saves a trainee's state, and one that loads that into another."""

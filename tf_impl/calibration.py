@@ -11,7 +11,7 @@ from horovod.tensorflow.mpi_ops import Average, Max, ProcessSet
 from tensorflow.python.eager import context
 
 from horovod_powersgd import calibration
-from horovod_powersgd.calibration import BLOCK, times_of
+from horovod_powersgd.calibration import BLOCK, MOST_TIMES, take_turns
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.cost import samples_of
 from horovod_powersgd.layout import trailing_columns
@@ -137,7 +137,9 @@ def passes(
     samples = samples_of(compressor, shapes, trailing_columns, Calibration.most)
     # In a graph that is being built, too, of whichever TensorFlow.
     with context.eager_mode():
-        return [(some, median(times_of(_step(compressor, process_set, some, process_set.size())))) for some in samples]
+        steps = [_step(compressor, process_set, some, process_set.size()) for some in samples]
+        turns = zip(*(take_turns(steps) for _ in range(MOST_TIMES)), strict=True)
+        return [(some, median(times) / 1e9) for some, times in zip(samples, turns, strict=True)]
 
 
 def _step(

@@ -1,5 +1,6 @@
 """horovod_powersgd.calibration for PyTorch."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -66,6 +67,8 @@ class Calibration(calibration.Calibration):
         self._workers, self._device = Workers(process_set, f"{prefix}.calibration"), device
         self.count, self.index = self._workers.count, self._workers.index
         self.shapes, self.matrix_shape, self.on_processor = shapes, matrix_shape, device.type == "cpu"
+        if self.on_processor:
+            self.clock = time.thread_time_ns
         self.bucket_bytes = BUCKET_BYTES if self.on_processor else GPU_BUCKET_BYTES
         # By dtype.
         self._messages: dict[str, torch.Tensor] = {}
@@ -76,9 +79,10 @@ class Calibration(calibration.Calibration):
     def _step(
         self, compressor: Compressor, shapes: Sequence[tuple[int, int]], workers: int
     ) -> Callable[[], None]:
+        gradients = [self._message("float32", 4 * n * m).view(n, m).clone() for n, m in shapes]
         if is_horovods_fp16(compressor):
-            return _cast(self._device, shapes)
-        return _step(compressor, self._workers.process_set, self._device, shapes, workers)
+            return _cast(gradients)
+        return _step(compressor, self._workers.process_set, gradients, workers)
 
     def _begin_average(self, dtype: str, nbytes: int, parts: int) -> Callable[[], object]:
         name, how = f"{self._workers.prefix}.{dtype}", self._workers.averaging(getattr(torch, dtype))
@@ -95,8 +99,10 @@ class Calibration(calibration.Calibration):
         as_dtype = getattr(torch, dtype)
         count = nbytes // as_dtype.itemsize
         if dtype not in self._messages or len(self._messages[dtype]) < count:
-            some = _random((BLOCK,), self._device).to(as_dtype)
-            self._messages[dtype] = some.repeat(-(-count // BLOCK))
+            # PyTorch's own generators, from which the job draws, stay as they are.
+            generator = torch.Generator(self._device).manual_seed(0)
+            some = torch.randn(BLOCK, device=self._device, generator=generator)
+            self._messages[dtype] = some.to(as_dtype).repeat(-(-count // BLOCK))
         return self._messages[dtype][:count]
 
     def _means_of(self, host: Host) -> Callable[[int], None]:
@@ -126,40 +132,29 @@ def _usual_device() -> torch.device:
     return torch.device("cuda", local_rank() % count) if count else torch.device("cpu")
 
 
-def _random(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Numbers that leave PyTorch's own generators as they are, from which the job draws."""
-    return torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(0))
-
-
-def _cast(device: torch.device, shapes: Sequence[tuple[int, int]]) -> Callable[[], None]:
-    gradients = [_random(shape, device) for shape in shapes]
-
+def _cast(gradients: Sequence[torch.Tensor]) -> Callable[[], None]:
     def run() -> None:
         for gradient in gradients:
             gradient.copy_(gradient.half().to(gradient.dtype))
-        _finish(device)
+        _finish(gradients[0].device)
 
     return run
 
 
 def _step(
-    compressor: Compressor,
-    process_set: ProcessSet,
-    device: torch.device,
-    shapes: Sequence[tuple[int, int]],
-    workers: int,
+    compressor: Compressor, process_set: ProcessSet, gradients: list[torch.Tensor], workers: int
 ) -> Callable[[], None]:
-    """A step of these matrices without messages."""
-    alone = _Alone(process_set)
+    """A step of these gradients without messages. As in a training, nobody but the parameters holds them: the last
+    step's updates."""
+    alone, device = _Alone(process_set), gradients[0].device
     engine = Engine(compressor, alone)
     agreement.leave(engine)
-    for i, shape in enumerate(shapes):
-        parameter = torch.nn.Parameter(torch.empty(shape, device=device))
-        parameter.grad = _random(shape, device)
+    for i in range(len(gradients)):
+        parameter = torch.nn.Parameter(torch.empty_like(gradients[0]))
+        parameter.grad = gradients.pop(0)
         engine.add(str(i), parameter)
 
     def run() -> None:
-        # As in a training, nobody but the parameters holds the gradients: the last step's updates.
         engine.finish(undoable=False)
         engine.commit()
         _finish(device)

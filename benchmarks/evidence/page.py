@@ -56,7 +56,7 @@ None of the numbers here are from these.
 
 "Sent" is what one worker hands to Horovod in an epoch, as compression_stats() counts it. "Left" is what left its
 network interface: of an allreduce 2 (W - 1) / W times as much with W workers, of an allgather W - 1 times, and
-headers. Times are medians over the steps, of the slowest worker in each, and over the seeds. 4 workers on 2 cores
+headers. Times are medians over the steps, of the workers' mean in each, and over the seeds. 4 workers on 2 cores
 wait for each other's computing, and times vary by a third from run to run: read qualities and bytes first. Times in
 brackets were disturbed: other programs kept a third of a core or more busy meanwhile."""
 COMMANDS = """The commands, and the minutes that they took here; with `--seeds 1` each takes as long as one of its

@@ -3,7 +3,7 @@
     python benchmarks/evidence/region.py     # in about 8 minutes on 2 cores
 
 A model here is 8 square matrices and as many vectors, whose backward is almost free: what a step takes is the exchange.
-The times are those of the slowest worker, medians over 30 steps, or over 3 where they are long.
+The times are the workers' means, medians over 30 steps, or over 3 where they are long.
 """
 
 import argparse

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from compressions import METHODS, Model  # noqa: E402
 from learners import LEARNERS  # noqa: E402
-from rounds import of_each, slowest_ms, wire_bytes  # noqa: E402
+from rounds import of_each, step_ms, wire_bytes  # noqa: E402
 
 
 class Training:
@@ -90,7 +90,7 @@ class Training:
     def results(self):
         """Gathered from all workers, and the same on each of them."""
         steps, per_epoch = len(self._seconds), self._learner.steps_per_epoch
-        slowest = slowest_ms(hvd.allgather_object(self._seconds))
+        milliseconds = step_ms(hvd.allgather_object(self._seconds))
         wire = of_each(hvd.allgather_object(self._wire))
         numbers = sum(parameter.numel() for parameter in self._parameters)
         found = {
@@ -98,7 +98,7 @@ class Training:
             "steps": steps,
             "steps_per_epoch": per_epoch,
             "seconds": self._curve[-1][1],
-            "step_ms": round(statistics.median(slowest), 2),
+            "step_ms": round(statistics.median(milliseconds), 2),
             "parameters": numbers,
             "bytes_per_epoch": 4 * numbers * per_epoch // (2 if self._method.compression == "fp16" else 1),
             "wire_bytes_per_epoch": round(wire / steps * per_epoch),

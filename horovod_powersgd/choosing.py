@@ -29,10 +29,13 @@ MARGIN = 0.03
 # What promises a step that is at most so many times longer than the best that was measured is tried: predictions are
 # off by as much, and a try costs little.
 PROMISING = 1.3
+# Those that took at most so many times what the fastest did are tried once more, before one of them stays.
+CLOSE = 1.15
 # Once it has chosen, steps' times are compared after so many seconds, but after FEW steps at least and PERIOD steps at
-# most; and it looks again where they have twice in a row been CHANGE times longer or shorter than they were, and by a
-# cycle of Horovod's, which is a matter of luck.
-PERIOD_SECONDS, FEW, PERIOD, CHANGE, CYCLE = 0.3, 5, 50, 1.5, 1e-3
+# most, by a message that has WAITING more steps to travel. It looks again where they have been CHANGE times longer or
+# shorter than they were, and by a cycle of Horovod's, which is a matter of luck, twice in a row and for so long.
+PERIOD_SECONDS, FEW, PERIOD, WAITING = 0.3, 5, 10, 2
+CHANGE, CYCLE, ODD_SECONDS = 1.5, 1e-3, 0.3
 # It looks again after so many seconds and steps, too: compressed steps do not tell that links have become faster.
 AGAIN_SECONDS, AGAIN_STEPS = 120.0, 500
 
@@ -78,15 +81,21 @@ class Chooser:
         # Of this try's reports: (steps, seconds of each).
         self._times: list[tuple[int, float]] = []
         self._untried: list[Choice] | None = None  # None: nothing is predicted yet
+        # Those that are to be tried once more; None: it is not known yet which.
+        self._close: list[Choice] | None = None
         # What a step takes since the choice was made, and what it took when it was last reported.
         self._expected: float | None = None
         self._latest = 0.0
-        # How often in a row it was another one than expected; steps, and seconds, since that is expected.
-        self._odd, self._steps, self._age = 0, 0, 0.0
+        # How often in a row it was another one than expected, and seconds; steps, and seconds, since that is expected.
+        self._odd, self._odd_seconds, self._steps, self._age = 0, 0.0, 0, 0.0
+        # Waits for what the slowest worker's steps take; None: nobody has asked.
+        self._slowest: Callable[[], float] | None = None
 
     @property
     def interval(self) -> int:
-        """After how many steps to `report`."""
+        """After how many steps to `tell`."""
+        if self._slowest is not None:
+            return WAITING
         if self._expected is None:
             return 1 if not self._times else max(1, min(TOGETHER, int(TOGETHER_SECONDS / self._times[-1][1])))
         return max(FEW, min(PERIOD, round(PERIOD_SECONDS / self._latest)))
@@ -94,6 +103,27 @@ class Chooser:
     def settle(self, choice: Choice) -> None:
         """Begins with a choice that was made before, perhaps elsewhere."""
         self.choice = choice
+
+    def tell(
+        self,
+        seconds: float,
+        largest: Callable[[float], Callable[[], float]],
+        calibrate: Callable[[], tuple[Network, Sequence[Work]]],
+    ) -> Choice:
+        """Takes what steps took, and gives the choice for the next ones, which is all workers'.
+
+        Args:
+            seconds: this worker's median of as many steps as `interval` says.
+            largest: begins to find the largest of all workers' numbers, and gives what waits for it.
+            calibrate: as report's.
+        """
+        slowest, self._slowest = self._slowest, None
+        if slowest is None:
+            slowest = largest(seconds)
+            if self._expected is not None:
+                self._slowest = slowest
+                return self.choice
+        return self.report(slowest(), calibrate)
 
     def report(self, seconds: float, calibrate: Callable[[], tuple[Network, Sequence[Work]]]) -> Choice:
         """Takes what a step took since the last report, and gives the choice for the next ones.
@@ -103,21 +133,25 @@ class Chooser:
             calibrate: measures the network, and the work of each candidate; is called now and then.
         """
         if self._expected is not None:
-            self._steps, self._age = self._steps + self.interval, self._age + self.interval * seconds
+            steps = self.interval + WAITING
+            self._steps, self._age = self._steps + steps, self._age + steps * seconds
             is_old = self._age >= AGAIN_SECONDS and self._steps >= AGAIN_STEPS
             ratio, difference = seconds / self._expected, abs(seconds - self._expected)
             changed = difference > CYCLE and not 1 / CHANGE < ratio < CHANGE
             self._latest = seconds
             self._odd = self._odd + 1 if changed else 0
-            if self._odd < 2 and (changed or not is_old):
+            self._odd_seconds = self._odd_seconds + steps * seconds if changed else 0.0
+            is_odd = self._odd >= 2 and self._odd_seconds >= ODD_SECONDS
+            if not is_odd and (changed or not is_old):
                 return self.choice
-            self.measured, self._expected = {self.choice: seconds}, None
+            self.measured, self._expected, self._close = {self.choice: seconds}, None, None
             self._look(*calibrate())
         else:
             self._times.append((self.interval, seconds))
             if not self._tried():
                 return self.choice
-            self.measured[self.choice] = self._typical()
+            typical = self._typical()
+            self.measured[self.choice] = (self.measured.get(self.choice, typical) + typical) / 2
             if self._untried is None:
                 self._look(*calibrate())
         self._go_on()
@@ -165,12 +199,19 @@ class Chooser:
         self._untried = []
         # In the order of care.
         order = sorted(self.measured, key=_in_order)
+        if self._close is None:
+            most = CLOSE * min(self.measured.values())
+            close = [choice for choice in order if self.measured[choice] <= most]
+            self._close = close if len(close) > 1 else []
+        if self._close:
+            self.choice = self._close.pop(0)
+            return
         best = order[0]
         for choice in order[1:]:
             if self.measured[choice] < self.measured[best] * (1 - MARGIN):
                 best = choice
         self.choice, self._expected, self._latest = best, self.measured[best], self.measured[best]
-        self._odd, self._steps, self._age = 0, 0, 0.0
+        self._odd, self._odd_seconds, self._steps, self._age = 0, 0.0, 0, 0.0
 
     def _look(self, network: Network, works: Sequence[Work]) -> None:
         """Predicts all choices, from what this one's steps have taken."""

@@ -8,8 +8,13 @@ import cases
 from horovod_powersgd.choosing import Choice, Chooser
 
 PLAIN = Choice()
-# While it is entered, a try takes a few steps, and what was chosen is not compared before 50 more.
-short_tries = mock.patch.multiple("horovod_powersgd.choosing", MOST_STEPS=8, FEW=50)
+# While it is entered, a try takes a few steps, none is made twice, and what was chosen is not compared before 50 more.
+short_tries = mock.patch.multiple("horovod_powersgd.choosing", MOST_STEPS=8, FEW=50, CLOSE=0.0)
+# While it is entered, tries are as short, and after them each comparison makes it look again.
+looking_again = mock.patch.multiple(
+    "horovod_powersgd.choosing",
+    MOST_STEPS=4, TOGETHER=3, FEW=2, PERIOD=2, CLOSE=0.0, AGAIN_SECONDS=0.0, AGAIN_STEPS=0, CHANGE=1e9,
+)  # fmt: skip
 
 
 def choosing(*choices):

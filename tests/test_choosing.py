@@ -5,7 +5,20 @@ from typing import NamedTuple
 import pytest
 
 from horovod_powersgd import Accordion, Auto, Float16, NoCompression, PowerSGD
-from horovod_powersgd.choosing import AGAIN_STEPS, CHANGE, CYCLE, ENOUGH_STEPS, FEW, MOST_STEPS, PERIOD, Choice, Chooser
+from horovod_powersgd.choosing import (
+    AGAIN_STEPS,
+    CHANGE,
+    CLOSE,
+    CYCLE,
+    ENOUGH_STEPS,
+    FEW,
+    MOST_STEPS,
+    ODD_SECONDS,
+    PERIOD,
+    WAITING,
+    Choice,
+    Chooser,
+)
 from horovod_powersgd.cost import Work, predict, predict_plain
 from horovod_powersgd.layout import layout_of, leading_rows
 from horovod_powersgd.network import Curve, Network
@@ -13,7 +26,7 @@ from horovod_powersgd.network import Curve, Network
 SHAPES = {"large": (2000, 1000), "small": (40, 40), "vector": (1000,)}
 AUTO = Auto(PowerSGD(rank=4), Float16(error_feedback=False))
 # In which all candidates are tried, however short their steps are.
-TRIES = 4 * MOST_STEPS
+TRIES = 7 * MOST_STEPS
 
 
 class Job(NamedTuple):
@@ -44,15 +57,20 @@ def link(bytes_per_second, latency=1e-3):
 
 
 def run(chooser, job, steps):
-    """What was chosen for each step."""
+    """What was chosen for each step: of so many, and of those until an answer is there that is on its way."""
     chosen, times = [], []
-    for _ in range(steps):
+    while len(chosen) < steps or chooser._slowest is not None:
         chosen.append(chooser.choice)
         times.append(job.step(chooser.choice))
         if len(times) >= chooser.interval:
-            chooser.report(sorted(times)[len(times) // 2], job.calibrate)
+            chooser.tell(sorted(times)[len(times) // 2], alone, job.calibrate)
             times = []
     return chosen
+
+
+def alone(seconds):
+    """The largest of one worker's numbers."""
+    return lambda: seconds
 
 
 def chooser():
@@ -106,8 +124,47 @@ def test_it_looks_again_when_the_link_has_changed():
     slow = Job(link(1e7))
     assert slow.step(Choice()) > CHANGE * found.measured[Choice()]
     chosen = run(found, slow, PERIOD + FEW + TRIES)
-    assert chosen[PERIOD] == Choice()  # once may be a disturbance
-    assert chosen[PERIOD + FEW].number == 0 and chosen[-1].number == 0
+    assert chosen[PERIOD + WAITING] == Choice()  # once may be a disturbance
+    assert chosen[PERIOD + FEW + 2 * WAITING].number == 0 and chosen[-1].number == 0
+
+
+def test_a_short_disturbance_is_no_change():
+    found, calibrated = chooser(), []
+    run(found, Job(link(1e11)), TRIES)
+    slow = 4 * found.measured[Choice()]
+    for _ in range(int(ODD_SECONDS / slow / (PERIOD + WAITING))):
+        found.report(slow, calibrated.append)
+    assert found._odd > 2 and not calibrated
+    found.report(found.measured[Choice()], calibrated.append)
+    assert found._odd == found._odd_seconds == 0
+
+
+def test_nobody_waits_for_what_is_compared():
+    found, job, asked = chooser(), Job(link(1e11)), []
+
+    def largest(seconds):
+        asked.append(seconds)
+        return lambda: asked.append("waited") or 9 * seconds
+
+    run(found, job, TRIES)
+    expected = found.measured[Choice()]
+    found.tell(expected, largest, job.calibrate)
+    assert asked == [expected] and found.interval == WAITING
+    found.tell(2.0, largest, job.calibrate)  # of the steps meanwhile
+    assert asked == [expected, "waited"] and found._latest == 9 * expected
+
+
+def test_what_is_close_is_tried_once_more():
+    job = Job(link(3e8), backward=0.05, works=(Work(1e-3, 1e-8), Work(1e-5, 5e-10)))
+    found, chosen = chooser(), []
+    assert 1.13 < job.step(Choice()) / job.step(Choice(1)) < CLOSE
+    while found._slowest is None:
+        chosen.append(found.choice)
+        is_disturbed = found.choice == Choice(1) and Choice(1) not in found.measured
+        found.tell(job.step(found.choice) * (1.13 if is_disturbed else 1.0), alone, job.calibrate)
+    assert found.choice == Choice(1)
+    changes = [choice for choice, last in zip(chosen, [None, *chosen]) if choice != last]
+    assert changes.count(Choice()) == changes.count(Choice(1)) == 2
 
 
 def test_a_cycle_more_is_no_change():
@@ -147,9 +204,9 @@ def test_what_is_predicted_alike_is_tried_in_the_order_of_care():
 def test_it_does_not_look_again_from_a_disturbed_report():
     job = Job(link(1e11), backward=0.5)
     found = chooser()
-    run(found, job, AGAIN_STEPS - TRIES)
+    run(found, job, TRIES)
     expected = found.measured[Choice()]
-    while found._steps < AGAIN_STEPS - FEW:
+    while found._steps + found.interval + WAITING < AGAIN_STEPS:
         found.report(expected, job.calibrate)
     found.report(2 * expected, job.calibrate)
     assert found._steps >= AGAIN_STEPS and found.measured[Choice()] == expected
@@ -157,9 +214,9 @@ def test_it_does_not_look_again_from_a_disturbed_report():
 
 def test_long_steps_are_compared_after_fewer_of_them():
     found = chooser()
-    run(found, Job(link(1e11), backward=0.02), TRIES)
-    assert found.interval == 14  # of 21 ms
-    run(found, Job(link(1e11), backward=0.9), found.interval)
+    run(found, Job(link(1e11), backward=0.04), TRIES)
+    assert found.interval == 7  # of 41 ms
+    run(found, Job(link(1e11), backward=0.06), found.interval + WAITING)
     assert found.interval == FEW
 
 

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -15,7 +15,7 @@ from horovod_powersgd.network import Network
 from horovod_powersgd.statistics import TensorStats
 from horovod_powersgd.torch.calibration import Calibration
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient
-from horovod_powersgd.torch.control_messages import from_worker, largest
+from horovod_powersgd.torch.control_messages import begin_largest, from_worker
 from horovod_powersgd.torch.direct_means import DirectMeans
 from horovod_powersgd.torch.engine import Engine
 from horovod_powersgd.torch.generation import generation
@@ -136,11 +136,13 @@ class AutoEngine(Engine):
         if self._last is not None:
             self._seconds.append(now - self._last)
         if len(self._seconds) >= self._chooser.interval:
-            nanoseconds = int(1e9 * statistics.median(self._seconds))
-            [slowest] = largest(self.workers, [nanoseconds], "seconds")
-            self._go_over(self._chooser.report(slowest / 1e9, self._calibrate))
+            self._go_over(self._chooser.tell(statistics.median(self._seconds), self._largest, self._calibrate))
             self._seconds = []
         self._last = time.perf_counter()
+
+    def _largest(self, seconds: float) -> Callable[[], float]:
+        wait = begin_largest(self.workers, [int(1e9 * seconds)], "seconds")
+        return lambda: wait()[0] / 1e9
 
     def _calibrate(self) -> tuple[Network, Sequence[Work]]:
         device, shapes = next(iter(self._gradients)).parameter.device, list(self._gradients.shapes().values())

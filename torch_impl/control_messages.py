@@ -1,12 +1,13 @@
 """What workers tell each other beside gradients, and wait for: to agree, and to take over another one's state."""
 
 import pickle
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 import torch
 from horovod.torch import mpi_ops
-from horovod.torch.mpi_ops import Max, Sum, allgather, allreduce
+from horovod.torch.mpi_ops import Max, Sum, allgather, allreduce, allreduce_async, synchronize
 
 from horovod_powersgd.torch.workers import Workers
 
@@ -15,8 +16,14 @@ Item = TypeVar("Item")
 
 def largest(workers: Workers, numbers: list[int], name: str) -> list[int]:
     """The largest of all workers', number by number. A worker that has joined (hvd.join) counts as zeros."""
+    return begin_largest(workers, numbers, name)()
+
+
+def begin_largest(workers: Workers, numbers: list[int], name: str) -> Callable[[], list[int]]:
+    """Begins to find them; gives what waits for them."""
     sent = torch.tensor(numbers, dtype=torch.int64)
-    return allreduce(sent, name=f"{workers.prefix}.{name}", op=Max, process_set=workers.process_set).tolist()
+    handle = allreduce_async(sent, name=f"{workers.prefix}.{name}", op=Max, process_set=workers.process_set)
+    return lambda: synchronize(handle).tolist()
 
 
 def items(workers: Workers, item: Item, name: str) -> list[Item]:

@@ -70,5 +70,5 @@ METHODS = {
     "rank-2": Method("PowerSGD rank 2", "ours", config=PowerSGD(2)),
     "rank-32": Method("PowerSGD rank 32", "ours", config=PowerSGD(32)),
     "int8": Method("Int8", "ours", config=Int8()),
-    "auto": Method("Auto", "ours", config=Auto(Float16(error_feedback=False), PowerSGD(4)), first_steps=240),
+    "auto": Method("Auto", "ours", config=Auto(Float16(error_feedback=False), PowerSGD(4)), first_steps=300),
 }

@@ -14,7 +14,7 @@ import numpy as np
 
 from horovod_powersgd.buckets import BUCKET_BYTES
 from horovod_powersgd.compressors.compressor import Compressor
-from horovod_powersgd.cost import ITEMSIZE, SAMPLE_MATRICES, Work, samples_of
+from horovod_powersgd.cost import GPU_SAMPLE_BYTES, ITEMSIZE, SAMPLE_BYTES, SAMPLE_MATRICES, Work, samples_of
 from horovod_powersgd.hosts import Host, host_key, host_of
 from horovod_powersgd.network import Curve, HostNetwork, Network
 from horovod_powersgd.quantization import slice_count
@@ -23,8 +23,9 @@ from horovod_powersgd.quantization import slice_count
 SIZES = [2**10, 2**14, 2**18, 2**20, 2**22, 2**24, 2**26]
 # Of half precision, from here on: less takes what it does in single precision.
 FIRST_HALVES = 2**18
-# What is measured is repeated for so many seconds, and so often at most; and larger messages than the first that takes
-# LONGEST seconds are not measured. In a job, whose steps wait meanwhile, and before a job, where nobody waits.
+# What is measured is repeated for so many seconds (passes, in a job, for twice as many), and so often at most; and
+# larger messages than the first that takes LONGEST seconds are not measured. In a job, whose steps wait meanwhile, and
+# before a job, where nobody waits.
 SECONDS, SECONDS_BEFORE = 0.01, 0.3
 LONGEST, LONGEST_BEFORE = 0.04, 0.3
 MOST_TIMES = 6
@@ -69,7 +70,7 @@ class Calibration(ABC):
         halves = self._curve(partial(self._average, "float16"), known=small)
         gather = self._curve(partial(self._gather, self.count), self.count) if gathers else mean
         in_slices = gathers and slice_count(self.count) > 1
-        exchange = self._curve(partial(self._exchange, range(self.count))) if in_slices else gather
+        exchange = self._curve(partial(self._exchange, range(self.count), adds=False)) if in_slices else gather
         hosts = self._hosts() if levels else None
         [on_processor] = self.largest([int(self.on_processor)])
         overlap = self._overlap(mean) if on_processor else 1.0
@@ -125,11 +126,12 @@ class Calibration(ABC):
         Args:
             workers: from whom there is something to decode in a step; None: those that measure.
         """
-        samples = samples_of(compressor, self.shapes, self.matrix_shape, self.most)
-        if not samples:
-            return Work.fitted([])
         # Where workers differ, as the slowest.
         on_processor, bucket_bytes = self.largest([int(self.on_processor), self.bucket_bytes])
+        nbytes = SAMPLE_BYTES if on_processor else GPU_SAMPLE_BYTES
+        samples = samples_of(compressor, self.shapes, self.matrix_shape, self.most, nbytes)
+        if not samples:
+            return Work.fitted([])
         if not on_processor:
             # To tell a bucket's calls, which are what a GPU takes most of, from a matrix's.
             samples += [sample[:1] for sample in samples[:1]]
@@ -155,7 +157,7 @@ class Calibration(ABC):
         waiting = self._seconds_of(wait)
         number = max(1, round(1e9 * seconds / 2 / once))
         taken = statistics.median(times_of(together, seconds, self.largest))
-        mine = self.largest([statistics.median_low(times) for times in zip(*own, strict=True)])
+        mine = self.largest([max(1, statistics.median_low(times)) for times in zip(*own, strict=True)])
         scale = max(1.0, 1e9 * (taken - waiting) / (number * sum(mine)))
         return [scale * nanoseconds / 1e9 for nanoseconds in mine]
 
@@ -181,9 +183,9 @@ class Calibration(ABC):
         """Gathers so many bytes, of which each worker sends one of so many shares."""
 
     @abstractmethod
-    def _exchange(self, whom: Sequence[int], nbytes: int) -> None:
+    def _exchange(self, whom: Sequence[int], nbytes: int, adds: bool = True) -> None:
         """Sends each of some workers, this one among them, in ascending order, an equal part of so many bytes, and adds
-        up what has come, in single precision."""
+        up what has come, in single precision, where that is asked for."""
 
     @abstractmethod
     def _message(self, dtype: str, nbytes: int) -> object:
@@ -194,7 +196,7 @@ class Calibration(ABC):
 
     def _parts(self, dtype: str, nbytes: int) -> int:
         """Of how many tensors so many bytes of gradients would be, on average."""
-        part = nbytes / np.dtype(dtype).itemsize / sum(map(math.prod, self.shapes))
+        part = nbytes / np.dtype(dtype).itemsize / max(1, sum(map(math.prod, self.shapes)))
         return max(1, round(len(self.shapes) * min(1.0, part)))
 
     def _means_of(self, host: Host) -> Callable[[int], None]:

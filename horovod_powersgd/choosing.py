@@ -32,10 +32,10 @@ PROMISING = 1.3
 # Those that took at most so many times what the fastest did are tried once more, before one of them stays.
 CLOSE = 1.15
 # Once it has chosen, steps' times are compared after so many seconds, but after FEW steps at least and PERIOD steps at
-# most, by a message that has WAITING more steps to travel. It looks again where they have been CHANGE times longer or
-# shorter than they were, and by a cycle of Horovod's, which is a matter of luck, twice in a row and for so long.
-PERIOD_SECONDS, FEW, PERIOD, WAITING = 0.3, 5, 10, 2
-CHANGE, CYCLE, ODD_SECONDS = 1.5, 1e-3, 0.3
+# most. It looks again where they have been CHANGE times longer or shorter than they were, and by a cycle of Horovod's,
+# which is a matter of luck, twice in a row and for so long.
+PERIOD_SECONDS, FEW, PERIOD = 0.3, 5, 50
+CHANGE, CYCLE, ODD_SECONDS = 1.5, 1.2e-3, 0.3
 # It looks again after so many seconds and steps, too: compressed steps do not tell that links have become faster.
 AGAIN_SECONDS, AGAIN_STEPS = 120.0, 500
 
@@ -60,6 +60,7 @@ class Chooser:
         shapes: of all tensors, by name.
         matrix_shape: as layout_of's.
         plain_sets: sets of names, of which one may travel as it is while the others do not; None: any tensors may.
+        period: how many steps there are between two comparisons at most.
 
     Attributes:
         choice: of the next step.
@@ -73,8 +74,10 @@ class Chooser:
         shapes: Mapping[str, tuple[int, ...]],
         matrix_shape: Callable,
         plain_sets: Sequence[frozenset[str]] | None = None,
+        period: int = PERIOD,
     ):
         self._auto, self._shapes, self._matrix_shape, self._plain_sets = auto, shapes, matrix_shape, plain_sets
+        self._period = period
         self.choice = Choice()
         self.predicted: dict[Choice, float] = {}
         self.measured: dict[Choice, float] = {}
@@ -88,42 +91,22 @@ class Chooser:
         self._latest = 0.0
         # How often in a row it was another one than expected, and seconds; steps, and seconds, since that is expected.
         self._odd, self._odd_seconds, self._steps, self._age = 0, 0.0, 0, 0.0
-        # Waits for what the slowest worker's steps take; None: nobody has asked.
-        self._slowest: Callable[[], float] | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the choice stays, and steps are only compared."""
+        return self._expected is not None
 
     @property
     def interval(self) -> int:
-        """After how many steps to `tell`."""
-        if self._slowest is not None:
-            return WAITING
+        """After how many steps to `report`."""
         if self._expected is None:
             return 1 if not self._times else max(1, min(TOGETHER, int(TOGETHER_SECONDS / self._times[-1][1])))
-        return max(FEW, min(PERIOD, round(PERIOD_SECONDS / self._latest)))
+        return max(FEW, min(self._period, round(PERIOD_SECONDS / self._latest)))
 
     def settle(self, choice: Choice) -> None:
         """Begins with a choice that was made before, perhaps elsewhere."""
         self.choice = choice
-
-    def tell(
-        self,
-        seconds: float,
-        largest: Callable[[float], Callable[[], float]],
-        calibrate: Callable[[], tuple[Network, Sequence[Work]]],
-    ) -> Choice:
-        """Takes what steps took, and gives the choice for the next ones, which is all workers'.
-
-        Args:
-            seconds: this worker's median of as many steps as `interval` says.
-            largest: begins to find the largest of all workers' numbers, and gives what waits for it.
-            calibrate: as report's.
-        """
-        slowest, self._slowest = self._slowest, None
-        if slowest is None:
-            slowest = largest(seconds)
-            if self._expected is not None:
-                self._slowest = slowest
-                return self.choice
-        return self.report(slowest(), calibrate)
 
     def report(self, seconds: float, calibrate: Callable[[], tuple[Network, Sequence[Work]]]) -> Choice:
         """Takes what a step took since the last report, and gives the choice for the next ones.
@@ -133,7 +116,7 @@ class Chooser:
             calibrate: measures the network, and the work of each candidate; is called now and then.
         """
         if self._expected is not None:
-            steps = self.interval + WAITING
+            steps = self.interval
             self._steps, self._age = self._steps + steps, self._age + steps * seconds
             is_old = self._age >= AGAIN_SECONDS and self._steps >= AGAIN_STEPS
             ratio, difference = seconds / self._expected, abs(seconds - self._expected)

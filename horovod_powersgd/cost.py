@@ -28,9 +28,9 @@ from horovod_powersgd.network import HostNetwork, Network
 from horovod_powersgd.quantization import Slices, slice_count
 
 ITEMSIZE = 4  # gradients are float32 here
-# A sample of a model has so many bytes, and so many matrices, at most, since a calibration has seconds. They are more
-# than a processor's caches have, as a large model's are.
-SAMPLE_BYTES, SAMPLE_MATRICES = 2**25, 24
+# A sample of a model has so many bytes, and so many matrices, at most, since a calibration has seconds. The bytes are
+# more than a processor's caches have, as a large model's are; a GPU, whose memory may be full, is asked for fewer.
+SAMPLE_BYTES, GPU_SAMPLE_BYTES, SAMPLE_MATRICES = 2**25, 2**24, 24
 
 
 def samples_of(
@@ -38,6 +38,7 @@ def samples_of(
     shapes: Iterable[tuple[int, ...]],
     matrix_shape: Callable = leading_rows,
     most: int = SAMPLE_MATRICES,
+    nbytes: int = SAMPLE_BYTES,
 ) -> list[list[tuple[int, int]]]:
     """Matrices whose steps tell what a compressor takes: of those of a model that it compresses the small ones, those
     between, and the large ones.
@@ -47,19 +48,20 @@ def samples_of(
         shapes: of the model's tensors.
         matrix_shape: as layout_of's.
         most: how many matrices there are in a sample.
+        nbytes: that they have together.
     """
     layouts = [layout_of(shape, compressor, matrix_shape) for shape in shapes]
     numbers = Counter(layout.matrix for layout in layouts if layout.compressed)
     by_size = sorted(numbers, key=math.prod)
     thirds = [by_size[i * len(by_size) // 3 : (i + 1) * len(by_size) // 3] for i in range(3)]
-    return [_some({shape: numbers[shape] for shape in third}, most) for third in thirds if third]
+    return [_some({shape: numbers[shape] for shape in third}, most, nbytes) for third in thirds if third]
 
 
-def _some(numbers: dict[tuple[int, int], int], most: int) -> list[tuple[int, int]]:
+def _some(numbers: dict[tuple[int, int], int], most: int, nbytes: int) -> list[tuple[int, int]]:
     """Some of so many matrices of each shape, of each at least one where there is room; what is too large is cut."""
     in_turn = [shape for i in range(max(numbers.values())) for shape, number in numbers.items() if number > i]
     found: list[tuple[int, int]] = []
-    room = SAMPLE_BYTES // ITEMSIZE
+    room = nbytes // ITEMSIZE
     for n, m in in_turn[:most]:
         if found and n * m > room:
             break

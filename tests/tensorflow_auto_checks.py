@@ -130,7 +130,7 @@ def check_all_workers_choose_alike_in_fit():
     few = Auto(*AUTO.candidates[:2])
     slow = Curve(((0, 1e-2), (1e6, 1.0)))
 
-    def calibrate(self):
+    def calibrate(self, calibration):
         return Network(hvd.size(), slow, slow, slow, slow), [Work(1e-5, 1e-10)] * len(few.candidates)
 
     # Measured and predicted on this machine, and as on a network that is slow.

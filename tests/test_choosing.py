@@ -15,7 +15,6 @@ from horovod_powersgd.choosing import (
     MOST_STEPS,
     ODD_SECONDS,
     PERIOD,
-    WAITING,
     Choice,
     Chooser,
 )
@@ -57,20 +56,15 @@ def link(bytes_per_second, latency=1e-3):
 
 
 def run(chooser, job, steps):
-    """What was chosen for each step: of so many, and of those until an answer is there that is on its way."""
+    """What was chosen for each step."""
     chosen, times = [], []
-    while len(chosen) < steps or chooser._slowest is not None:
+    for _ in range(steps):
         chosen.append(chooser.choice)
         times.append(job.step(chooser.choice))
         if len(times) >= chooser.interval:
-            chooser.tell(sorted(times)[len(times) // 2], alone, job.calibrate)
+            chooser.report(sorted(times)[len(times) // 2], job.calibrate)
             times = []
     return chosen
-
-
-def alone(seconds):
-    """The largest of one worker's numbers."""
-    return lambda: seconds
 
 
 def chooser():
@@ -124,44 +118,35 @@ def test_it_looks_again_when_the_link_has_changed():
     slow = Job(link(1e7))
     assert slow.step(Choice()) > CHANGE * found.measured[Choice()]
     chosen = run(found, slow, PERIOD + FEW + TRIES)
-    assert chosen[PERIOD + WAITING] == Choice()  # once may be a disturbance
-    assert chosen[PERIOD + FEW + 2 * WAITING].number == 0 and chosen[-1].number == 0
+    assert chosen[PERIOD] == Choice()  # once may be a disturbance
+    assert chosen[PERIOD + FEW].number == 0 and chosen[-1].number == 0
 
 
 def test_a_short_disturbance_is_no_change():
-    found, calibrated = chooser(), []
+    found, calibrated = Chooser(AUTO, SHAPES, leading_rows, period=10), []
     run(found, Job(link(1e11)), TRIES)
     slow = 4 * found.measured[Choice()]
-    for _ in range(int(ODD_SECONDS / slow / (PERIOD + WAITING))):
+    for _ in range(int(ODD_SECONDS / slow / 10)):
         found.report(slow, calibrated.append)
     assert found._odd > 2 and not calibrated
     found.report(found.measured[Choice()], calibrated.append)
     assert found._odd == found._odd_seconds == 0
 
 
-def test_nobody_waits_for_what_is_compared():
-    found, job, asked = chooser(), Job(link(1e11)), []
-
-    def largest(seconds):
-        asked.append(seconds)
-        return lambda: asked.append("waited") or 9 * seconds
-
-    run(found, job, TRIES)
-    expected = found.measured[Choice()]
-    found.tell(expected, largest, job.calibrate)
-    assert asked == [expected] and found.interval == WAITING
-    found.tell(2.0, largest, job.calibrate)  # of the steps meanwhile
-    assert asked == [expected, "waited"] and found._latest == 9 * expected
+def test_comparisons_come_after_as_many_steps_as_are_asked_for():
+    found = Chooser(AUTO, SHAPES, leading_rows, period=20)
+    run(found, Job(link(1e11)), TRIES)
+    assert found.interval == 20
 
 
 def test_what_is_close_is_tried_once_more():
     job = Job(link(3e8), backward=0.05, works=(Work(1e-3, 1e-8), Work(1e-5, 5e-10)))
     found, chosen = chooser(), []
     assert 1.13 < job.step(Choice()) / job.step(Choice(1)) < CLOSE
-    while found._slowest is None:
+    while not found.is_settled:
         chosen.append(found.choice)
         is_disturbed = found.choice == Choice(1) and Choice(1) not in found.measured
-        found.tell(job.step(found.choice) * (1.13 if is_disturbed else 1.0), alone, job.calibrate)
+        found.report(job.step(found.choice) * (1.13 if is_disturbed else 1.0), job.calibrate)
     assert found.choice == Choice(1)
     changes = [choice for choice, last in zip(chosen, [None, *chosen]) if choice != last]
     assert changes.count(Choice()) == changes.count(Choice(1)) == 2
@@ -206,7 +191,7 @@ def test_it_does_not_look_again_from_a_disturbed_report():
     found = chooser()
     run(found, job, TRIES)
     expected = found.measured[Choice()]
-    while found._steps + found.interval + WAITING < AGAIN_STEPS:
+    while found._steps + found.interval < AGAIN_STEPS:
         found.report(expected, job.calibrate)
     found.report(2 * expected, job.calibrate)
     assert found._steps >= AGAIN_STEPS and found.measured[Choice()] == expected
@@ -216,7 +201,7 @@ def test_long_steps_are_compared_after_fewer_of_them():
     found = chooser()
     run(found, Job(link(1e11), backward=0.04), TRIES)
     assert found.interval == 7  # of 41 ms
-    run(found, Job(link(1e11), backward=0.06), found.interval + WAITING)
+    run(found, Job(link(1e11), backward=0.06), found.interval)
     assert found.interval == FEW
 
 

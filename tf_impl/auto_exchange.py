@@ -4,12 +4,10 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from horovod.tensorflow.mpi_ops import Max
 from tensorflow.python.eager import context
 
 from horovod_powersgd.choosing import PERIOD, Choice, Chooser
@@ -66,8 +64,6 @@ class AutoExchange(Exchange):
         # Whether the workers may be others than those that the Chooser knows.
         self._new_workers = make_variable(np.bool_(True))
         self._chooser = self._new_chooser(Choice())
-        # Messages travel in it while steps go on.
-        self._thread = ThreadPoolExecutor(1)
         super().__init__(settings, states, groups, sparse)
         alone = self._workers.alone
         shapes = list(self._shapes.values())
@@ -169,26 +165,18 @@ class AutoExchange(Exchange):
             self._chooser = self._new_chooser(choice)
         # A session of TensorFlow 1 runs no op at once, unless it is told to.
         with context.eager_mode():
-            choice = self._chooser.tell(statistics.median(seconds.tolist()), self._largest, self._calibrate)
+            calibration = Calibration(
+                self._workers.process_set,
+                list(self._shapes.values()),
+                prefix=self._workers.prefix,
+                device=self._workers.device,
+            )
+            [slowest] = calibration.largest([int(1e9 * statistics.median(seconds.tolist()))])
+            choice = self._chooser.report(slowest / 1e9, functools.partial(self._calibrate, calibration))
         place = next(i for i, way in enumerate(self._ways) if way.choice == choice)
         return np.int64(place), np.int64(self._chooser.interval)
 
-    def _largest(self, seconds: float) -> Callable[[], float]:
-        def nanoseconds() -> int:
-            with context.eager_mode():  # which a thread has for itself
-                mine = tf.constant(int(1e9 * seconds), tf.int64)
-                return int(self._workers.allreduce(mine, "seconds", Max))
-
-        slowest = self._thread.submit(nanoseconds)
-        return lambda: slowest.result() / 1e9
-
-    def _calibrate(self) -> tuple[Network, Sequence[Work]]:
-        calibration = Calibration(
-            self._workers.process_set,
-            list(self._shapes.values()),
-            prefix=self._workers.prefix,
-            device=self._workers.device,
-        )
+    def _calibrate(self, calibration: Calibration) -> tuple[Network, Sequence[Work]]:
         mine = [int(1e9 * seconds) for samples in self._passes for _, seconds in samples]
         slowest = iter(calibration.largest(mine))
         works = [Work.fitted([(shapes, next(slowest) / 1e9) for shapes, _ in samples]) for samples in self._passes]

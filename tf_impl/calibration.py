@@ -1,10 +1,11 @@
 """horovod_powersgd.calibration for TensorFlow, by ops that run at once."""
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from statistics import median
+from statistics import median_low
 
 import tensorflow as tf
 from horovod.tensorflow.mpi_ops import Average, Max, ProcessSet
@@ -21,6 +22,9 @@ from horovod_powersgd.tensorflow.settings import Settings
 from horovod_powersgd.tensorflow.step_counters import StepCounters
 from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import Workers
+
+# That passes are measured for, while a graph is built: some steps at least, and at most.
+TURNS_SECONDS = 0.1
 
 
 class Calibration(calibration.Calibration):
@@ -79,11 +83,12 @@ class Calibration(calibration.Calibration):
     def _gather(self, share: int, nbytes: int) -> None:
         self._workers.allgather(self._message("float32", max(4, nbytes // share)), "gather").numpy()
 
-    def _exchange(self, whom: Sequence[int], nbytes: int) -> None:
-        size, count = nbytes // 4 // len(whom), len(whom)
+    def _exchange(self, whom: Sequence[int], nbytes: int, adds: bool = True) -> None:
+        count = len(whom)
+        size = max(1, nbytes // 4 // count)
         peers, to_each = tf.constant(whom, tf.int64), tf.constant([size] * count, tf.int64)
         received = self._workers.exchange(self._message("float32", 4 * size * count), peers, to_each, "alltoall")
-        tf.reduce_sum(tf.reshape(received, (count, size)), 0).numpy()
+        (tf.reduce_sum(tf.reshape(received, (count, size)), 0) if adds else received).numpy()
 
     def _message(self, dtype: str, nbytes: int) -> tf.Tensor:
         count = nbytes // tf.as_dtype(dtype).size
@@ -138,8 +143,10 @@ def passes(
     # In a graph that is being built, too, of whichever TensorFlow.
     with context.eager_mode():
         steps = [_step(compressor, process_set, some, process_set.size()) for some in samples]
-        turns = zip(*(take_turns(steps) for _ in range(MOST_TIMES)), strict=True)
-        return [(some, median(times) / 1e9) for some, times in zip(samples, turns, strict=True)]
+        turns, begin = [take_turns(steps)], time.perf_counter()
+        while len(turns) < MOST_TIMES and (len(turns) < 2 or time.perf_counter() - begin < TURNS_SECONDS):
+            turns.append(take_turns(steps))
+        return [(some, median_low(times) / 1e9) for some, *times in zip(samples, *turns, strict=True)]
 
 
 def _step(

@@ -15,13 +15,16 @@ from horovod_powersgd.network import Network
 from horovod_powersgd.statistics import TensorStats
 from horovod_powersgd.torch.calibration import Calibration
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient
-from horovod_powersgd.torch.control_messages import begin_largest, from_worker
+from horovod_powersgd.torch.control_messages import begin_largest, from_worker, largest
 from horovod_powersgd.torch.direct_means import DirectMeans
 from horovod_powersgd.torch.engine import Engine
 from horovod_powersgd.torch.generation import generation
 from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.gradient_set import GradientSet
 from horovod_powersgd.torch.workers import Workers
+
+# A comparison takes no time of its own here, so that there may be more of them: after so many steps at most.
+PERIOD = 20
 
 
 class AutoEngine(Engine):
@@ -41,8 +44,13 @@ class AutoEngine(Engine):
         self._is_new = True
         # None until the workers agree: one worker alone exchanges nothing, and has nothing to choose.
         self._chooser: Chooser | None = None
-        self._seconds: list[float] = []
         self._last: float | None = None
+        # Of the steps since the last report. Nanoseconds of this worker's that are to be compared in the next step;
+        # what waits for the slowest worker's; and those.
+        self._seconds: list[float] = []
+        self._to_compare: int | None = None
+        self._compared: Callable[[], list[int]] | None = None
+        self._slowest: int | None = None
         self._direct = DirectMeans(workers)
         # By parameter, those of the step that goes that way; empty where a step goes another one.
         self._directly: dict[torch.nn.Parameter, PlainGradient] = {}
@@ -97,13 +105,22 @@ class AutoEngine(Engine):
                 return False
             self.discard()
             self._directly = {gradient.parameter: gradient for gradient in self._trainable()}
+            self._begin_comparing()
         return True
 
     def finish(self, undoable: bool) -> None:
         if self.generation is not generation():
+            self._forget_comparison()
             self._agree()  # which may choose what the others have chosen
-        if not self._goes_directly():
-            return super().finish(undoable)
+        if self._goes_directly():
+            self._finish_directly()
+        else:
+            super().finish(undoable)
+        if self._compared is not None:
+            [self._slowest] = self._compared()
+            self._compared = None
+
+    def _finish_directly(self) -> None:
         self._refuse_failed()
         factor = self.workers.count if self._sum_gradients else 1
         try:
@@ -135,14 +152,27 @@ class AutoEngine(Engine):
         now = time.perf_counter()
         if self._last is not None:
             self._seconds.append(now - self._last)
-        if len(self._seconds) >= self._chooser.interval:
-            self._go_over(self._chooser.tell(statistics.median(self._seconds), self._largest, self._calibrate))
-            self._seconds = []
+        if self._slowest is None and len(self._seconds) >= self._chooser.interval:
+            nanoseconds = int(1e9 * statistics.median(self._seconds))
+            if self._chooser.is_settled:
+                self._to_compare = nanoseconds
+            else:
+                [self._slowest] = largest(self.workers, [nanoseconds], "seconds")
+        if self._slowest is not None:
+            self._go_over(self._chooser.report(self._slowest / 1e9, self._calibrate))
+            self._seconds, self._slowest = [], None
         self._last = time.perf_counter()
 
-    def _largest(self, seconds: float) -> Callable[[], float]:
-        wait = begin_largest(self.workers, [int(1e9 * seconds)], "seconds")
-        return lambda: wait()[0] / 1e9
+    def _begin(self) -> None:
+        super()._begin()
+        self._begin_comparing()
+
+    def _begin_comparing(self) -> None:
+        """Within a step, which all workers are in, and whose gradients it travels with: nobody waits for it, and
+        nothing is on its way between two steps, when a worker may join or end."""
+        if self._to_compare is not None:
+            self._compared = begin_largest(self.workers, [self._to_compare], "seconds")
+            self._to_compare = None
 
     def _calibrate(self) -> tuple[Network, Sequence[Work]]:
         device, shapes = next(iter(self._gradients)).parameter.device, list(self._gradients.shapes().values())
@@ -174,10 +204,15 @@ class AutoEngine(Engine):
         self._is_new = is_new
 
     def _settle(self, choice: Choice) -> None:
-        self._chooser = Chooser(self._auto, self._gradients.shapes(), leading_rows)
+        self._chooser = Chooser(self._auto, self._gradients.shapes(), leading_rows, period=PERIOD)
         self._chooser.settle(choice)
         self._go_over(choice)
-        self._seconds, self._last = [], None
+        self._last = None
+        self._forget_comparison()
+
+    def _forget_comparison(self) -> None:
+        self._seconds = []
+        self._to_compare = self._compared = self._slowest = None
 
     def _tensor_stats(self) -> tuple[TensorStats, ...]:
         chooser = self._chooser or Chooser(self._auto, {}, leading_rows)

@@ -121,10 +121,12 @@ class Calibration(calibration.Calibration):
 
         return average
 
-    def _exchange(self, whom: Sequence[int], nbytes: int) -> None:
-        size = nbytes // 4 // len(whom)
+    def _exchange(self, whom: Sequence[int], nbytes: int, adds: bool = True) -> None:
+        size = max(1, nbytes // 4 // len(whom))
         message, to = self._message("float32", 4 * size * len(whom)), dict.fromkeys(whom, size)
-        self._workers.exchange(message, "alltoall", False, PowerSGD(), to).result().sum(0)
+        received = self._workers.exchange(message, "alltoall", False, PowerSGD(), to).result()
+        if adds:
+            received.sum(0)
 
 
 def _usual_device() -> torch.device:
@@ -150,7 +152,7 @@ def _step(
     engine = Engine(compressor, alone)
     agreement.leave(engine)
     for i in range(len(gradients)):
-        parameter = torch.nn.Parameter(torch.empty_like(gradients[0]))
+        parameter = torch.nn.Parameter(gradients[0].new_empty(()).expand_as(gradients[0]))  # which nobody looks at
         parameter.grad = gradients.pop(0)
         engine.add(str(i), parameter)
 

@@ -17,7 +17,7 @@ hypothesis.settings.load_profile("suite")
 # A file's tests; where some need more than the others, a mark at the function says so.
 TIERS = {
     "core": """
-        accordion agreement choosing clipping command_line compressors cost cuda_toolkit expression factors
+        accordion agreement calibration choosing clipping command_line compressors cost cuda_toolkit expression factors
         horovod_build hosts installation launcher memory neighbours plan powersgd powersgd_exchange quantization
         reference renewal rounding setup
     """,

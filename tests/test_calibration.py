@@ -1,0 +1,123 @@
+"""What calibrations make of the times that they find, in a time that is made up."""
+
+from unittest import mock
+
+import pytest
+
+from horovod_powersgd import PowerSGD, calibration
+from horovod_powersgd.calibration import FIRST_HALVES, SIZES, Calibration
+from horovod_powersgd.layout import leading_rows
+from horovod_powersgd.network import Curve
+
+CYCLE, TRAVEL, TICK = 1_000_000, 100_000, 10_000  # nanoseconds
+
+
+class Time:
+    """Goes on by a tick when somebody looks, and where something takes time."""
+
+    def __init__(self):
+        self.now = self.computed = 0
+
+    def perf_counter(self):
+        self.now += TICK
+        return self.now / 1e9
+
+    def nanoseconds(self, run, clock=None):
+        clock = clock or (lambda: self.now)
+        begin = clock()
+        run()
+        return clock() - begin
+
+
+class Made(Calibration):
+    """Of two workers that share a core: what a step computes takes twice as long. Messages begin with a cycle."""
+
+    count, index, on_processor = 2, 0, True
+    matrix_shape = staticmethod(leading_rows)
+
+    def __init__(self, time, shapes):
+        self.time, self.shapes, self.clock, self.sent = time, shapes, lambda: time.computed, []
+
+    def largest(self, numbers):
+        return list(numbers)
+
+    def step(self, nanoseconds):
+        def run():
+            self.time.computed += nanoseconds
+            self.time.now += 2 * nanoseconds
+
+        return run
+
+    def _step(self, compressor, shapes, workers):
+        return self.step(sum(n * m for n, m in shapes))
+
+    def _begin_average(self, dtype, nbytes, parts):
+        self.sent.append((dtype, nbytes, parts))
+
+        def wait():
+            self.time.now += -self.time.now % CYCLE + TRAVEL + nbytes // 8
+
+        return wait
+
+    def _gather(self, share, nbytes):
+        self._average("float32", nbytes)
+
+    def _exchange(self, whom, nbytes, adds=True):
+        self._average("float32", nbytes)
+
+    def _message(self, dtype, nbytes):
+        pass
+
+
+@pytest.fixture
+def made():
+    time = Time()
+    with mock.patch.multiple(calibration, time=time, _nanoseconds=time.nanoseconds):
+        yield lambda *shapes: Made(time, shapes)
+
+
+def test_steps_take_what_they_take_while_others_have_the_core(made):
+    found = made((64, 64))
+    steps = [found.step(200_000), found.step(3_000_000)]
+    # At the end of some turns is a message, whose wait may be longer or shorter than it was alone.
+    assert found.in_turn(steps) == pytest.approx([4e-4, 6e-3], rel=CYCLE / 1e7)
+    found.hurries = False
+    assert found.in_turn(steps) == pytest.approx([4e-4, 6e-3], rel=CYCLE / 1e8)
+
+
+def test_the_work_of_a_model_is_that_of_its_matrices(made):
+    found = made(*[(1000, 800)] * 4, (600, 500), (600, 500), (700, 500), (90,))
+    found.hurries = False
+    matrices = [(1000, 800)] * 4 + [(600, 500)] * 2 + [(700, 500)]
+    seconds = 2e-9 * sum(n * m for n, m in matrices)
+    assert found.work(PowerSGD(4)).seconds(matrices) == pytest.approx(seconds, rel=0.02)
+    assert made((90,)).work(PowerSGD(4)) == (0, 0, 0, 0, found.bucket_bytes)
+
+
+def test_messages_are_as_many_tensors_as_so_much_of_the_model_has(made):
+    found = made(*[(512, 512)] * 8)
+    found.on_processor = False  # on which additions would be timed, too
+    found.network()
+    parts = {(dtype, nbytes): number for dtype, nbytes, number in found.sent}
+    assert [parts["float32", nbytes] for nbytes in (2**10, 2**20, 2**22)] == [1, 1, 4]
+    assert parts["float32", 2**24] == parts["float16", 2**22] == 8
+    assert made()._parts("float32", 2**20) >= 1  # of a model without tensors
+
+
+def test_small_halves_take_what_they_take_in_single_precision(made):
+    found = made((4096, 1024))
+    found.on_processor = False
+    network = found.network()
+    assert [nbytes for nbytes, _ in network.halves.points] == SIZES[: SIZES.index(2**24) + 1]
+    small = [point for point in network.allreduce.points if point[0] < FIRST_HALVES]
+    assert small and list(network.halves.points[: len(small)]) == small
+    assert [nbytes for dtype, nbytes, _ in found.sent if dtype == "float16"].count(2**10) == 1  # the first of its kind
+
+
+def test_waiting_for_a_cycle_hides_what_is_computed_before(made):
+    found = made((64, 64))
+    alone = Curve(((2**10, 1.1e-3), (2**14, 1.1e-3)))
+    assert found._idle(alone) == pytest.approx(0.6 * 1.1e-3, abs=1e-4)
+    # Messages that wait for nothing.
+    with mock.patch.object(Made, "_begin_average", lambda self, *_: found.step(550_000)):
+        assert found._idle(alone) == pytest.approx(0.0, abs=1e-4)

@@ -28,7 +28,8 @@ FIRST_HALVES = 2**18
 # before a job, where nobody waits.
 SECONDS, SECONDS_BEFORE = 0.01, 0.3
 LONGEST, LONGEST_BEFORE = 0.04, 0.3
-MOST_TIMES = 6
+# Before a job at least so often: what a link has no room for, TCP loses, and messages take half as long again.
+LEAST_BEFORE, MOST_TIMES = 3, 6
 # A message repeats so many numbers: a prime number, so that the rows of a matrix of them differ.
 BLOCK = 2**14 - 3
 
@@ -205,9 +206,10 @@ class Calibration(ABC):
         return partial(self._exchange, host.peers)
 
     def _seconds_of(self, run: Callable[[], object]) -> float:
-        if not self.hurries:
-            run()
-        return statistics.median(times_of(run, SECONDS if self.hurries else SECONDS_BEFORE, self.largest))
+        if self.hurries:
+            return statistics.median(times_of(run, SECONDS, self.largest))
+        run()
+        return statistics.median(times_of(run, SECONDS_BEFORE, self.largest, LEAST_BEFORE))
 
     def _curve(
         self, send: Callable[[int], None], share: int = 1, known: Sequence[tuple[float, float]] = ()
@@ -231,23 +233,27 @@ def take_turns(steps: Sequence[Callable[[], object]], clock: Callable[[], int] =
 
 
 def times_of(
-    run: Callable[[], object], seconds: float = SECONDS, largest: Callable[[list[int]], Iterable[int]] = list
+    run: Callable[[], object],
+    seconds: float = SECONDS,
+    largest: Callable[[list[int]], Iterable[int]] = list,
+    least: int = 1,
 ) -> list[float]:
     """What it takes, in seconds, some times.
 
     Args:
         run: is called some times.
-        seconds: that the times have together, more or less. A first time that is longer is the only one; else it does
-            not count.
+        seconds: that the times have together, more or less. A first time that is longer counts, and is one of `least`;
+            else it does not count.
         largest: of each of some numbers, the largest of all workers', whose slowest then counts. Without it, this one
             does.
+        least: how many times there are at least.
     """
     largest([0])  # all begin together
     [first] = largest([_nanoseconds(run)])
-    if first > 1e9 * seconds:
-        return [first / 1e9]
-    times = max(2, min(MOST_TIMES, int(1e9 * seconds / first)))
-    return [found / 1e9 for found in largest([_nanoseconds(run) for _ in range(times)])]
+    is_long = first > 1e9 * seconds
+    times = least - 1 if is_long else max(2, least, min(MOST_TIMES, int(1e9 * seconds / first)))
+    more = largest([_nanoseconds(run) for _ in range(times)]) if times else []
+    return [found / 1e9 for found in ([first, *more] if is_long else more)]
 
 
 def _nanoseconds(run: Callable[[], object], clock: Callable[[], int] = time.perf_counter_ns) -> int:

@@ -77,6 +77,8 @@ def test_what_is_measured_in_a_job_is_not_repeated_where_it_takes_long():
     milliseconds = iter([0, 2, 15, 2, 3, 4, 5])
     assert times_of(lambda: None, 0.01, largest) == [0.015, 0.002, 0.003, 0.004, 0.005]
     assert asked == [1, 1, 1, 1, 5]
+    milliseconds = iter([0, 50, 30, 40])
+    assert times_of(lambda: None, 0.01, largest, least=3) == [0.05, 0.03, 0.04]
 
 
 def test_buckets_are_as_large_as_work_says():

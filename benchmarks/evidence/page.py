@@ -94,7 +94,7 @@ worker's gradient. "memory" is the norm of all that a worker's error-feedback me
 lines of the CNN are PowerSGD as a user would write it (compressions.py), with either rule of
 [memory.md](memory.md)."""
 REGION = """One exchange of a model that is {matrices} square matrices and as many vectors, with nearly no backward:
-how many times less time it takes at rank 4."""
+how many times less time it takes at rank 4. (The workers' mean times, medians over the steps.)"""
 REGION_PLAIN = """Than with plain Horovod, by the number of parameters; where plain Horovod is faster, in bold:"""
 REGION_HALF = """Than with Horovod's fp16:"""
 REGION_AUTO = "`hvd.Auto`, with fp16 and rank 4 as its candidates, than with plain Horovod:"

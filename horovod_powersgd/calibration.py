@@ -14,7 +14,7 @@ import numpy as np
 
 from horovod_powersgd.buckets import BUCKET_BYTES
 from horovod_powersgd.compressors.compressor import Compressor
-from horovod_powersgd.cost import GPU_SAMPLE_BYTES, ITEMSIZE, SAMPLE_BYTES, SAMPLE_MATRICES, Work, samples_of
+from horovod_powersgd.cost import ITEMSIZE, SAMPLE_BYTES, SAMPLE_BYTES_BEFORE, SAMPLE_MATRICES, Work, samples_of
 from horovod_powersgd.hosts import Host, host_key, host_of
 from horovod_powersgd.network import Curve, HostNetwork, Network
 from horovod_powersgd.quantization import slice_count
@@ -129,7 +129,7 @@ class Calibration(ABC):
         """
         # Where workers differ, as the slowest.
         on_processor, bucket_bytes = self.largest([int(self.on_processor), self.bucket_bytes])
-        nbytes = SAMPLE_BYTES if on_processor else GPU_SAMPLE_BYTES
+        nbytes = SAMPLE_BYTES if self.hurries else SAMPLE_BYTES_BEFORE
         samples = samples_of(compressor, self.shapes, self.matrix_shape, self.most, nbytes)
         if not samples:
             return Work.fitted([])

@@ -28,9 +28,9 @@ from horovod_powersgd.network import HostNetwork, Network
 from horovod_powersgd.quantization import Slices, slice_count
 
 ITEMSIZE = 4  # gradients are float32 here
-# A sample of a model has so many bytes, and so many matrices, at most, since a calibration has seconds. The bytes are
-# more than a processor's caches have, as a large model's are; a GPU, whose memory may be full, is asked for fewer.
-SAMPLE_BYTES, GPU_SAMPLE_BYTES, SAMPLE_MATRICES = 2**25, 2**24, 24
+# A sample of a model has so many bytes, and so many matrices, at most, since a calibration has seconds. Before a job it
+# has more bytes than a processor's caches, as a large model has.
+SAMPLE_BYTES, SAMPLE_BYTES_BEFORE, SAMPLE_MATRICES = 2**24, 2**25, 24
 
 
 def samples_of(

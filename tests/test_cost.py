@@ -7,7 +7,7 @@ import pytest
 from horovod_powersgd import Float16, Int8, NoCompression, PowerSGD, TopK
 from horovod_powersgd.buckets import GPU_BUCKET_BYTES
 from horovod_powersgd.calibration import times_of
-from horovod_powersgd.cost import GPU_SAMPLE_BYTES, SAMPLE_BYTES, Work, predict, predict_plain, samples_of
+from horovod_powersgd.cost import SAMPLE_BYTES, Work, predict, predict_plain, samples_of
 from horovod_powersgd.layout import layout_of, leading_rows, trailing_columns
 from horovod_powersgd.network import Curve, HostNetwork, Network
 
@@ -103,9 +103,9 @@ def test_what_is_measured_are_matrices_of_the_model(compressor):
 def test_a_sample_has_its_bytes_at_most():
     model = [(30_000, 1000), *[(1000, 3000)] * 4, *[(1000, 1000)] * 9]
     samples = samples_of(PowerSGD(4), model)
-    assert [len(shapes) for shapes in samples] == [8, 2, 1] and samples[2] == [(SAMPLE_BYTES // 4 // 1000, 1000)]
-    samples = samples_of(PowerSGD(4), model, nbytes=GPU_SAMPLE_BYTES)
-    assert [len(shapes) for shapes in samples] == [4, 1, 1] and samples[2] == [(GPU_SAMPLE_BYTES // 4 // 1000, 1000)]
+    assert [len(shapes) for shapes in samples] == [4, 1, 1] and samples[2] == [(SAMPLE_BYTES // 4 // 1000, 1000)]
+    samples = samples_of(PowerSGD(4), model, nbytes=2 * SAMPLE_BYTES)
+    assert [len(shapes) for shapes in samples] == [8, 2, 1] and samples[2] == [(SAMPLE_BYTES // 2 // 1000, 1000)]
     assert samples_of(Int8(), [(3, 10**7)], leading_rows) == [[(3, SAMPLE_BYTES // 4 // 3)]]
     assert samples_of(PowerSGD(4), [(9,)]) == [] and Work.fitted([]) == Work(0, 0)
     assert samples_of(PowerSGD(4), [(5, 6, 90)], trailing_columns) == [[(30, 90)]]

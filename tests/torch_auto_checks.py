@@ -166,19 +166,5 @@ def check_all_workers_choose_alike_from_what_they_measure():
     assert len(calibrations) > 2
 
 
-def check_workers_join_between_any_two_steps():
-    # Others than these gather, which a worker that has joined cannot.
-    trainee, chosen = Trainee(Auto(PowerSGD(rank=2, min_compression_rate=1), hvd.Compression.fp16)), []
-    with looking_again, mock.patch("horovod_powersgd.torch.auto_engine.PERIOD", 2):
-        for number in range(2):
-            # In the ones that go on, what is compared is begun after the others' last step, too.
-            for step in range(12 + number + 3 * hvd.rank()):
-                trainee.exchange(gradients(step))
-            hvd.join()
-            trainee.exchange(gradients(number))
-            chosen.append(trainee.optimizer._engine._choice)
-    assert all(theirs == chosen for theirs in hvd.allgather_object(chosen))
-
-
 def check_plan_is_measured():
     plan_is_measured(hvd, "torch")

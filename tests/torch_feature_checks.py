@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from torch import nn
 
 import cases
 import horovod_powersgd.torch as hvd
+from choices import looking_again
 from horovod_powersgd import (
     Accordion,
+    Auto,
     BestRank,
     GradiVeq,
     Int8,
@@ -345,6 +348,23 @@ def check_join_with_uneven_data():
             loss_of(model, 20).backward()
             optimizer.step()
         hvd.join()
+
+
+def check_with_auto_workers_join_between_any_two_steps():
+    model, chosen = network(), []
+    # Others than these gather, which a worker that has joined cannot.
+    optimizer = distribute(model, config=Auto(PowerSGD(rank=2, min_compression_rate=1), hvd.Compression.fp16))
+    with looking_again, mock.patch("horovod_powersgd.torch.auto_engine.PERIOD", 2):
+        for number in range(2):
+            # In the ones that go on, what is compared is begun after the others' last step, too.
+            for step in range(13 + number + 3 * hvd.rank()):
+                if step == 12 + number + 3 * hvd.rank():
+                    hvd.join()
+                optimizer.zero_grad()
+                loss_of(model, step).backward()
+                optimizer.step()
+            chosen.append(optimizer._engine._choice)
+    assert all(theirs == chosen for theirs in hvd.allgather_object(chosen))
 
 
 def check_gathering_while_a_worker_has_joined_is_refused():

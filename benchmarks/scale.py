@@ -34,10 +34,9 @@ def tree(workers, bytes_per_second):
     def line(rounds, factor):
         return Curve(((0, rounds * LATENCY), (1e9, rounds * LATENCY + factor * 1e9 / bytes_per_second)))
 
-    hosts = ring(workers, bytes_per_second).hosts
-    mean, gather = line(2 * depth, 2), line(depth, workers - 1)
-    # Each sends each of the others its part: no tree spares it that.
-    return Network(workers, mean, mean, gather, ring(workers, bytes_per_second).alltoall, hosts)
+    mean = line(2 * depth, 2)
+    # Inside hosts, and where each sends each of the others its part, which no tree spares it, all is as in a ring.
+    return ring(workers, bytes_per_second)._replace(allreduce=mean, halves=mean, allgather=line(depth, workers - 1))
 
 
 def options(shapes, network):

@@ -100,7 +100,7 @@ class Chooser:
     @property
     def interval(self) -> int:
         """After how many steps to `report`."""
-        if self._expected is None:
+        if not self.is_settled:
             return 1 if not self._times else max(1, min(TOGETHER, int(TOGETHER_SECONDS / self._times[-1][1])))
         return max(FEW, min(self._period, round(PERIOD_SECONDS / self._latest)))
 

@@ -13,7 +13,7 @@ short_tries = mock.patch.multiple("horovod_powersgd.choosing", MOST_STEPS=8, FEW
 # While it is entered, tries are as short, and after them each comparison makes it look again.
 looking_again = mock.patch.multiple(
     "horovod_powersgd.choosing",
-    MOST_STEPS=4, TOGETHER=3, FEW=2, PERIOD=2, CLOSE=0.0, AGAIN_SECONDS=0.0, AGAIN_STEPS=0, CHANGE=1e9,
+    MOST_STEPS=4, TOGETHER=3, FEW=2, CLOSE=0.0, AGAIN_SECONDS=0.0, AGAIN_STEPS=0, CHANGE=1e9,
 )  # fmt: skip
 
 

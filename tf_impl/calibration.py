@@ -1,7 +1,6 @@
 """horovod_powersgd.calibration for TensorFlow, by ops that run at once."""
 
 import functools
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from horovod.tensorflow.mpi_ops import Average, Max, ProcessSet
 from tensorflow.python.eager import context
 
 from horovod_powersgd import calibration
-from horovod_powersgd.calibration import BLOCK, MOST_TIMES, take_turns
+from horovod_powersgd.calibration import BLOCK, take_turns, times_of
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.cost import samples_of
 from horovod_powersgd.layout import trailing_columns
@@ -23,7 +22,7 @@ from horovod_powersgd.tensorflow.step_counters import StepCounters
 from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import Workers
 
-# That passes are measured for, while a graph is built: some steps at least, and at most.
+# Passes are repeated for so many seconds, while a graph is built.
 TURNS_SECONDS = 0.1
 
 
@@ -143,9 +142,8 @@ def passes(
     # In a graph that is being built, too, of whichever TensorFlow.
     with context.eager_mode():
         steps = [_step(compressor, process_set, some, process_set.size()) for some in samples]
-        turns, begin = [take_turns(steps)], time.perf_counter()
-        while len(turns) < MOST_TIMES and (len(turns) < 2 or time.perf_counter() - begin < TURNS_SECONDS):
-            turns.append(take_turns(steps))
+        turns = [take_turns(steps)]
+        times_of(lambda: turns.append(take_turns(steps)), TURNS_SECONDS)
         return [(some, median_low(times) / 1e9) for some, *times in zip(samples, *turns, strict=True)]
 
 

@@ -104,25 +104,22 @@ def exchanges(model, methods):
 
 
 def predict(model, exchanges):
-    """Predicted seconds of steps by Horovod's and this package's methods, {method: seconds}; of none where no exchange
-    tells what backward takes."""
+    """{method: Prediction} of exchanges by Horovod's and this package's methods; of none where no exchange tells what
+    backward takes."""
     shapes, found = [shape for _, shape in MODELS[model]()], {}
     if "no-exchange" not in exchanges:
         return found
     calibration = Calibration(hvd.global_process_set, shapes, device=torch.device("cpu"))
     calibration.hurries = False
     network = calibration.network(levels=True)
-    exchanges["no-exchange"].step()  # the first one makes the gradients
-    [backward] = calibration.in_turn([exchanges["no-exchange"].step])
-    exchanges["no-exchange"].pause()
     for key in exchanges:
         method = METHODS[key]
         if method.library == "horovod":
             casts = calibration.work(Float16(error_feedback=False)) if method.compression == "fp16" else None
-            found[key] = cost.predict_plain(shapes, network, casts).step(backward)
+            found[key] = cost.predict_plain(shapes, network, casts)
         elif method.library == "ours":
             work = calibration.work(method.config)
-            found[key] = cost.predict(shapes, method.config, network, work).step(backward)
+            found[key] = cost.predict(shapes, method.config, network, work)
     return found
 
 

@@ -29,7 +29,7 @@ def run_worker(description, exchanges_of, hvd, predict=lambda model, exchanges: 
         description: of the program.
         exchanges_of: (model, methods) to what measure_rounds takes.
         hvd: Horovod for the framework.
-        predict: (model, exchanges) to the seconds that are predicted of steps of some methods.
+        predict: (model, exchanges) to what is predicted of some methods: Predictions.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", choices=MODELS, required=True)
@@ -41,9 +41,10 @@ def run_worker(description, exchanges_of, hvd, predict=lambda model, exchanges: 
     exchanges = exchanges_of(args.model, args.methods)
     predictions = predict(args.model, exchanges)
     rows = measure_rounds(exchanges, args.rounds, hvd)
+    backward = next((row["median_ms"] / 1e3 for row in rows if row["method"] == "no-exchange"), None)
     for row in rows:
-        if row["method"] in predictions:
-            row["predicted_ms"] = round(1e3 * predictions[row["method"]], 2)
+        if row["method"] in predictions and backward is not None:
+            row["predicted_ms"] = round(1e3 * predictions[row["method"]].step(backward), 2)
     if hvd.rank() == 0:
         args.results.write_text(json.dumps(rows))
 

@@ -32,7 +32,7 @@ def tree(workers, bytes_per_second):
     depth = math.ceil(math.log2(workers))
 
     def line(rounds, factor):
-        return Curve(((0, rounds * LATENCY), (1e9, rounds * LATENCY + factor * 1e9 / bytes_per_second)))
+        return Curve.of_line(rounds * LATENCY, factor / bytes_per_second)
 
     mean = line(2 * depth, 2)
     # Inside hosts, and where each sends each of the others its part, which no tree spares it, all is as in a ring.

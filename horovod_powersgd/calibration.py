@@ -8,7 +8,7 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -23,10 +23,13 @@ from horovod_powersgd.quantization import slice_count
 SIZES = [2**10, 2**14, 2**18, 2**20, 2**22, 2**24, 2**26]
 # Of half precision, from here on: less takes what it does in single precision.
 FIRST_HALVES = 2**18
+# Of these and more, each byte is taken to cost what it costs on average in this size and in those next to it: the same
+# message may take half as long again, or not, as luck has it.
+FIRST_LONG = 2**20
 # What is measured is repeated for so many seconds (passes, in a job, for twice as many), and so often at most; and
 # larger messages than the first that takes LONGEST seconds are not measured. In a job, whose steps wait meanwhile, and
 # before a job, where nobody waits.
-SECONDS, SECONDS_BEFORE = 0.01, 0.3
+SECONDS, SECONDS_BEFORE = 0.005, 0.3
 LONGEST, LONGEST_BEFORE = 0.04, 0.3
 # Before a job at least so often: what a link has no room for, TCP loses, and messages take half as long again.
 LEAST_BEFORE, MOST_TIMES = 3, 6
@@ -93,7 +96,7 @@ class Calibration(ABC):
     def _overlap(self, mean: Curve) -> float:
         """Network.overlap, of a message that takes as long as some passes over memory."""
         first, second = np.ones((2, 2**20), np.float32)
-        nbytes = int(next((nbytes for nbytes, seconds in mean.points if seconds > 4e-3), mean.points[-1][0]))
+        nbytes = int(next((nbytes for nbytes, seconds in mean.points if seconds > 2e-3), mean.points[-1][0]))
 
         def compute() -> None:
             for _ in range(passes):
@@ -147,20 +150,23 @@ class Calibration(ABC):
     def in_turn(self, steps: Sequence[Callable[[], object]]) -> list[float]:
         """Seconds of each of some steps without messages, one at least, which take turns. At their end all wait for the
         last worker: where workers share cores, some compute before others begin, and each finds its own steps short."""
-        wait, own = partial(self._average, "float32", SIZES[0]), list[list[int]]()
-        seconds = 2 * SECONDS if self.hurries else SECONDS_BEFORE
+        own, seconds = list[list[int]](), 2 * SECONDS if self.hurries else SECONDS_BEFORE
 
         def together() -> None:
             own.extend(take_turns(steps, self.clock) for _ in range(number))
-            wait()
+            self._average("float32", SIZES[0])
 
         [once] = self.largest([_nanoseconds(lambda: take_turns(steps))])
-        waiting = self._seconds_of(wait)
         number = max(1, round(1e9 * seconds / 2 / once))
         taken = statistics.median(times_of(together, seconds, self.largest))
         mine = self.largest([max(1, statistics.median_low(times)) for times in zip(*own, strict=True)])
-        scale = max(1.0, 1e9 * (taken - waiting) / (number * sum(mine)))
+        scale = max(1.0, 1e9 * (taken - self._shortest) / (number * sum(mine)))
         return [scale * nanoseconds / 1e9 for nanoseconds in mine]
+
+    @cached_property
+    def _shortest(self) -> float:
+        """Seconds of the shortest message."""
+        return self._seconds_of(partial(self._average, "float32", SIZES[0]))
 
     @abstractmethod
     def largest(self, numbers: Sequence[int]) -> list[int]:
@@ -207,9 +213,9 @@ class Calibration(ABC):
 
     def _seconds_of(self, run: Callable[[], object]) -> float:
         if self.hurries:
-            return statistics.median(times_of(run, SECONDS, self.largest))
+            return _midmean(times_of(run, SECONDS, self.largest))
         run()
-        return statistics.median(times_of(run, SECONDS_BEFORE, self.largest, LEAST_BEFORE))
+        return _midmean(times_of(run, SECONDS_BEFORE, self.largest, LEAST_BEFORE))
 
     def _curve(
         self, send: Callable[[int], None], share: int = 1, known: Sequence[tuple[float, float]] = ()
@@ -223,7 +229,25 @@ class Calibration(ABC):
             for dtype in ("float32", "float16"):
                 self._message(dtype, size)  # so that making it takes none of the message's time
             points.append((size / share, self._seconds_of(partial(send, size))))
-        return Curve(tuple(points))
+        return Curve(tuple(_smoothed(points, FIRST_LONG / share)))
+
+
+def _smoothed(points: Sequence[tuple[float, float]], first_long: float) -> list[tuple[float, float]]:
+    """(bytes, seconds) of messages, where a byte of those of so many bytes and more costs what FIRST_LONG says."""
+    shortest = points[0][1]
+    per_byte = [max(0.0, seconds - shortest) / nbytes for nbytes, seconds in points]
+    long = [i for i, (nbytes, _) in enumerate(points) if nbytes >= first_long]
+    found = list(points)
+    for i in long:
+        beside = [per_byte[j] for j in (i - 1, i, i + 1) if j in long]
+        found[i] = points[i][0], shortest + points[i][0] * statistics.mean(beside)
+    return found
+
+
+def _midmean(times: Sequence[float]) -> float:
+    """The mean of what is neither among the shortest nor among the longest ones, where there are four or more."""
+    beside = len(times) // 4
+    return statistics.mean(sorted(times)[beside : len(times) - beside])
 
 
 def take_turns(steps: Sequence[Callable[[], object]], clock: Callable[[], int] = time.perf_counter_ns) -> list[int]:

@@ -8,11 +8,14 @@ import numpy as np
 # Where it is not measured: bytes of the others of its host that each worker gets in a second and adds up, of an AMD
 # Zen 4 server. Of gradients, which PyTorch reads where they are; and of Horovod's messages.
 READ_IN_HOST, SENT_IN_HOST = 3e9, 1e9
+# Seconds from one of Horovod's looks for messages to the next, unless HOROVOD_CYCLE_TIME is set.
+CYCLE = 1e-3
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds of a message by its bytes: straight lines between what was measured, and beyond it.
+    """Seconds of a message by its bytes: straight lines between what was measured, and beyond it what the largest took
+    for each byte.
 
     Attributes:
         points: (bytes, seconds), with different bytes. Where more bytes took less time, less would have taken no more:
@@ -26,12 +29,18 @@ class Curve:
         seconds = np.minimum.accumulate(seconds[::-1])[::-1]
         object.__setattr__(self, "points", tuple(zip(sizes.tolist(), seconds.tolist(), strict=True)))
 
+    @classmethod
+    def of_line(cls, shortest: float, per_byte: float, least: float = CYCLE) -> "Curve":
+        """Of messages that take `shortest` and so much longer for each byte, and `least` at least."""
+        start = max(shortest, least)
+        waited_for = (start - shortest) / per_byte if per_byte else 0.0  # bytes
+        return cls(tuple({0.0: start, waited_for: start, waited_for + 1e9: start + 1e9 * per_byte}.items()))
+
     def __call__(self, nbytes: float) -> float:
-        (sizes, seconds), last = zip(*self.points, strict=True), self.points[-1]
+        (sizes, seconds), first, last = zip(*self.points, strict=True), self.points[0], self.points[-1]
         if nbytes <= last[0] or len(self.points) == 1:
             return float(np.interp(nbytes, sizes, seconds))
-        before = self.points[-2]
-        return last[1] + (nbytes - last[0]) * (last[1] - before[1]) / (last[0] - before[0])
+        return last[1] + (nbytes - last[0]) * (last[1] - first[1]) / (last[0] - first[0])
 
 
 class HostNetwork(NamedTuple):
@@ -85,7 +94,7 @@ class Network(NamedTuple):
         per_host: int = 1,
         in_host: tuple[float, float] = (READ_IN_HOST, SENT_IN_HOST),
     ) -> "Network":
-        """Of workers in a ring, without what processors do to messages.
+        """Of workers in a ring, without what processors do to messages. Each waits for Horovod's cycle.
 
         Args:
             workers: W.
@@ -97,14 +106,15 @@ class Network(NamedTuple):
                 gradients, and of messages.
         """
 
-        def line(rounds: int, share: float, rate: float = bytes_per_second) -> Curve:
-            seconds = [rounds * (latency + nbytes * share / rate) for nbytes in (0, 1e9)]
-            return Curve(((0, seconds[0]), (1e9, seconds[1])))
+        def line(rounds: int, share: float, rate: float = bytes_per_second, least: float = CYCLE) -> Curve:
+            return Curve.of_line(rounds * latency, rounds * share / rate, least if rounds else 0.0)
 
         around, count, hosts = workers - 1, workers // per_host, None
         if count > 1 and per_host > 1:
             # Each worker sends each of the others its part; over a host's link come those of all its workers.
-            gradients, inside = (line(per_host - 1, 1 / per_host, rate) for rate in in_host)
+            read, sent = in_host
+            gradients = line(per_host - 1, 1 / per_host, read, least=0.0)
+            inside = line(per_host - 1, 1 / per_host, sent)
             hosts = HostNetwork(per_host, gradients, inside, line(count - 1, per_host / count))
-        mean = line(2 * around, 1 / workers)
-        return cls(workers, mean, mean, line(around, 1), line(around, 1 / workers), hosts)
+        mean, idle = line(2 * around, 1 / workers), max(0.0, CYCLE - 2 * around * latency) if around else 0.0
+        return cls(workers, mean, mean, line(around, 1), line(around, 1 / workers), hosts, idle=idle)

@@ -40,13 +40,13 @@ WORTH = 0.1
 # What PyTorch's steps take of one core of an AMD Zen 4 server, as torch_impl/calibration.py measures them: where there
 # is no Horovod, so that nothing is measured.
 TYPICAL_WORK = {
-    HALVES: Work(7.5e-6, 2.1e-10),
-    "hvd.Int8()": Work(9e-5, 4.5e-10, 1e-8),
-    "hvd.PowerSGD(rank=1)": Work(1.8e-4, 3.6e-10, 4e-8),
-    "hvd.PowerSGD(rank=4)": Work(1.9e-4, 4.2e-10, 1.1e-7),
-    "hvd.PowerSGD(rank=8)": Work(2.2e-4, 5.6e-10, 1.6e-7),
-    'hvd.PowerSGD(rank=8, wire_dtype="int8")': Work(2.1e-4, 5.5e-10, 1.3e-7),
-    'hvd.PowerSGD(rank=32, wire_dtype="int8")': Work(4e-4, 1.4e-9, 1.1e-6),
+    HALVES: Work(4e-6, 1e-10),
+    "hvd.Int8()": Work(9e-5, 2e-10),
+    "hvd.PowerSGD(rank=1)": Work(8e-5, 2e-10),
+    "hvd.PowerSGD(rank=4)": Work(8e-5, 2.4e-10),
+    "hvd.PowerSGD(rank=8)": Work(1e-4, 3e-10),
+    'hvd.PowerSGD(rank=8, wire_dtype="int8")': Work(1.2e-4, 3e-10),
+    'hvd.PowerSGD(rank=32, wire_dtype="int8")': Work(3.5e-4, 8.3e-10),
 }
 
 

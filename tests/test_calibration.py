@@ -114,6 +114,21 @@ def test_small_halves_take_what_they_take_in_single_precision(made):
     assert [nbytes for dtype, nbytes, _ in found.sent if dtype == "float16"].count(2**10) == 1  # the first of its kind
 
 
+def test_a_long_message_takes_what_those_next_to_it_take_for_each_byte(made):
+    found, luck = made((2**22, 8)), iter([1.0, 1.5] * 1000)
+
+    def average(self, dtype, nbytes, parts):
+        return self.step(round(nbytes * (1 if nbytes < 2**20 else next(luck))) if dtype == "float32" else 1)
+
+    found.hurries = False
+    with mock.patch.object(Made, "_begin_average", average):
+        mean = found._curve(lambda nbytes: found._average("float32", nbytes))
+    # A step takes twice what it computes, in nanoseconds.
+    assert [mean(nbytes) for nbytes in SIZES[:3]] == pytest.approx([2e-9 * nbytes for nbytes in SIZES[:3]])
+    for nbytes in (*SIZES[3:], 2**29):
+        assert mean(nbytes) == pytest.approx(2e-9 * 1.25 * nbytes, rel=0.1)
+
+
 def test_waiting_for_a_cycle_hides_what_is_computed_before(made):
     found = made((64, 64))
     alone = Curve(((2**10, 1.1e-3), (2**14, 1.1e-3)))

@@ -76,9 +76,17 @@ class Calibration(ABC):
         in_slices = gathers and slice_count(self.count) > 1
         exchange = self._curve(partial(self._exchange, range(self.count), adds=False)) if in_slices else gather
         hosts = self._hosts() if levels else None
-        [on_processor] = self.largest([int(self.on_processor)])
-        overlap = self._overlap(mean) if on_processor else 1.0
-        return Network(self.count, mean, halves, gather, exchange, hosts, overlap, self._idle(mean))
+        on_processor, bucket_bytes = self.largest([int(self.on_processor), self.bucket_bytes])
+        # Of one bucket nothing is computed while a message travels; of several no message waits for a cycle.
+        is_one_bucket = self._nbytes <= bucket_bytes
+        overlap = 1.0 if not on_processor else 0.0 if is_one_bucket else self._overlap(mean)
+        idle = self._idle(mean) if is_one_bucket else 0.0
+        return Network(self.count, mean, halves, gather, exchange, hosts, overlap, idle)
+
+    @property
+    def _nbytes(self) -> int:
+        """Of the model's gradients."""
+        return ITEMSIZE * sum(map(math.prod, self.shapes))
 
     def _idle(self, mean: Curve) -> float:
         """Network.idle, of what is sent after computing for a part of a message's time: no longer, so that what
@@ -203,7 +211,7 @@ class Calibration(ABC):
 
     def _parts(self, dtype: str, nbytes: int) -> int:
         """Of how many tensors so many bytes of gradients would be, on average."""
-        part = nbytes / np.dtype(dtype).itemsize / max(1, sum(map(math.prod, self.shapes)))
+        part = ITEMSIZE * nbytes / np.dtype(dtype).itemsize / max(1, self._nbytes)
         return max(1, round(len(self.shapes) * min(1.0, part)))
 
     def _means_of(self, host: Host) -> Callable[[int], None]:
@@ -220,11 +228,10 @@ class Calibration(ABC):
     def _curve(
         self, send: Callable[[int], None], share: int = 1, known: Sequence[tuple[float, float]] = ()
     ) -> Curve:
-        points, of_model = list(known), ITEMSIZE * sum(map(math.prod, self.shapes))
-        longest = LONGEST if self.hurries else LONGEST_BEFORE
+        points, longest = list(known), LONGEST if self.hurries else LONGEST_BEFORE
         send(SIZES[0])  # the first message of its kind takes longer
         for size in SIZES[len(known) :]:
-            if len(points) > 1 and (points[-1][1] > longest or share * points[-1][0] >= of_model):
+            if len(points) > 1 and (points[-1][1] > longest or share * points[-1][0] >= self._nbytes):
                 break
             for dtype in ("float32", "float16"):
                 self._message(dtype, size)  # so that making it takes none of the message's time

@@ -104,6 +104,13 @@ def test_messages_are_as_many_tensors_as_so_much_of_the_model_has(made):
     assert made()._parts("float32", 2**20) >= 1  # of a model without tensors
 
 
+def test_what_no_exchange_of_a_model_needs_is_not_measured(made):
+    with mock.patch.multiple(Made, _overlap=lambda *_: 0.5, _idle=lambda *_: 1e-4):
+        small, large = made((64, 64)).network(), made((4096, 4096)).network()
+    assert (small.overlap, small.idle) == (0.0, 1e-4)  # its exchanges are one bucket
+    assert (large.overlap, large.idle) == (0.5, 0.0)
+
+
 def test_small_halves_take_what_they_take_in_single_precision(made):
     found = made((4096, 1024))
     found.on_processor = False

@@ -41,9 +41,9 @@ def run_worker(description, exchanges_of, hvd, predict=lambda model, exchanges: 
     exchanges = exchanges_of(args.model, args.methods)
     predictions = predict(args.model, exchanges)
     rows = measure_rounds(exchanges, args.rounds, hvd)
-    backward = next((row["median_ms"] / 1e3 for row in rows if row["method"] == "no-exchange"), None)
+    backward = next((row["median_ms"] / 1e3 for row in rows if row["method"] == "no-exchange"), 0.0)
     for row in rows:
-        if row["method"] in predictions and backward is not None:
+        if row["method"] in predictions:
             row["predicted_ms"] = round(1e3 * predictions[row["method"]].step(backward), 2)
     if hvd.rank() == 0:
         args.results.write_text(json.dumps(rows))

@@ -3,9 +3,10 @@
     python benchmarks/scale.py
 
 Assumed: workers in a ring, or in a tree, each host with one link, whose rate it has in both directions all the time;
-20 microseconds from a worker to the next; passes as horovod_powersgd.plan.TYPICAL_WORK has them, of one core; nothing
-of an exchange is hidden behind backward; nobody waits for a slower one. Hosts have 8 workers, each of which reads 3
-GB/s of the others' gradients (network.READ_IN_HOST).
+20 microseconds from a worker to the next, and a millisecond for a message at least, which is Horovod's cycle; passes
+as horovod_powersgd.plan.TYPICAL_WORK has them, of one core; nothing of an exchange is hidden behind backward; nobody
+waits for a slower one. Hosts have 8 workers, each of which reads 3 GB/s of the others' gradients
+(network.READ_IN_HOST).
 """
 
 import math

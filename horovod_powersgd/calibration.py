@@ -76,17 +76,9 @@ class Calibration(ABC):
         in_slices = gathers and slice_count(self.count) > 1
         exchange = self._curve(partial(self._exchange, range(self.count), adds=False)) if in_slices else gather
         hosts = self._hosts() if levels else None
-        on_processor, bucket_bytes = self.largest([int(self.on_processor), self.bucket_bytes])
-        # Of one bucket nothing is computed while a message travels; of several no message waits for a cycle.
-        is_one_bucket = self._nbytes <= bucket_bytes
-        overlap = 1.0 if not on_processor else 0.0 if is_one_bucket else self._overlap(mean)
-        idle = self._idle(mean) if is_one_bucket else 0.0
-        return Network(self.count, mean, halves, gather, exchange, hosts, overlap, idle)
-
-    @property
-    def _nbytes(self) -> int:
-        """Of the model's gradients."""
-        return ITEMSIZE * sum(map(math.prod, self.shapes))
+        [on_processor] = self.largest([int(self.on_processor)])
+        overlap = self._overlap(mean) if on_processor else 1.0
+        return Network(self.count, mean, halves, gather, exchange, hosts, overlap, self._idle(mean))
 
     def _idle(self, mean: Curve) -> float:
         """Network.idle, of what is sent after computing for a part of a message's time: no longer, so that what
@@ -104,7 +96,7 @@ class Calibration(ABC):
     def _overlap(self, mean: Curve) -> float:
         """Network.overlap, of a message that takes as long as some passes over memory."""
         first, second = np.ones((2, 2**20), np.float32)
-        nbytes = int(next((nbytes for nbytes, seconds in mean.points if seconds > 2e-3), mean.points[-1][0]))
+        nbytes = int(next((nbytes for nbytes, seconds in mean.points if seconds > 4e-3), mean.points[-1][0]))
 
         def compute() -> None:
             for _ in range(passes):
@@ -211,7 +203,7 @@ class Calibration(ABC):
 
     def _parts(self, dtype: str, nbytes: int) -> int:
         """Of how many tensors so many bytes of gradients would be, on average."""
-        part = ITEMSIZE * nbytes / np.dtype(dtype).itemsize / max(1, self._nbytes)
+        part = nbytes / np.dtype(dtype).itemsize / max(1, sum(map(math.prod, self.shapes)))
         return max(1, round(len(self.shapes) * min(1.0, part)))
 
     def _means_of(self, host: Host) -> Callable[[int], None]:
@@ -221,17 +213,18 @@ class Calibration(ABC):
 
     def _seconds_of(self, run: Callable[[], object]) -> float:
         if self.hurries:
-            return _midmean(times_of(run, SECONDS, self.largest))
+            return _typical(times_of(run, SECONDS, self.largest))
         run()
-        return _midmean(times_of(run, SECONDS_BEFORE, self.largest, LEAST_BEFORE))
+        return _typical(times_of(run, SECONDS_BEFORE, self.largest, LEAST_BEFORE))
 
     def _curve(
         self, send: Callable[[int], None], share: int = 1, known: Sequence[tuple[float, float]] = ()
     ) -> Curve:
-        points, longest = list(known), LONGEST if self.hurries else LONGEST_BEFORE
+        points, of_model = list(known), ITEMSIZE * sum(map(math.prod, self.shapes))
+        longest = LONGEST if self.hurries else LONGEST_BEFORE
         send(SIZES[0])  # the first message of its kind takes longer
         for size in SIZES[len(known) :]:
-            if len(points) > 1 and (points[-1][1] > longest or share * points[-1][0] >= self._nbytes):
+            if len(points) > 1 and (points[-1][1] > longest or share * points[-1][0] >= of_model):
                 break
             for dtype in ("float32", "float16"):
                 self._message(dtype, size)  # so that making it takes none of the message's time
@@ -241,7 +234,7 @@ class Calibration(ABC):
 
 def _smoothed(points: Sequence[tuple[float, float]], first_long: float) -> list[tuple[float, float]]:
     """(bytes, seconds) of messages, where a byte of those of so many bytes and more costs what FIRST_LONG says."""
-    shortest = points[0][1]
+    shortest = min(seconds for _, seconds in points)
     per_byte = [max(0.0, seconds - shortest) / nbytes for nbytes, seconds in points]
     long = [i for i, (nbytes, _) in enumerate(points) if nbytes >= first_long]
     found = list(points)
@@ -251,10 +244,12 @@ def _smoothed(points: Sequence[tuple[float, float]], first_long: float) -> list[
     return found
 
 
-def _midmean(times: Sequence[float]) -> float:
-    """The mean of what is neither among the shortest nor among the longest ones, where there are four or more."""
+def _typical(times: Sequence[float]) -> float:
+    """Of short messages the median, since what disturbs one of them counts most; of others, whose times differ by luck,
+    the mean of what is neither among the shortest nor among the longest ones."""
+    median = statistics.median(times)
     beside = len(times) // 4
-    return statistics.mean(sorted(times)[beside : len(times) - beside])
+    return median if median < SECONDS else statistics.mean(sorted(times)[beside : len(times) - beside])
 
 
 def take_turns(steps: Sequence[Callable[[], object]], clock: Callable[[], int] = time.perf_counter_ns) -> list[int]:

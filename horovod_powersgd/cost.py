@@ -218,7 +218,7 @@ def predict(
     itemsize = 2 if compressor.family.memory_dtype else ITEMSIZE
     memory = itemsize * sum(-(-n // per_host) * m for n, m in compressed) if compressor.keeps_memory else 0
     overlap, number = network.overlap, len(buckets)
-    idle = network.idle * len(messages) if len(buckets) == 1 else 0.0
+    idle = _idle(messages, network) if len(buckets) == 1 else 0.0
     return Prediction(on_processor, sum(messages), idle, overlap, len(compressed), number, sent, memory)
 
 
@@ -238,8 +238,14 @@ def predict_plain(shapes: Sequence[tuple[int, ...]], network: Network, casts: Wo
         on_processor = casts.per_tensor * len(shapes) + casts.per_byte * nbytes + casts.per_bucket
     # Horovod sends what is there.
     buckets = max(1, math.ceil(nbytes / BUCKET_BYTES))
-    idle = network.idle if buckets == 1 else 0.0
+    idle = _idle([on_network], network) if buckets == 1 else 0.0
     return Prediction(on_processor, on_network, idle, network.overlap, 0, buckets, sent, 0)
+
+
+def _idle(messages: Iterable[float], network: Network) -> float:
+    """Of messages that take so many seconds: what takes longer than a cycle anyway does not wait for the next one."""
+    shortest = network.allreduce(0)
+    return sum(max(0.0, network.idle - max(0.0, seconds - shortest)) for seconds in messages)
 
 
 def _of_share(work: Work, compressor: Compressor, per_host: int) -> Work:

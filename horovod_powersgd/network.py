@@ -9,7 +9,7 @@ import numpy as np
 # Zen 4 server. Of gradients, which PyTorch reads where they are; and of Horovod's messages.
 READ_IN_HOST, SENT_IN_HOST = 3e9, 1e9
 # Seconds from one of Horovod's looks for messages to the next, unless HOROVOD_CYCLE_TIME is set.
-CYCLE = 1e-3
+CYCLE_TIME = 1e-3
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Curve:
         object.__setattr__(self, "points", tuple(zip(sizes.tolist(), seconds.tolist(), strict=True)))
 
     @classmethod
-    def of_line(cls, shortest: float, per_byte: float, least: float = CYCLE) -> "Curve":
+    def of_line(cls, shortest: float, per_byte: float, least: float = CYCLE_TIME) -> "Curve":
         """Of messages that take `shortest` and so much longer for each byte, and `least` at least."""
         start = max(shortest, least)
         waited_for = (start - shortest) / per_byte if per_byte else 0.0  # bytes
@@ -106,7 +106,7 @@ class Network(NamedTuple):
                 gradients, and of messages.
         """
 
-        def line(rounds: int, share: float, rate: float = bytes_per_second, least: float = CYCLE) -> Curve:
+        def line(rounds: int, share: float, rate: float = bytes_per_second, least: float = CYCLE_TIME) -> Curve:
             return Curve.of_line(rounds * latency, rounds * share / rate, least if rounds else 0.0)
 
         around, count, hosts = workers - 1, workers // per_host, None
@@ -116,5 +116,5 @@ class Network(NamedTuple):
             gradients = line(per_host - 1, 1 / per_host, read, least=0.0)
             inside = line(per_host - 1, 1 / per_host, sent)
             hosts = HostNetwork(per_host, gradients, inside, line(count - 1, per_host / count))
-        mean, idle = line(2 * around, 1 / workers), max(0.0, CYCLE - 2 * around * latency) if around else 0.0
+        mean, idle = line(2 * around, 1 / workers), max(0.0, CYCLE_TIME - 2 * around * latency) if around else 0.0
         return cls(workers, mean, mean, line(around, 1), line(around, 1 / workers), hosts, idle=idle)

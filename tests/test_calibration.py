@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 
 from horovod_powersgd import PowerSGD, calibration
-from horovod_powersgd.calibration import FIRST_HALVES, SIZES, Calibration
+from horovod_powersgd.calibration import FIRST_HALVES, SIZES, Calibration, _smoothed, _typical
 from horovod_powersgd.layout import leading_rows
 from horovod_powersgd.network import Curve
 
@@ -104,13 +104,6 @@ def test_messages_are_as_many_tensors_as_so_much_of_the_model_has(made):
     assert made()._parts("float32", 2**20) >= 1  # of a model without tensors
 
 
-def test_what_no_exchange_of_a_model_needs_is_not_measured(made):
-    with mock.patch.multiple(Made, _overlap=lambda *_: 0.5, _idle=lambda *_: 1e-4):
-        small, large = made((64, 64)).network(), made((4096, 4096)).network()
-    assert (small.overlap, small.idle) == (0.0, 1e-4)  # its exchanges are one bucket
-    assert (large.overlap, large.idle) == (0.5, 0.0)
-
-
 def test_small_halves_take_what_they_take_in_single_precision(made):
     found = made((4096, 1024))
     found.on_processor = False
@@ -122,18 +115,29 @@ def test_small_halves_take_what_they_take_in_single_precision(made):
 
 
 def test_a_long_message_takes_what_those_next_to_it_take_for_each_byte(made):
-    found, luck = made((2**22, 8)), iter([1.0, 1.5] * 1000)
+    found, luck = made((2**22, 8)), {2**20: 1.5, 2**22: 1.0, 2**24: 1.5, 2**26: 1.0}
 
     def average(self, dtype, nbytes, parts):
-        return self.step(round(nbytes * (1 if nbytes < 2**20 else next(luck))) if dtype == "float32" else 1)
+        # A step takes twice what it computes, in nanoseconds.
+        return self.step(round(nbytes * luck.get(nbytes, 1.0) / 2))
 
     found.hurries = False
     with mock.patch.object(Made, "_begin_average", average):
         mean = found._curve(lambda nbytes: found._average("float32", nbytes))
-    # A step takes twice what it computes, in nanoseconds.
-    assert [mean(nbytes) for nbytes in SIZES[:3]] == pytest.approx([2e-9 * nbytes for nbytes in SIZES[:3]])
-    for nbytes in (*SIZES[3:], 2**29):
-        assert mean(nbytes) == pytest.approx(2e-9 * 1.25 * nbytes, rel=0.1)
+    per_byte = [mean(nbytes) / nbytes for nbytes in SIZES]
+    assert per_byte == pytest.approx([1e-9] * 3 + [1.25e-9, 4 / 3 * 1e-9, 3.5 / 3 * 1e-9, 1.25e-9], rel=1e-3)
+    assert mean(2**29) == pytest.approx(1.25e-9 * 2**29, rel=1e-3)
+
+
+def test_a_disturbed_first_message_spoils_no_long_one():
+    points = [(2**10, 8.0), (2**14, 1.0), (2**20, 2.0), (2**22, 5.0)]
+    assert _smoothed(points, 2**20)[2:] == [(2**20, pytest.approx(2.0)), (2**22, pytest.approx(5.0))]
+
+
+def test_one_disturbed_time_of_a_short_message_does_not_count():
+    assert _typical([1e-3, 2e-3, 1.0]) == 2e-3
+    assert _typical([1.0, 1.5, 1.5]) == pytest.approx(4 / 3)
+    assert _typical([1.0, 1.5, 1.5, 1.0, 9.0]) == pytest.approx(4 / 3)
 
 
 def test_waiting_for_a_cycle_hides_what_is_computed_before(made):

@@ -9,7 +9,7 @@ from horovod_powersgd.buckets import GPU_BUCKET_BYTES
 from horovod_powersgd.calibration import times_of
 from horovod_powersgd.cost import SAMPLE_BYTES, Work, predict, predict_plain, samples_of
 from horovod_powersgd.layout import layout_of, leading_rows, trailing_columns
-from horovod_powersgd.network import Curve, HostNetwork, Network
+from horovod_powersgd.network import CYCLE_TIME, Curve, HostNetwork, Network
 
 # A message takes a millisecond, and a nanosecond for each byte; of halves, and of a gather, two; of an alltoall, three.
 MESSAGES = Network(2, *(Curve(((0, 1e-3), (1e6, 1e-3 + slope))) for slope in (1e-3, 2e-3, 2e-3, 3e-3)))
@@ -37,6 +37,17 @@ def test_messages_of_a_ring():
     assert Network.of_links(1, 1e9, 1e-5).allreduce(1e9) == 0
 
 
+def test_what_waits_for_horovods_cycle_hides_what_is_computed_before():
+    fast = Network.of_links(2, bytes_per_second=1e9, latency=1e-4)
+    assert fast.allreduce(0) == fast.allreduce(8e5) == CYCLE_TIME and fast.allreduce(9e5) == pytest.approx(1.1e-3)
+    assert fast.idle == pytest.approx(CYCLE_TIME - 2e-4)
+    assert Network.of_links(1, 1e9, 1e-4).idle == Network.of_links(11, 1e9, 1e-4).idle == 0
+    prediction = predict(SHAPES, PowerSGD(2), fast, Work(0.0, 1e-10))
+    assert prediction.seconds == pytest.approx(2 * CYCLE_TIME)  # factors are small
+    slow = predict(SHAPES, PowerSGD(2), Network.of_links(2, 1e6, 1e-4), Work(0.0, 1e-10))
+    assert slow.idle == 0 and slow.seconds == slow.processor + slow.network
+
+
 @pytest.mark.parametrize("true", [Work(1e-4, 1e-9, 1e-7), Work(0.0, 2e-9, 0.0), Work(3e-4, 0.0, 1e-6)])
 def test_work_is_found_from_samples(true):
     samples = [[(50, 50)] * 20, [(1000, 2000)], [(9000, 40)] * 3]
@@ -60,11 +71,15 @@ def test_a_gpus_work_is_told_by_buckets(true):
 
 def test_waiting_for_a_cycle_hides_what_was_computed_before():
     waiting, work = MESSAGES._replace(idle=8e-4), Work(1e-3, 0.0)
-    once, plain = predict(SHAPES, PowerSGD(2), MESSAGES, work), predict_plain(SHAPES, waiting)
+    once, plain = predict(SHAPES, PowerSGD(2), MESSAGES, work), predict_plain([(300,)], waiting)
     twice = predict(SHAPES, PowerSGD(2), waiting, work)  # P and Q
     assert twice.seconds == pytest.approx(once.seconds - 1e-3)
-    assert twice.step(9.0) == pytest.approx(9 + once.seconds - 1.6e-3)
-    assert plain.seconds == plain.step(5e-4) == plain.step(8e-4) == pytest.approx(plain.step(1e-3) - 2e-4)
+    waited = 1.6e-3 - (once.network - 2e-3)  # less than a cycle each, by what they travel
+    assert twice.step(9.0) == pytest.approx(9 + once.seconds - waited, rel=1e-9)
+    assert plain.idle == pytest.approx(8e-4, rel=0.01)
+    assert plain.seconds == plain.step(5e-4) == pytest.approx(plain.step(1e-3) - (1e-3 - plain.idle))
+    # What takes much longer than a cycle waits for none.
+    assert predict_plain(SHAPES, waiting).step(5e-4) == predict_plain(SHAPES, waiting).seconds + 5e-4
 
 
 def test_what_is_measured_in_a_job_is_not_repeated_where_it_takes_long():

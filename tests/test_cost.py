@@ -37,7 +37,7 @@ def test_messages_of_a_ring():
     assert Network.of_links(1, 1e9, 1e-5).allreduce(1e9) == 0
 
 
-def test_what_waits_for_horovods_cycle_hides_what_is_computed_before():
+def test_messages_over_links_wait_for_horovods_cycle():
     fast = Network.of_links(2, bytes_per_second=1e9, latency=1e-4)
     assert fast.allreduce(0) == fast.allreduce(8e5) == CYCLE_TIME and fast.allreduce(9e5) == pytest.approx(1.1e-3)
     assert fast.idle == pytest.approx(CYCLE_TIME - 2e-4)

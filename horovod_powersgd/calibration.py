@@ -28,13 +28,16 @@ FIRST_HALVES = 2**18
 FIRST_LONG = 2**20
 # What is measured is repeated for so many seconds (passes, in a job, for twice as many), and so often at most; and
 # larger messages than the first that takes LONGEST seconds are not measured. In a job, whose steps wait meanwhile, and
-# before a job, where nobody waits.
+# before a job, where nobody waits, and where those of Gloo are told from many: on a busy core they may take 1 ms, or 4,
+# as the kernel's ticks have it.
 SECONDS, SECONDS_BEFORE = 0.005, 0.3
-LONGEST, LONGEST_BEFORE = 0.04, 0.3
+LONGEST, LONGEST_BEFORE = 0.04, 1.0
+MOST_TIMES, MOST_BEFORE = 6, 30
 # Before a job at least so often: what a link has no room for, TCP loses, and messages take half as long again.
-LEAST_BEFORE, MOST_TIMES = 3, 6
-# A message repeats so many numbers: a prime number, so that the rows of a matrix of them differ.
-BLOCK = 2**14 - 3
+LEAST_BEFORE = 3
+# A message repeats so many numbers: a prime number, so that the rows of a matrix of them differ, and so many that a
+# processor cannot foresee how halves are rounded.
+BLOCK = 2**20 - 3
 
 
 class Calibration(ABC):
@@ -71,7 +74,7 @@ class Calibration(ABC):
         """What messages of these workers take; of gathers, and of two levels, only where it is asked for."""
         mean = self._curve(partial(self._average, "float32"))
         small = [(nbytes, seconds) for nbytes, seconds in mean.points if nbytes < FIRST_HALVES]
-        halves = self._curve(partial(self._average, "float16"), known=small)
+        halves = self._curve(partial(self._average, "float16"), known=small, dtype="float16")
         gather = self._curve(partial(self._gather, self.count), self.count) if gathers else mean
         in_slices = gathers and slice_count(self.count) > 1
         exchange = self._curve(partial(self._exchange, range(self.count), adds=False)) if in_slices else gather
@@ -182,8 +185,7 @@ class Calibration(ABC):
 
     @abstractmethod
     def _begin_average(self, dtype: str, nbytes: int, parts: int) -> Callable[[], object]:
-        """Begins to average so many bytes, of so many tensors; gives what waits for it. Their numbers are those of
-        gradients: zeros in half precision Gloo adds up in 40% of the time."""
+        """Begins to average so many bytes, of so many tensors; gives what waits for it."""
 
     @abstractmethod
     def _gather(self, share: int, nbytes: int) -> None:
@@ -195,8 +197,9 @@ class Calibration(ABC):
         up what has come, in single precision, where that is asked for."""
 
     @abstractmethod
-    def _message(self, dtype: str, nbytes: int) -> object:
-        """So many bytes to send, which are kept: numbers as gradients are."""
+    def _renew(self, dtype: str, nbytes: int) -> None:
+        """Makes so many bytes to send; of half precision anew, where a mean has replaced them: numbers as gradients
+        are, each worker its own. Gloo adds up equal halves in 80% of the time, and zeros in 40%."""
 
     def _average(self, dtype: str, nbytes: int) -> None:
         self._begin_average(dtype, nbytes, self._parts(dtype, nbytes))()
@@ -211,14 +214,19 @@ class Calibration(ABC):
         framework has another way."""
         return partial(self._exchange, host.peers)
 
-    def _seconds_of(self, run: Callable[[], object]) -> float:
+    def _seconds_of(self, run: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
         if self.hurries:
-            return _typical(times_of(run, SECONDS, self.largest))
+            return _typical(times_of(run, SECONDS, self.largest, before=before))
+        before()
         run()
-        return _typical(times_of(run, SECONDS_BEFORE, self.largest, LEAST_BEFORE))
+        return _typical(times_of(run, SECONDS_BEFORE, self.largest, LEAST_BEFORE, MOST_BEFORE, before))
 
     def _curve(
-        self, send: Callable[[int], None], share: int = 1, known: Sequence[tuple[float, float]] = ()
+        self,
+        send: Callable[[int], None],
+        share: int = 1,
+        known: Sequence[tuple[float, float]] = (),
+        dtype: str = "float32",
     ) -> Curve:
         points, of_model = list(known), ITEMSIZE * sum(map(math.prod, self.shapes))
         longest = LONGEST if self.hurries else LONGEST_BEFORE
@@ -226,9 +234,7 @@ class Calibration(ABC):
         for size in SIZES[len(known) :]:
             if len(points) > 1 and (points[-1][1] > longest or share * points[-1][0] >= of_model):
                 break
-            for dtype in ("float32", "float16"):
-                self._message(dtype, size)  # so that making it takes none of the message's time
-            points.append((size / share, self._seconds_of(partial(send, size))))
+            points.append((size / share, self._seconds_of(partial(send, size), partial(self._renew, dtype, size))))
         return Curve(tuple(_smoothed(points, FIRST_LONG / share)))
 
 
@@ -245,11 +251,13 @@ def _smoothed(points: Sequence[tuple[float, float]], first_long: float) -> list[
 
 
 def _typical(times: Sequence[float]) -> float:
-    """Of short messages the median, since what disturbs one of them counts most; of others, whose times differ by luck,
-    the mean of what is neither among the shortest nor among the longest ones."""
+    """Of a few short messages the median, since what disturbs one of them counts most; of others, whose times differ by
+    luck, the mean of what is neither among the shortest nor among the longest ones."""
     median = statistics.median(times)
+    if median < SECONDS and len(times) <= MOST_TIMES:
+        return median
     beside = len(times) // 4
-    return median if median < SECONDS else statistics.mean(sorted(times)[beside : len(times) - beside])
+    return statistics.mean(sorted(times)[beside : len(times) - beside])
 
 
 def take_turns(steps: Sequence[Callable[[], object]], clock: Callable[[], int] = time.perf_counter_ns) -> list[int]:
@@ -263,6 +271,8 @@ def times_of(
     seconds: float = SECONDS,
     largest: Callable[[list[int]], Iterable[int]] = list,
     least: int = 1,
+    most: int = MOST_TIMES,
+    before: Callable[[], object] = lambda: None,
 ) -> list[float]:
     """What it takes, in seconds, some times.
 
@@ -272,13 +282,19 @@ def times_of(
             else it does not count.
         largest: of each of some numbers, the largest of all workers', whose slowest then counts. Without it, this one
             does.
-        least: how many times there are at least.
+        least: how many times there are at least; most: at most.
+        before: is called before each time, and does not count.
     """
+
+    def once() -> int:
+        before()
+        return _nanoseconds(run)
+
     largest([0])  # all begin together
-    [first] = largest([_nanoseconds(run)])
+    [first] = largest([once()])
     is_long = first > 1e9 * seconds
-    times = least - 1 if is_long else max(2, least, min(MOST_TIMES, int(1e9 * seconds / first)))
-    more = largest([_nanoseconds(run) for _ in range(times)]) if times else []
+    times = least - 1 if is_long else max(2, least, min(most, int(1e9 * seconds / first)))
+    more = largest([once() for _ in range(times)]) if times else []
     return [found / 1e9 for found in ([first, *more] if is_long else more)]
 
 

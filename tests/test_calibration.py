@@ -36,7 +36,8 @@ class Made(Calibration):
     matrix_shape = staticmethod(leading_rows)
 
     def __init__(self, time, shapes):
-        self.time, self.shapes, self.clock, self.sent = time, shapes, lambda: time.computed, []
+        self.time, self.shapes, self.clock = time, shapes, lambda: time.computed
+        self.sent, self.renewed = [], []
 
     def largest(self, numbers):
         return list(numbers)
@@ -65,8 +66,8 @@ class Made(Calibration):
     def _exchange(self, whom, nbytes, adds=True):
         self._average("float32", nbytes)
 
-    def _message(self, dtype, nbytes):
-        pass
+    def _renew(self, dtype, nbytes):
+        self.renewed.append((dtype, nbytes))
 
 
 @pytest.fixture
@@ -114,6 +115,14 @@ def test_small_halves_take_what_they_take_in_single_precision(made):
     assert [nbytes for dtype, nbytes, _ in found.sent if dtype == "float16"].count(2**10) == 1  # the first of its kind
 
 
+def test_halves_are_each_workers_own_in_every_message(made):
+    found = made((4096, 1024))
+    found.on_processor = False
+    found.network()
+    sent = [(dtype, nbytes) for dtype, nbytes, _ in found.sent if dtype == "float16"]
+    assert len(sent) > 10 and [message for message in found.renewed if message[0] == "float16"] == sent[1:]
+
+
 def test_a_long_message_takes_what_those_next_to_it_take_for_each_byte(made):
     found, luck = made((2**22, 8)), {2**20: 1.5, 2**22: 1.0, 2**24: 1.5, 2**26: 1.0}
 
@@ -136,6 +145,7 @@ def test_a_disturbed_first_message_spoils_no_long_one():
 
 def test_one_disturbed_time_of_a_short_message_does_not_count():
     assert _typical([1e-3, 2e-3, 1.0]) == 2e-3
+    assert _typical([1e-3, 4e-3] * 10) == pytest.approx(2.5e-3)  # of many, what they take on average
     assert _typical([1.0, 1.5, 1.5]) == pytest.approx(4 / 3)
     assert _typical([1.0, 1.5, 1.5, 1.0, 9.0]) == pytest.approx(4 / 3)
 

@@ -1,6 +1,8 @@
 """Predictions follow from what was measured, by hand."""
 
+import itertools
 from collections import Counter
+from unittest import mock
 
 import pytest
 
@@ -96,6 +98,9 @@ def test_what_is_measured_in_a_job_is_not_repeated_where_it_takes_long():
     assert asked == [1, 1, 1, 1, 5]
     milliseconds = iter([0, 50, 30, 40])
     assert times_of(lambda: None, 0.01, largest, least=3) == [0.05, 0.03, 0.04]
+    milliseconds, renewed = itertools.chain([0, 1], itertools.repeat(1)), mock.Mock()
+    assert times_of(lambda: None, 0.01, largest, most=8, before=renewed) == [0.001] * 8
+    assert renewed.call_count == 9  # before the first, too
 
 
 def test_buckets_are_as_large_as_work_says():

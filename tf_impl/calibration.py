@@ -89,10 +89,13 @@ class Calibration(calibration.Calibration):
         received = self._workers.exchange(self._message("float32", 4 * size * count), peers, to_each, "alltoall")
         (tf.reduce_sum(tf.reshape(received, (count, size)), 0) if adds else received).numpy()
 
+    def _renew(self, dtype: str, nbytes: int) -> None:
+        self._message(dtype, nbytes)
+
     def _message(self, dtype: str, nbytes: int) -> tf.Tensor:
         count = nbytes // tf.as_dtype(dtype).size
         if dtype not in self._kept or len(self._kept[dtype]) < count:
-            self._kept[dtype] = tf.tile(tf.cast(_random((BLOCK,)), dtype), [-(-count // BLOCK)])
+            self._kept[dtype] = tf.tile(tf.cast(_random((BLOCK,), self.index), dtype), [-(-count // BLOCK)])
         return self._kept[dtype][:count]  # which copies nothing
 
 
@@ -168,6 +171,6 @@ def _step(
     return run
 
 
-def _random(shape: tuple[int, ...]) -> tf.Tensor:
-    """Numbers that leave TensorFlow's own generators as they are, from which the job draws."""
-    return tf.random.stateless_normal(shape, seed=(0, 0))
+def _random(shape: tuple[int, ...], worker: int = 0) -> tf.Tensor:
+    """A worker's numbers, that leave TensorFlow's own generators as they are, from which the job draws."""
+    return tf.random.stateless_normal(shape, seed=(worker, 0))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from horovod.torch.mpi_ops import ProcessSet, allgather_async, allreduce_async_, local_rank, synchronize
@@ -95,15 +96,24 @@ class Calibration(calibration.Calibration):
         name, process_set = f"{self._workers.prefix}.gather", self._workers.process_set
         synchronize(allgather_async(part, name=name, process_set=process_set))
 
+    def _renew(self, dtype: str, nbytes: int) -> None:
+        message = self._message(dtype, nbytes)
+        if dtype == "float16":
+            for part in message.split(BLOCK):
+                part.copy_(self._numbers[: len(part)])
+
     def _message(self, dtype: str, nbytes: int) -> torch.Tensor:
         as_dtype = getattr(torch, dtype)
         count = nbytes // as_dtype.itemsize
         if dtype not in self._messages or len(self._messages[dtype]) < count:
-            # PyTorch's own generators, from which the job draws, stay as they are.
-            generator = torch.Generator(self._device).manual_seed(0)
-            some = torch.randn(BLOCK, device=self._device, generator=generator)
-            self._messages[dtype] = some.to(as_dtype).repeat(-(-count // BLOCK))
+            self._messages[dtype] = self._numbers.to(as_dtype).repeat(-(-count // BLOCK))
         return self._messages[dtype][:count]
+
+    @cached_property
+    def _numbers(self) -> torch.Tensor:
+        # PyTorch's own generators, from which the job draws, stay as they are.
+        generator = torch.Generator(self._device).manual_seed(self.index)
+        return torch.randn(BLOCK, device=self._device, generator=generator)
 
     def _means_of(self, host: Host) -> Callable[[int], None]:
         peers = peers_of(self._workers, host, ["gradient"], self.on_processor)

@@ -29,10 +29,12 @@ FIRST_LONG = 2**20
 # What is measured is repeated for so many seconds (passes, in a job, for twice as many), and so often at most; and
 # larger messages than the first that takes LONGEST seconds are not measured. In a job, whose steps wait meanwhile, and
 # before a job, where nobody waits, and where those of Gloo are told from many: on a busy core they may take 1 ms, or 4,
-# as the kernel's ticks have it.
+# a tick of the kernel's.
 SECONDS, SECONDS_BEFORE = 0.005, 0.3
 LONGEST, LONGEST_BEFORE = 0.04, 1.0
 MOST_TIMES, MOST_BEFORE = 6, 30
+# Passes over 4 MB, half a millisecond or so.
+STEP_PASSES = 5
 # Before a job at least so often: what a link has no room for, TCP loses, and messages take half as long again.
 LEAST_BEFORE = 3
 # A message repeats so many numbers: a prime number, so that the rows of a matrix of them differ, and so many that a
@@ -98,22 +100,16 @@ class Calibration(ABC):
 
     def _overlap(self, mean: Curve) -> float:
         """Network.overlap, of a message that takes as long as some passes over memory."""
-        first, second = np.ones((2, 2**20), np.float32)
         nbytes = int(next((nbytes for nbytes, seconds in mean.points if seconds > 4e-3), mean.points[-1][0]))
-
-        def compute() -> None:
-            for _ in range(passes):
-                np.add(first, second, out=second)
 
         def both() -> None:
             wait = self._begin_average("float32", nbytes, self._parts("float32", nbytes))
-            compute()
+            self._passes(number)
             wait()
 
-        passes, message = 1, mean(nbytes)
-        once = self._seconds_of(compute)
-        passes = max(1, math.ceil(message / once))
-        computing, together = passes * once, self._seconds_of(both)
+        message, once = mean(nbytes), self._seconds_of(partial(self._passes, 1))
+        number = max(1, math.ceil(message / once))
+        computing, together = number * once, self._seconds_of(both)
         return min(1.0, max(0.0, (computing + message - together) / min(computing, message)))
 
     def _hosts(self) -> HostNetwork | None:
@@ -201,6 +197,16 @@ class Calibration(ABC):
         """Makes so many bytes to send; of half precision anew, where a mean has replaced them: numbers as gradients
         are, each worker its own. Gloo adds up equal halves in 80% of the time, and zeros in 40%."""
 
+    def _passes(self, number: int) -> None:
+        """So many passes over some memory, as a step would make."""
+        first, second = self._memory
+        for _ in range(number):
+            np.add(first, second, out=second)
+
+    @cached_property
+    def _memory(self) -> np.ndarray:
+        return np.ones((2, 2**20), np.float32)
+
     def _average(self, dtype: str, nbytes: int) -> None:
         self._begin_average(dtype, nbytes, self._parts(dtype, nbytes))()
 
@@ -217,9 +223,17 @@ class Calibration(ABC):
     def _seconds_of(self, run: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
         if self.hurries:
             return _typical(times_of(run, SECONDS, self.largest, before=before))
-        before()
+
+        def as_in_a_step() -> None:
+            # A worker computes before it sends: of messages in a row, those of Gloo take less, once threads have found
+            # their cores.
+            before()
+            self._passes(STEP_PASSES)
+            self._average("float32", SIZES[0])
+
+        as_in_a_step()
         run()
-        return _typical(times_of(run, SECONDS_BEFORE, self.largest, LEAST_BEFORE, MOST_BEFORE, before))
+        return _typical(times_of(run, SECONDS_BEFORE, self.largest, LEAST_BEFORE, MOST_BEFORE, as_in_a_step))
 
     def _curve(
         self,

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 
 from horovod_powersgd import PowerSGD, calibration
-from horovod_powersgd.calibration import FIRST_HALVES, SIZES, Calibration, _smoothed, _typical
+from horovod_powersgd.calibration import FIRST_HALVES, MOST_BEFORE, SIZES, Calibration, _smoothed, _typical
 from horovod_powersgd.layout import leading_rows
 from horovod_powersgd.network import Curve
 
@@ -113,6 +113,19 @@ def test_small_halves_take_what_they_take_in_single_precision(made):
     small = [point for point in network.allreduce.points if point[0] < FIRST_HALVES]
     assert small and list(network.halves.points[: len(small)]) == small
     assert [nbytes for dtype, nbytes, _ in found.sent if dtype == "float16"].count(2**10) == 1  # the first of its kind
+
+
+def test_before_a_job_workers_compute_before_they_send(made):
+    found = made((64, 64))
+    found.hurries = False
+    with mock.patch.object(Made, "_passes", lambda self, number: self.sent.append("computed")):
+        found._seconds_of(lambda: found._average("float32", 2**20))
+        one_step = ["computed", ("float32", 2**10, 1), ("float32", 2**20, 1)]
+        assert found.sent == one_step * (len(found.sent) // 3) and len(found.sent) > 3 * MOST_BEFORE
+        found.sent.clear()
+        found.hurries = True  # a job waits for no more than it has to
+        found._seconds_of(lambda: found._average("float32", 2**20))
+        assert set(found.sent) == {("float32", 2**20, 1)}
 
 
 def test_halves_are_each_workers_own_in_every_message(made):

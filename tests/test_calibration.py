@@ -37,9 +37,11 @@ class Made(Calibration):
 
     def __init__(self, time, shapes):
         self.time, self.shapes, self.clock = time, shapes, lambda: time.computed
-        self.sent, self.renewed = [], []
+        self.sent, self.order = [], []
 
     def largest(self, numbers):
+        if numbers == [0]:
+            self.order.append("together")
         return list(numbers)
 
     def step(self, nanoseconds):
@@ -54,6 +56,7 @@ class Made(Calibration):
 
     def _begin_average(self, dtype, nbytes, parts):
         self.sent.append((dtype, nbytes, parts))
+        self.order.append("sent")
 
         def wait():
             self.time.now += -self.time.now % CYCLE + TRAVEL + nbytes // 8
@@ -67,7 +70,7 @@ class Made(Calibration):
         self._average("float32", nbytes)
 
     def _renew(self, dtype, nbytes):
-        self.renewed.append((dtype, nbytes))
+        self.order.append("renewed")
 
 
 @pytest.fixture
@@ -117,23 +120,19 @@ def test_small_halves_take_what_they_take_in_single_precision(made):
 
 def test_before_a_job_workers_compute_before_they_send(made):
     found = made((64, 64))
-    found.hurries = False
-    with mock.patch.object(Made, "_passes", lambda self, number: self.sent.append("computed")):
-        found._seconds_of(lambda: found._average("float32", 2**20))
-        one_step = ["computed", ("float32", 2**10, 1), ("float32", 2**20, 1)]
-        assert found.sent == one_step * (len(found.sent) // 3) and len(found.sent) > 3 * MOST_BEFORE
-        found.sent.clear()
-        found.hurries = True  # a job waits for no more than it has to
-        found._seconds_of(lambda: found._average("float32", 2**20))
-        assert set(found.sent) == {("float32", 2**20, 1)}
 
+    def measure(hurries):
+        found.hurries = hurries
+        found.order.clear()
+        with mock.patch.object(Made, "_passes", lambda self, number: self.order.append("computed")):
+            found._seconds_of(lambda: found._average("float16", 2**20), lambda: found._renew("float16", 2**20))
+        return found.order
 
-def test_halves_are_each_workers_own_in_every_message(made):
-    found = made((4096, 1024))
-    found.on_processor = False
-    found.network()
-    sent = [(dtype, nbytes) for dtype, nbytes, _ in found.sent if dtype == "float16"]
-    assert len(sent) > 10 and [message for message in found.renewed if message[0] == "float16"] == sent[1:]
+    one_step = ["renewed", "computed", "together", "sent"]
+    # One that does not count, and all begin together.
+    assert measure(hurries=False) == [*one_step, "together", *one_step * (1 + MOST_BEFORE)]
+    # A job waits for no more than it has to.
+    assert measure(hurries=True)[:2] == ["renewed", "together"] and set(found.order[2:]) == {"sent"}
 
 
 def test_a_long_message_takes_what_those_next_to_it_take_for_each_byte(made):
@@ -158,7 +157,7 @@ def test_a_disturbed_first_message_spoils_no_long_one():
 
 def test_one_disturbed_time_of_a_short_message_does_not_count():
     assert _typical([1e-3, 2e-3, 1.0]) == 2e-3
-    assert _typical([1e-3, 4e-3] * 10) == pytest.approx(2.5e-3)  # of many, what they take on average
+    assert _typical([1e-3, 4e-3] * 10) == pytest.approx(2.5e-3)  # of many, the mean of those between
     assert _typical([1.0, 1.5, 1.5]) == pytest.approx(4 / 3)
     assert _typical([1.0, 1.5, 1.5, 1.0, 9.0]) == pytest.approx(4 / 3)
 

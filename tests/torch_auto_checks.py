@@ -11,10 +11,12 @@ import cases
 import horovod_powersgd.torch as hvd
 from choices import PLAIN, choosing, looking_again, mean_gradients, short_tries
 from horovod_powersgd import Auto, PowerSGD, TopK
+from horovod_powersgd.calibration import BLOCK
 from horovod_powersgd.choosing import Choice
 from horovod_powersgd.cost import Work
 from horovod_powersgd.network import Curve, Network
 from horovod_powersgd.torch.auto_engine import AutoEngine
+from horovod_powersgd.torch.calibration import Calibration
 from measured_plan import plan_is_measured
 from trainee import DEVICE, Trainee
 
@@ -166,6 +168,19 @@ def check_all_workers_choose_alike_from_what_they_measure():
         if patch is as_if_slow:
             assert len(set(chosen)) > 1  # something else was tried
     assert len(calibrations) > 2
+
+
+def check_what_is_sent_is_each_workers_own_again():
+    calibration = Calibration(hvd.global_process_set, [(64, 64)], device=torch.device(DEVICE))
+    nbytes = 2 * (BLOCK + 100)  # of more numbers than are drawn
+    message = calibration._message("float16", nbytes)
+    own = message.clone()
+    everyones = hvd.allgather(own[None, :100], name="everyones")
+    assert len(everyones.unique(dim=0)) == hvd.size()
+    calibration._average("float16", nbytes)
+    np.testing.assert_allclose(message[:100].cpu(), everyones.float().mean(0).cpu(), atol=4e-3)
+    calibration._renew("float16", nbytes)
+    assert torch.equal(message, own)
 
 
 def check_plan_is_measured():

@@ -95,8 +95,12 @@ class Calibration(calibration.Calibration):
     def _message(self, dtype: str, nbytes: int) -> tf.Tensor:
         count = nbytes // tf.as_dtype(dtype).size
         if dtype not in self._kept or len(self._kept[dtype]) < count:
-            self._kept[dtype] = tf.tile(tf.cast(_random((BLOCK,), self.index), dtype), [-(-count // BLOCK)])
+            self._kept[dtype] = tf.tile(tf.cast(self._numbers, dtype), [-(-count // BLOCK)])
         return self._kept[dtype][:count]  # which copies nothing
+
+    @functools.cached_property
+    def _numbers(self) -> tf.Tensor:
+        return _random((BLOCK,), self.index)
 
 
 @dataclass(frozen=True)

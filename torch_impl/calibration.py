@@ -101,6 +101,7 @@ class Calibration(calibration.Calibration):
         if dtype == "float16":
             for part in message.split(BLOCK):
                 part.copy_(self._numbers[: len(part)])
+            _finish(self._device)
 
     def _message(self, dtype: str, nbytes: int) -> torch.Tensor:
         as_dtype = getattr(torch, dtype)

@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         help="predict what each way of exchanging a model's gradients takes, and recommend one",
         description="Predict what a step takes with each setting of compression=, and recommend one. Under a launcher, "
         "as in horovodrun -np 8 -H ... python -m horovod_powersgd plan --model mine:make, messages and passes are "
-        "measured, in some seconds (with TensorFlow, twenty); alone, --link and --workers say what the network is.",
+        "measured, in some seconds to a minute; alone, --link and --workers say what the network is.",
     )
     model = plan.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", metavar="MODULE:FUNCTION", help="a function that makes a model of PyTorch or Keras")

@@ -33,8 +33,8 @@ FIRST_LONG = 2**20
 SECONDS, SECONDS_BEFORE = 0.005, 0.3
 LONGEST, LONGEST_BEFORE = 0.04, 1.0
 MOST_TIMES, MOST_BEFORE = 6, 30
-# Together half a millisecond or so.
-STEP_PASSES = 5
+# Together a millisecond or two.
+STEP_PASSES = 20
 # Before a job at least so often: what a link has no room for, TCP loses, and messages take half as long again.
 LEAST_BEFORE = 3
 # A message repeats so many numbers: a prime number, so that the rows of a matrix of them differ, and so many that a
@@ -107,9 +107,9 @@ class Calibration(ABC):
             self._passes(number)
             wait()
 
-        message, once = mean(nbytes), self._seconds_of(partial(self._passes, 1))
-        number = max(1, math.ceil(message / once))
-        computing, together = number * once, self._seconds_of(both)
+        message, [some] = mean(nbytes), self.largest([_nanoseconds(partial(self._passes, STEP_PASSES))])
+        number = math.ceil(STEP_PASSES * 1e9 * message / some)
+        computing, together = self._seconds_of(partial(self._passes, number)), self._seconds_of(both)
         return min(1.0, max(0.0, (computing + message - together) / min(computing, message)))
 
     def _hosts(self) -> HostNetwork | None:

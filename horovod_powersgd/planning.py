@@ -47,6 +47,8 @@ def main(options: argparse.Namespace) -> int:
     elif measured.count == 1:
         raise Refused("one worker has no network to measure: start horovodrun -np N, or say --link and --workers")
     else:
+        if measured.is_first:
+            print(f"Measuring {measured.count} workers' messages, some seconds to a minute", file=sys.stderr)
         network, works, first = measured.network(levels=True), measured.works(SETTINGS), measured.is_first
     if not first:
         return 0

@@ -33,8 +33,6 @@ FIRST_LONG = 2**20
 SECONDS, SECONDS_BEFORE = 0.005, 0.3
 LONGEST, LONGEST_BEFORE = 0.04, 1.0
 MOST_TIMES, MOST_BEFORE = 6, 30
-# Together a millisecond or two.
-STEP_PASSES = 20
 # Before a job at least so often: what a link has no room for, TCP loses, and messages take half as long again.
 LEAST_BEFORE = 3
 # A message repeats so many numbers: a prime number, so that the rows of a matrix of them differ, and so many that a
@@ -100,16 +98,22 @@ class Calibration(ABC):
 
     def _overlap(self, mean: Curve) -> float:
         """Network.overlap, of a message that takes as long as some passes over memory."""
+        first, second = np.ones((2, 2**20), np.float32)
         nbytes = int(next((nbytes for nbytes, seconds in mean.points if seconds > 4e-3), mean.points[-1][0]))
+
+        def compute() -> None:
+            for _ in range(passes):
+                np.add(first, second, out=second)
 
         def both() -> None:
             wait = self._begin_average("float32", nbytes, self._parts("float32", nbytes))
-            self._passes(number)
+            compute()
             wait()
 
-        message, [some] = mean(nbytes), self.largest([_nanoseconds(partial(self._passes, STEP_PASSES))])
-        number = math.ceil(STEP_PASSES * 1e9 * message / some)
-        computing, together = self._seconds_of(partial(self._passes, number)), self._seconds_of(both)
+        passes, message = 1, mean(nbytes)
+        once = self._seconds_of(compute)
+        passes = max(1, math.ceil(message / once))
+        computing, together = passes * once, self._seconds_of(both)
         return min(1.0, max(0.0, (computing + message - together) / min(computing, message)))
 
     def _hosts(self) -> HostNetwork | None:
@@ -194,18 +198,9 @@ class Calibration(ABC):
 
     @abstractmethod
     def _renew(self, dtype: str, nbytes: int) -> None:
-        """Makes so many bytes to send; of half precision anew, where a mean has replaced them: numbers as gradients
-        are, each worker its own. Gloo adds up equal halves in 80% of the time, and zeros in 40%."""
-
-    def _passes(self, number: int) -> None:
-        """So many passes over some memory, as a step would make."""
-        first, second = self._memory
-        for _ in range(number):
-            np.add(first, second, out=second)
-
-    @cached_property
-    def _memory(self) -> np.ndarray:
-        return np.ones((2, 2**20), np.float32)
+        """Makes so many bytes to send; of half precision anew, where a mean has replaced them, and all workers go on
+        together: numbers as gradients are, each worker its own. Gloo adds up equal halves in 80% of the time, and zeros
+        in 40%."""
 
     def _average(self, dtype: str, nbytes: int) -> None:
         self._begin_average(dtype, nbytes, self._parts(dtype, nbytes))()
@@ -222,19 +217,9 @@ class Calibration(ABC):
 
     def _seconds_of(self, run: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
         if self.hurries:
-            before()
             return _typical(times_of(run, SECONDS, self.largest))
-
-        def as_in_a_step() -> None:
-            # What computes moves threads from core to core: of messages alone, those of Gloo take less once each thread
-            # has found its own. Then all begin together.
-            before()
-            self._passes(STEP_PASSES)
-            self.largest([0])
-
-        as_in_a_step()
         run()
-        return _typical(times_of(run, SECONDS_BEFORE, self.largest, LEAST_BEFORE, MOST_BEFORE, as_in_a_step))
+        return _typical(times_of(run, SECONDS_BEFORE, self.largest, LEAST_BEFORE, MOST_BEFORE, before))
 
     def _curve(
         self,
@@ -249,7 +234,9 @@ class Calibration(ABC):
         for size in SIZES[len(known) :]:
             if len(points) > 1 and (points[-1][1] > longest or share * points[-1][0] >= of_model):
                 break
-            points.append((size / share, self._seconds_of(partial(send, size), partial(self._renew, dtype, size))))
+            renew = partial(self._renew, dtype, size)
+            renew()  # so that making it takes none of the message's time
+            points.append((size / share, self._seconds_of(partial(send, size), renew)))
         return Curve(tuple(_smoothed(points, FIRST_LONG / share)))
 
 

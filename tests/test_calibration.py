@@ -118,21 +118,19 @@ def test_small_halves_take_what_they_take_in_single_precision(made):
     assert [nbytes for dtype, nbytes, _ in found.sent if dtype == "float16"].count(2**10) == 1  # the first of its kind
 
 
-def test_before_a_job_workers_compute_before_they_send(made):
+def test_before_a_job_messages_are_renewed_each_time(made):
     found = made((64, 64))
 
     def measure(hurries):
         found.hurries = hurries
         found.order.clear()
-        with mock.patch.object(Made, "_passes", lambda self, number: self.order.append("computed")):
-            found._seconds_of(lambda: found._average("float16", 2**20), lambda: found._renew("float16", 2**20))
+        found._seconds_of(lambda: found._average("float16", 2**20), lambda: found._renew("float16", 2**20))
         return found.order
 
-    one_step = ["renewed", "computed", "together", "sent"]
-    # One that does not count, and all begin together.
-    assert measure(hurries=False) == [*one_step, "together", *one_step * (1 + MOST_BEFORE)]
+    # One is not timed, and all begin together.
+    assert measure(hurries=False) == ["sent", "together", *["renewed", "sent"] * (1 + MOST_BEFORE)]
     # A job waits for no more than it has to.
-    assert measure(hurries=True)[:2] == ["renewed", "together"] and set(found.order[2:]) == {"sent"}
+    assert measure(hurries=True)[0] == "together" and set(found.order[1:]) == {"sent"}
 
 
 def test_a_long_message_takes_what_those_next_to_it_take_for_each_byte(made):

@@ -102,6 +102,7 @@ class Calibration(calibration.Calibration):
             for part in message.split(BLOCK):
                 part.copy_(self._numbers[: len(part)])
             _finish(self._device)
+            self.largest([0])
 
     def _message(self, dtype: str, nbytes: int) -> torch.Tensor:
         as_dtype = getattr(torch, dtype)

@@ -205,9 +205,14 @@ class Calibration(ABC):
     def _average(self, dtype: str, nbytes: int) -> None:
         self._begin_average(dtype, nbytes, self._parts(dtype, nbytes))()
 
+    @property
+    def _parameters(self) -> int:
+        """How many numbers the model has."""
+        return sum(map(math.prod, self.shapes))
+
     def _parts(self, dtype: str, nbytes: int) -> int:
         """Of how many tensors so many bytes of gradients would be, on average."""
-        part = nbytes / np.dtype(dtype).itemsize / max(1, sum(map(math.prod, self.shapes)))
+        part = nbytes / np.dtype(dtype).itemsize / max(1, self._parameters)
         return max(1, round(len(self.shapes) * min(1.0, part)))
 
     def _means_of(self, host: Host) -> Callable[[int], None]:
@@ -216,6 +221,7 @@ class Calibration(ABC):
         return partial(self._exchange, host.peers)
 
     def _seconds_of(self, run: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+        """What it takes, typically; before a job, where `before` is called each time."""
         if self.hurries:
             return _typical(times_of(run, SECONDS, self.largest))
         run()
@@ -228,7 +234,7 @@ class Calibration(ABC):
         known: Sequence[tuple[float, float]] = (),
         dtype: str = "float32",
     ) -> Curve:
-        points, of_model = list(known), ITEMSIZE * sum(map(math.prod, self.shapes))
+        points, of_model = list(known), ITEMSIZE * self._parameters
         longest = LONGEST if self.hurries else LONGEST_BEFORE
         send(SIZES[0])  # the first message of its kind takes longer
         for size in SIZES[len(known) :]:

@@ -20,6 +20,8 @@ if UNDER_MPIRUN:
 
 SECONDS = 2.0  # that a method gets in a round
 MOST_STEPS = 10  # of a method in a round
+# Where steps are short, there are more rounds than are asked for: in so many seconds, and so many at most.
+SHORT_SECONDS, MOST_ROUNDS = 5.0, 30
 
 
 def run_worker(description, exchanges_of, hvd, predict=lambda model, exchanges: {}):
@@ -54,7 +56,7 @@ def measure_rounds(exchanges, rounds, hvd):
 
     Args:
         exchanges: {method: an object with step(), pause() and bytes_sent()}.
-        rounds: how many.
+        rounds: how many; more where steps are short.
         hvd: Horovod for the framework, which is running.
 
     Returns:
@@ -64,14 +66,16 @@ def measure_rounds(exchanges, rounds, hvd):
     warm = {key: _warm_up(key, exchange, hvd) for key, exchange in exchanges.items()}
     _switch(hvd, on=True)
     warm = hvd.allgather_object(warm)
+    slowest = {key: max(worker[key] for worker in warm) for key in exchanges}
+    steps = {key: min(MOST_STEPS, max(1, round(SECONDS / slowest[key]))) for key in exchanges}
+    in_a_round = sum(steps[key] * slowest[key] for key in exchanges)
     seconds, wire = {key: [] for key in exchanges}, dict.fromkeys(exchanges, 0)
-    for _ in range(rounds):
+    for _ in range(max(rounds, min(MOST_ROUNDS, round(SHORT_SECONDS / in_a_round)))):
         for key, exchange in exchanges.items():
             _switch(hvd, on=METHODS[key].uses_horovod)
             exchange.step()  # after a pause, it is slower
             before = wire_bytes()
-            slowest = max(worker[key] for worker in warm)
-            seconds[key] += [_seconds(exchange) for _ in range(min(MOST_STEPS, max(1, round(SECONDS / slowest))))]
+            seconds[key] += [_seconds(exchange) for _ in range(steps[key])]
             wire[key] += wire_bytes() - before
             exchange.pause()
     _switch(hvd, on=True)

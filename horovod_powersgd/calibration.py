@@ -161,7 +161,8 @@ class Calibration(ABC):
 
         [once] = self.largest([_nanoseconds(lambda: take_turns(steps))])
         number = max(1, round(1e9 * seconds / 2 / once))
-        taken = statistics.median(times_of(together, seconds, self.largest))
+        least = 1 if self.hurries else MOST_TIMES
+        taken = statistics.median(times_of(together, seconds, self.largest, least))
         mine = self.largest([max(1, statistics.median_low(times)) for times in zip(*own, strict=True)])
         scale = max(1.0, 1e9 * (taken - self._shortest) / (number * sum(mine)))
         return [scale * nanoseconds / 1e9 for nanoseconds in mine]
@@ -304,6 +305,11 @@ def times_of(
     times = least - 1 if is_long else max(2, least, min(most, int(1e9 * seconds / first)))
     more = largest([once() for _ in range(times)]) if times else []
     return [found / 1e9 for found in ([first, *more] if is_long else more)]
+
+
+def average_of(message: str) -> str:
+    """The name of the average in 8 bits that a message of this name belongs to."""
+    return message.rpartition(".")[0]
 
 
 def _nanoseconds(run: Callable[[], object], clock: Callable[[], int] = time.perf_counter_ns) -> int:

@@ -18,9 +18,11 @@ from horovod_powersgd import Auto, PowerSGD, TopK
 from horovod_powersgd.choosing import Choice, Chooser
 from horovod_powersgd.cost import Work
 from horovod_powersgd.network import Curve, Network
-from horovod_powersgd.tensorflow import auto_exchange
+from horovod_powersgd.tensorflow import auto_exchange, calibration
 from horovod_powersgd.tensorflow.agreement import new_generation
 from horovod_powersgd.tensorflow.auto_exchange import AutoExchange
+from horovod_powersgd.tensorflow.quantization import quantized_mean
+from horovod_powersgd.tensorflow.senders import Senders
 from horovod_powersgd.tensorflow.training import known_states
 from measured_plan import plan_is_measured
 from tensorflow_trainee import EagerTrainee, FunctionTrainee
@@ -180,6 +182,14 @@ def check_an_optimizer_of_tensorflow_1_in_a_session():
                 taken.append(before - session.run(weight))
     for step, update in enumerate(taken):
         assert np.linalg.matrix_rank(update, 1e-3) == (2 if step > 1 else 48), step
+
+
+def check_factors_that_are_measured_are_as_independent_as_a_jobs():
+    factor = np.random.default_rng(0).standard_normal(4 * 300).astype("float32")
+    senders = Senders(calibration._Alone(hvd.global_process_set, "", workers=4))
+    mean, own, _ = quantized_mean(tf.constant(factor), [(4, 300)], senders, "average")
+    for found in (mean, own):
+        np.testing.assert_allclose(found, factor, atol=abs(factor).max() / 100)
 
 
 def check_plan_is_measured_without_pytorch():

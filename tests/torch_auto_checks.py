@@ -15,6 +15,7 @@ from horovod_powersgd.calibration import BLOCK
 from horovod_powersgd.choosing import Choice
 from horovod_powersgd.cost import Work
 from horovod_powersgd.network import Curve, Network
+from horovod_powersgd.torch import orthogonalization
 from horovod_powersgd.torch.auto_engine import AutoEngine
 from horovod_powersgd.torch.calibration import Calibration
 from measured_plan import plan_is_measured
@@ -181,6 +182,12 @@ def check_what_is_sent_is_each_workers_own_again():
     np.testing.assert_allclose(message[:100].cpu(), everyones.float().mean(0).cpu(), atol=4e-3)
     calibration._renew("float16", nbytes)
     assert torch.equal(message, own)
+
+
+def check_factors_that_are_measured_are_as_independent_as_a_jobs():
+    calibration = Calibration(hvd.global_process_set, [(64, 64)], device=torch.device(DEVICE))
+    with mock.patch.object(orthogonalization, "orthogonalize_by_columns", side_effect=AssertionError("they are not")):
+        calibration._step(PowerSGD(rank=4, wire_dtype="int8"), [(300, 200)] * 2, workers=4)()
 
 
 def check_plan_is_measured():

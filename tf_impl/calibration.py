@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median_low
 
 import tensorflow as tf
@@ -11,7 +11,7 @@ from horovod.tensorflow.mpi_ops import Average, Max, ProcessSet
 from tensorflow.python.eager import context
 
 from horovod_powersgd import calibration
-from horovod_powersgd.calibration import BLOCK, take_turns, times_of
+from horovod_powersgd.calibration import BLOCK, average_of, take_turns, times_of
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.cost import samples_of
 from horovod_powersgd.layout import trailing_columns
@@ -109,9 +109,11 @@ class _Alone(Workers):
 
     Attributes:
         workers: how many they are together.
+        slices: by the name of an average, those of it that this worker has sent.
     """
 
     workers: int = 1
+    slices: dict[str, tf.Tensor] = field(default_factory=dict)
     alone = True
 
     @property
@@ -125,10 +127,14 @@ class _Alone(Workers):
         return tf.constant(0, tf.int64)
 
     def gather(self, packed: tf.Tensor, name: str) -> tf.Tensor:
-        return tf.tile(packed[None], [self.workers, 1])
+        # Of an average in slices each worker has rounded its own. With this one's in place of all, a factor's columns
+        # would be the same, and orthogonalized again and again.
+        slices = self.slices.pop(average_of(name), None)
+        return tf.tile(packed[None], [self.workers, 1]) if slices is None else slices
 
     def alltoall(self, messages: tf.Tensor, name: str) -> tf.Tensor:
-        return messages
+        self.slices[average_of(name)] = messages
+        return tf.tile(messages[:1], [self.workers, 1])
 
     def exchange(self, tensor: tf.Tensor, peers: tf.Tensor, sizes: tf.Tensor, name: str) -> tf.Tensor:
         return tensor

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -9,7 +10,7 @@ from horovod.torch.mpi_ops import ProcessSet, allgather_async, allreduce_async_,
 
 from horovod_powersgd import calibration
 from horovod_powersgd.buckets import BUCKET_BYTES, GPU_BUCKET_BYTES
-from horovod_powersgd.calibration import BLOCK, SIZES
+from horovod_powersgd.calibration import BLOCK, SIZES, average_of
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.compressors.precision import is_horovods_fp16
@@ -23,16 +24,25 @@ from horovod_powersgd.torch.peers import peers_of
 from horovod_powersgd.torch.workers import Workers
 
 
+@dataclass
 class _Alone(Workers):
-    """One worker, who stands for others: they would send what it sends."""
+    """One worker, who stands for others: they would send what it sends.
 
+    Attributes:
+        slices: by the name of an average, those of it that this worker has sent.
+    """
+
+    slices: dict[str, torch.Tensor] = field(default_factory=dict)
     count, index = 1, 0
 
     def mean(self, tensor: torch.Tensor, name: str, in_place: bool = False) -> Mean:
         return Mean(tensor)
 
     def gather(self, packed: torch.Tensor, name: str, parity: bool, compressor: Compressor) -> Gathered:
-        return Gathered(packed.repeat(self.count), self.count, compressor)
+        # Of an average in slices each worker has rounded its own. With this one's in place of all, a factor's columns
+        # would be the same, and orthogonalized again and again.
+        slices = self.slices.pop(average_of(name), None)
+        return Gathered(packed.repeat(self.count) if slices is None else slices.clone(), self.count, compressor)
 
     def exchange(
         self,
@@ -42,7 +52,8 @@ class _Alone(Workers):
         compressor: Compressor,
         sizes: Mapping[int, int] | None = None,
     ) -> Gathered:
-        return Gathered(messages.clone(), self.count, compressor)
+        self.slices[average_of(name)] = messages
+        return Gathered(messages[self.index].repeat(self.count), self.count, compressor)
 
 
 class Calibration(calibration.Calibration):

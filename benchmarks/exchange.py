@@ -66,7 +66,7 @@ def selection(rounds, launcher):
     def job(framework, model, rate, hosts, methods, rounds=1):
         return Job(framework, model, rate, hosts, tuple(methods), rounds, launcher)
 
-    on_one_level = [key for key in METHODS if "two-levels" not in key and key != "auto"]
+    on_one_level = [key for key in METHODS if "two-levels" not in key and key not in ("auto", "hvd-again")]
     yield from (job("torch", model, "1gbit", 2, on_one_level, rounds) for model in MODELS)
     for rate in ("100mbit", "10gbit", "unshaped"):
         methods = ["no-exchange", "hvd", "hvd-fp16", "rank-4", "rank-8-int8"]

@@ -52,6 +52,7 @@ class Method:
 METHODS = {
     "no-exchange": Method("no exchange", None),
     "hvd": Method("Horovod", "horovod"),
+    "hvd-again": Method("Horovod, once more", "horovod"),  # how much a method's time differs from its own
     "hvd-fp16": Method("Horovod, fp16", "horovod", "fp16"),
     "ddp": Method("DDP", "ddp"),
     "ddp-fp16": Method("DDP, fp16", "ddp", "fp16"),

@@ -72,15 +72,14 @@ class Calibration(ABC):
 
     def network(self, gathers: bool = True, levels: bool = False) -> Network:
         """What messages of these workers take; of gathers, and of two levels, only where it is asked for."""
-        mean = self._curve(partial(self._average, "float32"))
+        mean = self._curve(partial(self._average, "float32"), known=[(SIZES[0], self._shortest)])
         small = [(nbytes, seconds) for nbytes, seconds in mean.points if nbytes < FIRST_HALVES]
         halves = self._curve(partial(self._average, "float16"), known=small, dtype="float16")
         gather = self._curve(partial(self._gather, self.count), self.count) if gathers else mean
         in_slices = gathers and slice_count(self.count) > 1
         exchange = self._curve(partial(self._exchange, range(self.count), adds=False)) if in_slices else gather
         hosts = self._hosts() if levels else None
-        [on_processor] = self.largest([int(self.on_processor)])
-        overlap = self._overlap(mean) if on_processor else 1.0
+        overlap = self._overlap(mean) if self._agreed[0] else 1.0
         return Network(self.count, mean, halves, gather, exchange, hosts, overlap, self._idle(mean))
 
     def _idle(self, mean: Curve) -> float:
@@ -133,18 +132,14 @@ class Calibration(ABC):
         Args:
             workers: from whom there is something to decode in a step; None: those that measure.
         """
-        # Where workers differ, as the slowest.
-        on_processor, bucket_bytes = self.largest([int(self.on_processor), self.bucket_bytes])
+        on_processor, bucket_bytes = self._agreed
         nbytes = SAMPLE_BYTES if self.hurries else SAMPLE_BYTES_BEFORE
         samples = samples_of(compressor, self.shapes, self.matrix_shape, self.most, nbytes)
         if not samples:
             return Work.fitted([])
-        if not on_processor:
-            # To tell a bucket's calls, which are what a GPU takes most of, from a matrix's.
-            samples += [sample[:1] for sample in samples[:1]]
         steps = [self._step(compressor, shapes, workers or self.count) for shapes in samples]
         measured = zip(samples, self.in_turn(steps), strict=True)
-        return Work.fitted(measured, bool(on_processor))._replace(bucket_bytes=bucket_bytes)
+        return Work.fitted(measured, on_processor)._replace(bucket_bytes=bucket_bytes)
 
     def works(self, settings: Mapping[str, Compressor | None], workers: int | None = None) -> dict[str, Work]:
         """Of each compressor, by the names that they are given with; None takes none."""
@@ -168,9 +163,17 @@ class Calibration(ABC):
         return [scale * nanoseconds / 1e9 for nanoseconds in mine]
 
     @cached_property
+    def _agreed(self) -> tuple[bool, int]:
+        """Where workers differ, as the slowest: whether a processor computes, and the bytes of a bucket."""
+        on_processor, bucket_bytes = self.largest([int(self.on_processor), self.bucket_bytes])
+        return bool(on_processor), bucket_bytes
+
+    @cached_property
     def _shortest(self) -> float:
         """Seconds of the shortest message."""
-        return self._seconds_of(partial(self._average, "float32", SIZES[0]))
+        send = partial(self._average, "float32", SIZES[0])
+        send()  # the first message of its kind takes longer
+        return self._seconds_of(send)
 
     @abstractmethod
     def largest(self, numbers: Sequence[int]) -> list[int]:
@@ -198,10 +201,14 @@ class Calibration(ABC):
         up what has come, in single precision, where that is asked for."""
 
     @abstractmethod
-    def _renew(self, dtype: str, nbytes: int) -> None:
-        """Makes so many bytes to send; of half precision anew, where a mean has replaced them, and all workers go on
-        together: numbers as gradients are, each worker its own. Gloo adds up equal halves in 80% of the time, and zeros
-        in 40%."""
+    def _renew(self, dtype: str, nbytes: int) -> bool:
+        """Makes so many bytes to send, where there are none yet; of half precision anew, where a mean has replaced
+        them: numbers as gradients are, each worker its own. Gloo adds up equal halves in 80% of the time, and zeros in
+        40%. Returns whether it has made any."""
+
+    def _renew_together(self, dtype: str, nbytes: int) -> None:
+        if self._renew(dtype, nbytes):
+            self.largest([0])
 
     def _average(self, dtype: str, nbytes: int) -> None:
         self._begin_average(dtype, nbytes, self._parts(dtype, nbytes))()
@@ -241,7 +248,7 @@ class Calibration(ABC):
         for size in SIZES[len(known) :]:
             if len(points) > 1 and (points[-1][1] > longest or share * points[-1][0] >= of_model):
                 break
-            renew = partial(self._renew, dtype, size)
+            renew = partial(self._renew_together, dtype, size)
             renew()  # so that making it takes none of the message's time
             points.append((size / share, self._seconds_of(partial(send, size), renew)))
         return Curve(tuple(_smoothed(points, FIRST_LONG / share)))
@@ -289,8 +296,8 @@ def times_of(
         run: is called some times.
         seconds: that the times have together, more or less. A first time that is longer counts, and is one of `least`;
             else it does not count.
-        largest: of each of some numbers, the largest of all workers', whose slowest then counts. Without it, this one
-            does.
+        largest: of each of some numbers, the largest of all workers', whose slowest then counts; they go on together,
+            and are to begin together. Without it, this one does.
         least: how many times there are at least; most: at most.
         before: is called before each time, and does not count.
     """
@@ -299,7 +306,6 @@ def times_of(
         before()
         return _nanoseconds(run)
 
-    largest([0])  # all begin together
     [first] = largest([once()])
     is_long = first > 1e9 * seconds
     times = least - 1 if is_long else max(2, least, min(most, int(1e9 * seconds / first)))

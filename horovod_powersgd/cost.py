@@ -41,7 +41,8 @@ def samples_of(
     nbytes: int = SAMPLE_BYTES,
 ) -> list[list[tuple[int, int]]]:
     """Matrices whose steps tell what a compressor takes: of those of a model that it compresses the small ones, those
-    between, and the large ones.
+    between, and the large ones; and of the sample that has most of them the first one alone, which tells what a bucket
+    takes from what each tensor does.
 
     Args:
         compressor: the configuration.
@@ -54,7 +55,9 @@ def samples_of(
     numbers = Counter(layout.matrix for layout in layouts if layout.compressed)
     by_size = sorted(numbers, key=math.prod)
     thirds = [by_size[i * len(by_size) // 3 : (i + 1) * len(by_size) // 3] for i in range(3)]
-    return [_some({shape: numbers[shape] for shape in third}, most, nbytes) for third in thirds if third]
+    samples = [_some({shape: numbers[shape] for shape in third}, most, nbytes) for third in thirds if third]
+    longest = max(samples, key=len, default=[])
+    return [*samples, longest[:1]] if len(longest) > 1 else samples
 
 
 def _some(numbers: dict[tuple[int, int], int], most: int, nbytes: int) -> list[tuple[int, int]]:
@@ -77,7 +80,7 @@ class Work(NamedTuple):
         per_tensor: seconds for each tensor that is compressed.
         per_byte: seconds for each of its bytes.
         per_side: seconds for each of a matrix's rows and columns: what is done to factors.
-        per_bucket: seconds for each bucket: what asks a GPU for all of its tensors at once.
+        per_bucket: seconds for each bucket: Python's, and what asks a GPU for all of its tensors at once.
         bucket_bytes: that a bucket has.
     """
 
@@ -105,7 +108,7 @@ class Work(NamedTuple):
         # Each sample counts by its part of what it took; no part may be negative, which noise would make it.
         weighted = np.array(rows) / np.array(seconds)[:, None]
         # Few samples tell few parts; bytes first, or buckets.
-        used = ([1, 0, 2] if on_processor else [3, 0, 1])[: len(samples)]
+        used = ([1, 3, 0, 2] if on_processor else [3, 0, 1])[: len(samples)]
         while used:
             found = np.linalg.lstsq(weighted[:, used], np.ones(len(seconds)), rcond=None)[0]
             if (found >= 0).all():

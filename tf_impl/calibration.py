@@ -89,8 +89,10 @@ class Calibration(calibration.Calibration):
         received = self._workers.exchange(self._message("float32", 4 * size * count), peers, to_each, "alltoall")
         (tf.reduce_sum(tf.reshape(received, (count, size)), 0) if adds else received).numpy()
 
-    def _renew(self, dtype: str, nbytes: int) -> None:
+    def _renew(self, dtype: str, nbytes: int) -> bool:
+        before = self._kept.get(dtype)
         self._message(dtype, nbytes)
+        return self._kept[dtype] is not before
 
     def _message(self, dtype: str, nbytes: int) -> tf.Tensor:
         count = nbytes // tf.as_dtype(dtype).size

@@ -107,13 +107,16 @@ class Calibration(calibration.Calibration):
         name, process_set = f"{self._workers.prefix}.gather", self._workers.process_set
         synchronize(allgather_async(part, name=name, process_set=process_set))
 
-    def _renew(self, dtype: str, nbytes: int) -> None:
+    def _renew(self, dtype: str, nbytes: int) -> bool:
+        before = self._messages.get(dtype)
         message = self._message(dtype, nbytes)
         if dtype == "float16":
             for part in message.split(BLOCK):
                 part.copy_(self._numbers[: len(part)])
-            _finish(self._device)
-            self.largest([0])
+        elif self._messages[dtype] is before:
+            return False
+        _finish(self._device)
+        return True
 
     def _message(self, dtype: str, nbytes: int) -> torch.Tensor:
         as_dtype = getattr(torch, dtype)

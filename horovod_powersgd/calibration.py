@@ -33,8 +33,9 @@ FIRST_LONG = 2**20
 SECONDS, SECONDS_BEFORE = 0.005, 0.3
 LONGEST, LONGEST_BEFORE = 0.04, 1.0
 MOST_TIMES, MOST_BEFORE = 6, 30
-# Before a job at least so often: what a link has no room for, TCP loses, and messages take half as long again.
-LEAST_BEFORE = 3
+# Before a job at least so often: what a link has no room for, TCP loses, and messages take half as long again; and the
+# turns of workers that share cores differ as much.
+LEAST_BEFORE, LEAST_TURNS_BEFORE = 3, 6
 # A message repeats so many numbers: a prime number, so that the rows of a matrix of them differ, and so many that a
 # processor cannot foresee how halves are rounded.
 BLOCK = 2**20 + 7
@@ -149,14 +150,14 @@ class Calibration(ABC):
         """Seconds of each of some steps without messages, one at least, which take turns. At their end all wait for the
         last worker: where workers share cores, some compute before others begin, and each finds its own steps short."""
         own, seconds = list[list[int]](), 2 * SECONDS if self.hurries else SECONDS_BEFORE
+        least = 1 if self.hurries else LEAST_TURNS_BEFORE
 
         def together() -> None:
             own.extend(take_turns(steps, self.clock) for _ in range(number))
             self._average("float32", SIZES[0])
 
         [once] = self.largest([_nanoseconds(lambda: take_turns(steps))])
-        number = max(1, round(1e9 * seconds / 2 / once))
-        least = 1 if self.hurries else MOST_TIMES
+        number = max(1, round(1e9 * seconds / (1 + least) / once))
         taken = statistics.median(times_of(together, seconds, self.largest, least))
         mine = self.largest([max(1, statistics.median_low(times)) for times in zip(*own, strict=True)])
         scale = max(1.0, 1e9 * (taken - self._shortest) / (number * sum(mine)))
@@ -314,7 +315,11 @@ def times_of(
 
 
 def average_of(message: str) -> str:
-    """The name of the average in 8 bits that a message of this name belongs to."""
+    """The name of the average in 8 bits that a message of this name belongs to.
+
+    Where averages are made in slices, each worker has rounded its own. One worker that stands for all has those that it
+    sent: with its own one in place of all, a factor's columns would be the same, and orthogonalized again and again.
+    """
     return message.rpartition(".")[0]
 
 

@@ -1,10 +1,10 @@
 """What one exchange takes, predicted from what a calibration has measured, in plain numpy.
 
 An exchange is two kinds of work that go on side by side: a processor's, which is passes over the gradients and what
-each tensor costs, and the network's, which is messages one after the other. A bucket's factors are computed before they
-are sent, and so the shorter kind is hidden behind the longer one but for one bucket's part; less of it, where a
-worker's messages keep the same cores busy (Network.overlap). Of one bucket, messages wait for Horovod's next cycle,
-which hides what was computed before them (Network.idle).
+each tensor and each bucket cost, and the network's, which is messages one after the other. A bucket's factors are
+computed before they are sent, and so the shorter kind is hidden behind the longer one but for one bucket's part; less
+of it, where a worker's messages keep the same cores busy (Network.overlap). Of one bucket, messages wait for Horovod's
+next cycle, which hides what was computed before them (Network.idle).
 
 In two levels (PowerSGD.hierarchical) a worker's half-steps take a share of the rows, and messages inside its host are
 added. What is left out: that a tensor takes more calls there; that in PyTorch a host's last factor goes round only
@@ -28,9 +28,10 @@ from horovod_powersgd.network import HostNetwork, Network
 from horovod_powersgd.quantization import Slices, slice_count
 
 ITEMSIZE = 4  # gradients are float32 here
-# A sample of a model has so many bytes, and so many matrices, at most, since a calibration has seconds. Before a job it
-# has more bytes than a processor's caches, as a large model has.
-SAMPLE_BYTES, SAMPLE_BYTES_BEFORE, SAMPLE_MATRICES = 2**24, 2**25, 24
+HALVES = Float16(error_feedback=False)
+# A sample of a model has so many bytes, and so many matrices, at most, since a calibration has seconds; before a job as
+# many bytes as a bucket. Together samples have more of them than a processor's caches, as a large model has.
+SAMPLE_BYTES, SAMPLE_BYTES_BEFORE, SAMPLE_MATRICES = 2**24, BUCKET_BYTES, 24
 
 
 def samples_of(
@@ -108,7 +109,10 @@ class Work(NamedTuple):
         # Each sample counts by its part of what it took; no part may be negative, which noise would make it.
         weighted = np.array(rows) / np.array(seconds)[:, None]
         # Few samples tell few parts; bytes first, or buckets.
-        used = ([1, 3, 0, 2] if on_processor else [3, 0, 1])[: len(samples)]
+        used = [1, 3, 0, 2] if on_processor else [3, 0, 1]
+        if all(len(shapes) == 1 for shapes, _ in samples):  # a bucket is a tensor
+            used.remove(3 if on_processor else 0)
+        used = used[: len(samples)]
         while used:
             found = np.linalg.lstsq(weighted[:, used], np.ones(len(seconds)), rcond=None)[0]
             if (found >= 0).all():
@@ -192,7 +196,7 @@ def predict(
         plain: which tensors, by their places, travel as they are though it would compress them.
     """
     if is_horovods_fp16(compressor):
-        return predict_plain(shapes, network, work)
+        return predict_plain(shapes, network, work, matrix_shape)
     layouts = [layout_of(shape, compressor, matrix_shape) for shape in shapes]
     tensors = [
         _Tensor(str(i), "", ITEMSIZE * math.prod(layout.shape), layout.compressed and i not in plain, layout)
@@ -225,20 +229,27 @@ def predict(
     return Prediction(on_processor, sum(messages), idle, overlap, len(compressed), number, sent, memory)
 
 
-def predict_plain(shapes: Sequence[tuple[int, ...]], network: Network, casts: Work | None = None) -> Prediction:
+def predict_plain(
+    shapes: Sequence[tuple[int, ...]],
+    network: Network,
+    casts: Work | None = None,
+    matrix_shape: Callable = leading_rows,
+) -> Prediction:
     """What an exchange by Horovod's own code takes: all gradients as they are, or in half precision.
 
     Args:
         shapes: of all tensors.
         network: between the workers.
         casts: to half precision and back. None: as they are.
+        matrix_shape: as layout_of's.
     """
     nbytes = ITEMSIZE * sum(map(math.prod, shapes))
     if casts is None:
         on_network, on_processor, sent = network.allreduce(nbytes), 0.0, nbytes
     else:
         on_network, sent = network.halves(nbytes // 2), nbytes // 2
-        on_processor = casts.per_tensor * len(shapes) + casts.per_byte * nbytes + casts.per_bucket
+        matrices = [layout_of(shape, HALVES, matrix_shape).matrix for shape in shapes]
+        on_processor = casts.seconds(matrices)
     # Horovod sends what is there.
     buckets = max(1, math.ceil(nbytes / BUCKET_BYTES))
     idle = _idle([on_network], network) if buckets == 1 else 0.0

@@ -11,7 +11,8 @@ class Layout:
 
     Attributes:
         shape: of the tensor.
-        matrix_shape: (rows, columns) that the tensor is seen as; None for scalars and vectors.
+        matrix_shape: (rows, columns) that the tensor is seen as; None for scalars and vectors, unless the compressor
+            takes them, too: as one row.
         amount: how much of it is sent: the columns of its factors, or the number of its entries; 0 where it is not
             compressed, or the compressor leaves no choice.
         reason: why it is not compressed; None if it is.
@@ -53,8 +54,8 @@ def layout_of(shape: Sequence[int], compressor, matrix_shape=leading_rows) -> La
         matrix_shape: a function from the shape of a tensor with two axes or more to (rows, columns).
     """
     shape = tuple(int(side) for side in shape)
-    if len(shape) < 2:
+    if len(shape) < 2 and not compressor.takes_vectors:
         return Layout(shape, None, 0, "a scalar" if not shape else "a vector")
-    rows, columns = matrix_shape(shape)
+    rows, columns = matrix_shape(shape) if len(shape) > 1 else (1, math.prod(shape))
     obstacle = "empty" if rows * columns == 0 else compressor.obstacle(rows, columns)
     return Layout(shape, (rows, columns), 0 if obstacle else compressor.amount(rows, columns), obstacle)

@@ -16,7 +16,7 @@ class TensorStats:
     Attributes:
         name: of the tensor.
         shape: of the tensor.
-        matrix_shape: (rows, columns) that it is seen as; None for scalars and vectors.
+        matrix_shape: (rows, columns) that it is seen as; None for scalars and vectors that are not compressed.
         rank: of its factors; 0 if it does not travel as factors.
         compressed: whether it travels compressed.
         reason: why not; None if it does.

@@ -69,6 +69,7 @@ COMPRESSORS = [
     GradiVeq(slice_size=32, dimensions=4, learning_steps=2, compressed_steps=3),
     NoCompression(),
     Float16(),
+    Float16(error_feedback=False),
     Int8(block=100),
     PowerSGD(rank=2, refresh_every=3),
     PowerSGD(rank=2, num_iters_per_step=1, refresh_every=3),

@@ -73,7 +73,8 @@ def check_no_gradient_is_lost_and_candidates_do_as_they_do_alone():
             for name in waits:
                 np.testing.assert_array_equal(after[name], before[name])
             for name in SHAPES if chosen == PLAIN else [*chosen.plain, "vector"]:
-                assert cases.error(updates[name], means[name]) < 1e-9, (step, name)
+                # Half precision takes vectors, too.
+                assert cases.error(updates[name], means[name]) < (2**-10 if chosen.number == 1 else 1e-9), (step, name)
     # Half precision keeps nothing of what it rounds.
     for name, memory in after.items():
         assert cases.error(taken[name] + memory.reshape(taken[name].shape), given[name]) < 2**-11, name

@@ -115,7 +115,7 @@ class _Alone(Workers):
     """
 
     workers: int = 1
-    slices: dict[str, tf.Tensor] = field(default_factory=dict)
+    slices: dict[str, tf.Tensor] = field(default_factory=dict, compare=False)
     alone = True
 
     @property
@@ -129,8 +129,6 @@ class _Alone(Workers):
         return tf.constant(0, tf.int64)
 
     def gather(self, packed: tf.Tensor, name: str) -> tf.Tensor:
-        # Of an average in slices each worker has rounded its own. With this one's in place of all, a factor's columns
-        # would be the same, and orthogonalized again and again.
         slices = self.slices.pop(average_of(name), None)
         return tf.tile(packed[None], [self.workers, 1]) if slices is None else slices
 

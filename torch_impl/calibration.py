@@ -39,8 +39,6 @@ class _Alone(Workers):
         return Mean(tensor)
 
     def gather(self, packed: torch.Tensor, name: str, parity: bool, compressor: Compressor) -> Gathered:
-        # Of an average in slices each worker has rounded its own. With this one's in place of all, a factor's columns
-        # would be the same, and orthogonalized again and again.
         slices = self.slices.pop(average_of(name), None)
         return Gathered(packed.repeat(self.count) if slices is None else slices.clone(), self.count, compressor)
 

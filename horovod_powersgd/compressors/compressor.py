@@ -21,7 +21,7 @@ class Compressor:
     """A way to exchange gradients: pass one as `compression` to DistributedOptimizer.
 
     Subclasses are frozen dataclasses. Tensors with two axes or more are seen as matrices, as for PowerSGD; scalars and
-    vectors are averaged as they are.
+    vectors are averaged as they are, unless it takes them, too.
 
     Attributes:
         linear: whether what is sent is a linear function of the gradient, so that an allreduce adds it up. Otherwise
@@ -32,6 +32,7 @@ class Compressor:
         refresh_every: every that many steps a step is another one than the rest (PowerSGD.refresh_every). None: none.
         hierarchical: whether the exchange is to have two levels, where it can (PowerSGD.hierarchical).
         memory_dtype: of the memory, where it has 16 bits a number (PowerSGD.memory_dtype).
+        takes_vectors: whether scalars and vectors travel compressed, too.
     """
 
     linear: bool
@@ -42,6 +43,7 @@ class Compressor:
     seed: int = 0
     hierarchical: bool | None = None
     memory_dtype: str | None = None
+    takes_vectors: bool = False
     # A subclass's.
     __dataclass_fields__: ClassVar[dict[str, Any]]
 

@@ -31,7 +31,8 @@ class Float16(Compressor):
     on all workers, as one that is not finite does.
 
     Args:
-        error_feedback: add what one step's rounding left out to the next step's gradient.
+        error_feedback: add what one step's rounding left out to the next step's gradient. Without it scalars and
+            vectors travel in half precision, too, as with Horovod's.
 
     Raises:
         TypeError: error_feedback is neither True nor False.
@@ -42,6 +43,10 @@ class Float16(Compressor):
 
     def __post_init__(self) -> None:
         self._check_bool("error_feedback")
+
+    @property
+    def takes_vectors(self) -> bool:  # type: ignore[override]  # which others say once for all
+        return not self.error_feedback
 
     def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         xp = state.arrays

@@ -52,15 +52,15 @@ class CompressingMethods(DistributedMethods):
                 self._engine.add(self._parameter_names[p], p)
 
     def _gradient_is_here(self, p, incoming):
-        if self._handles.get(p) and self._allreduce_delay[p] <= 0:
+        delay = self._allreduce_delay[p]  # looked up once: of small models, lookups are a part of what a step takes
+        if delay <= 0 and self._handles.get(p):
             self._engine.note(p)  # this error tells of the change
             raise AssertionError(
                 "Gradients were computed more than backward_passes_per_step times before call to step(). Increase "
                 "backward_passes_per_step to accumulate gradients locally."
             )
-        self._allreduce_delay[p] -= 1
-        last = self._allreduce_delay[p] == 0
-        self._handles[p] = last
+        self._allreduce_delay[p] = delay - 1
+        self._handles[p] = last = delay == 1
         if not last:
             self._engine.discard()
             return

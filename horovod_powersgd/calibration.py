@@ -150,14 +150,14 @@ class Calibration(ABC):
         """Seconds of each of some steps without messages, one at least, which take turns. At their end all wait for the
         last worker: where workers share cores, some compute before others begin, and each finds its own steps short."""
         own, seconds = list[list[int]](), 2 * SECONDS if self.hurries else SECONDS_BEFORE
-        least = 1 if self.hurries else LEAST_TURNS_BEFORE
 
         def together() -> None:
             own.extend(take_turns(steps, self.clock) for _ in range(number))
             self._average("float32", SIZES[0])
 
         [once] = self.largest([_nanoseconds(lambda: take_turns(steps))])
-        number = max(1, round(1e9 * seconds / (1 + least) / once))
+        number = max(1, round(1e9 * seconds / 2 / once))
+        least = 1 if self.hurries else LEAST_TURNS_BEFORE
         taken = statistics.median(times_of(together, seconds, self.largest, least))
         mine = self.largest([max(1, statistics.median_low(times)) for times in zip(*own, strict=True)])
         scale = max(1.0, 1e9 * (taken - self._shortest) / (number * sum(mine)))

@@ -87,7 +87,7 @@ def test_steps_take_what_they_take_while_others_have_the_core(made):
     # At the end of some turns is a message, whose wait may be longer or shorter than it was alone.
     assert found.in_turn(steps) == pytest.approx([4e-4, 6e-3], rel=CYCLE / 1e7)
     found.hurries = False
-    assert found.in_turn(steps) == pytest.approx([4e-4, 6e-3], rel=CYCLE / 4e7)
+    assert found.in_turn(steps) == pytest.approx([4e-4, 6e-3], rel=CYCLE / 1e8)
 
 
 def test_the_work_of_a_model_is_that_of_its_matrices(made):

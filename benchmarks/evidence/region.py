@@ -1,6 +1,6 @@
 """Measures where plain allreduce is faster: one exchange by the model's size, the links' rate and the workers.
 
-    python benchmarks/evidence/region.py     # in about 8 minutes on 2 cores
+    python benchmarks/evidence/region.py     # in about 15 minutes on 2 cores
 
 A model here is 8 square matrices and as many vectors, whose backward is almost free: what a step takes is the exchange.
 The times are the workers' means, medians over up to 300 steps, and over 3 where they are long.

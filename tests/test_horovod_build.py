@@ -1,6 +1,7 @@
 """Horovod's source is changed as it must be, and a cached wheel is used for exactly what it was built for."""
 
 import dataclasses
+import re
 import sys
 
 import pytest
@@ -29,9 +30,10 @@ SOURCE = {
     ),
     "horovod/runner/js_run.py": "import os\nfrom distutils.spawn import find_executable\n",
     "horovod/common/util.py": "import os\n\nEXTENSIONS = ['tensorflow', 'torch', 'mxnet']\n",
-    "horovod/common/tensor_queue.h": "  void FinalizeTensorQueue(const Status& status);\n",
-    "horovod/common/tensor_queue.cc": "\n".join(
-        f"{signature}) {{\n  std::lock_guard<std::mutex> guard(mutex_);\n  REST\n}}\n"
+    "horovod/common/tensor_queue.h": "#include <queue>\n  void FinalizeTensorQueue(const Status& status);\n",
+    "horovod/common/tensor_queue.cc": "// Add a TensorTableEntry as well as its message to the queue.\n"
+    + "\n".join(
+        f"{signature}) {{\n  std::lock_guard<std::mutex> guard(mutex_);\n  REST\n  return Status::OK();\n}}\n"
         for signature in (
             "Status TensorQueue::AddToTensorQueue(TensorTableEntry& e, Request& message",
             "Status TensorQueue::AddToTensorQueueMulti(std::vector<TensorTableEntry>& entries,\n"
@@ -49,10 +51,16 @@ SOURCE = {
     "horovod/common/gloo/gloo_controller.cc": (
         "  global_ranks_.reserve(size_);\n  opts.setOutput(global_ranks_.data(), size_);\n"
     ),
+    "horovod/common/operations.h": "namespace horovod {\nnamespace common {\n",
     "horovod/common/operations.cc": (
-        "bool RunLoopOnce() {\n  state.last_cycle_start = std::chrono::steady_clock::now();\n\n"
+        "#include <cassert>\nbool RunLoopOnce(HorovodGlobalState& state);\n"
+        "bool RunLoopOnce(HorovodGlobalState& state) {\n"
+        "  if (sleep_duration > std::chrono::steady_clock::duration::zero()) {\n"
+        "    std::this_thread::sleep_for(sleep_duration);\n  }\n"
+        "  state.last_cycle_start = std::chrono::steady_clock::now();\n\n"
         "  if (state.mark_cycles_in_timeline) {\n  }\n    auto response_list = ComputeResponseList();\n\n"
         "    if (process_set_id == 0) {\n      state.mark_cycles_in_timeline = x;\n    }\n}\n"
+        'extern "C" {\n'
     ),
     "horovod/tensorflow/mpi_ops.cc": (
         "// Forward declaration of AsGpuStreamValue\nnamespace stream_executor {\nnamespace gpu {\n"
@@ -180,7 +188,9 @@ def test_what_is_noted_by_a_workers_rank_has_room_for_all_ranks(source):
 def test_pytorch_sleeps_while_it_waits_for_an_answer(source):
     patch_source(source)
     operations = (source / "horovod/torch/mpi_ops_v2.cc").read_text()
-    assert "{\n  {\n      py::gil_scoped_release release;\n      handle_manager.Wait(handle);\n  }\n}\n" in operations
+    waiting = "      horovod::common::HurryCycle();\n      handle_manager.Wait(handle);\n  }\n}\n"
+    polling = "{\n  if (!handle_manager.PollHandle(handle)) {\n      py::gil_scoped_release release;\n"
+    assert polling + waiting in operations
     manager = (source / "horovod/torch/handle_manager.cc").read_text()
     assert "(status);\n  changed_.notify_all();\n}" in manager and "clear();\n  changed_.notify_all();\n}" in manager
     assert manager.count("void HandleManager::Wait(int handle) {\n") == 1
@@ -205,9 +215,28 @@ def test_who_begins_a_cycle_first_begins_the_next_one_later(source):
     assert "ComputeResponseList();\n\n    if (process_set_id == 0) {\n      state.last_cycle_start += " in loop
 
 
+def test_who_waits_lets_a_cycle_begin_where_something_was_handed_over_for_it(source):
+    patch_source(source)
+    queue = (source / "horovod/common/tensor_queue.cc").read_text()
+    handed_over = ["  handed_over_ = true;\n  return Status::OK();" in function for function in queue.split("\n}\n")]
+    assert handed_over[:4] == [True, True, False, False]
+    loop = (source / "horovod/common/operations.cc").read_text()
+    assert "sleep_for" not in loop and "wait_for(lock, sleep_duration, [] { return is_hurried; });\n" in loop
+    # What is handed over from here on, this cycle may miss.
+    assert "is_hurried = false;\n  }\n  TensorQueue::handed_over_ = false;\n  state.last_cycle_start = " in loop
+    assert "if (!TensorQueue::handed_over_) {\n    return;" in loop
+    assert "void HurryCycle();\n" in (source / "horovod/common/operations.h").read_text()
+
+
+# A cycle takes longer than all that is said in it.
 WORKER = """
 import time, torch, horovod.torch as hvd
 hvd.init()
+hvd.allreduce(torch.ones(1), name="first")
+begin = time.monotonic()
+for _ in range(8):
+    hvd.allreduce(torch.ones(1), name="round")
+print(f"8 rounds in {time.monotonic() - begin:.3f} seconds")
 if hvd.rank() == 1:
     time.sleep(20)
     raise SystemExit("the job was not ended")
@@ -216,10 +245,12 @@ hvd.allreduce(torch.ones(1), name="lonely")
 
 
 @pytest.mark.job
-def test_a_worker_that_does_not_come_is_told_of_under_gloo_and_ends_the_job():
+def test_who_waits_does_not_wait_for_a_cycle_and_is_told_of_a_worker_that_does_not_come_under_gloo():
     command = launch_command("horovodrun --gloo", 2, [sys.executable, "-c", WORKER])
     times = {"HOROVOD_STALL_CHECK_TIME_SECONDS": "1", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "3"}
-    output = run(command, 120, times)
+    output = run(command, 120, {**times, "HOROVOD_CYCLE_TIME": "500"})
+    rounds = re.findall(r"8 rounds in (\d\.\d+) seconds", output)
+    assert len(rounds) == 2 and max(map(float, rounds)) < 2, output
     assert "waiting for remainder of ranks for more than 1 seconds" in output
     assert "1: [allreduce.lonely]" in output and "1!: [allreduce.lonely]" in output
     assert "HorovodInternalError" in output and "the job was not ended" not in output

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import time
 from unittest import mock
 
 import numpy as np
@@ -22,6 +23,9 @@ from measured_plan import plan_is_measured
 from trainee import DEVICE, Trainee
 
 AUTO = Auto(PowerSGD(rank=2, min_compression_rate=1), hvd.Compression.fp16, TopK(0.1), PowerSGD(rank=1))
+# While one of these is entered, gradients that travel as they are leave in one message, or one by one, from the second
+# step on.
+together, one_by_one = (mock.patch("horovod_powersgd.torch.direct_exchange.CYCLE", cycle) for cycle in (1e9, -1.0))
 
 
 def gradients(step, dtype="float32"):
@@ -62,9 +66,10 @@ def check_halves_are_horovods_fp16():
     shapes = {f"halves.{name}": shape for name, shape in cases.SHAPES.items()}
     ours, theirs = (Trainee(compression, shapes=shapes) for compression in (AUTO, hvd.Compression.fp16))
     with choosing(Choice(1)):
-        for step in range(4):
+        for step in range(6):
             mine = cases.gradients(step, hvd.rank(), "float32", shapes)
-            cases.assert_close(ours.exchange(mine), theirs.exchange(mine), 2**-9, step)
+            with together if step < 3 else one_by_one:
+                cases.assert_close(ours.exchange(mine), theirs.exchange(mine), 2**-9, step)
     assert ours.stats().ratio == 2
 
 
@@ -90,16 +95,38 @@ def check_sparse_missing_and_shared_gradients_travel_as_they_are():
     )
     start = embedding.weight.detach().clone()
     with choosing():
-        for _ in range(3):
+        for step in range(6):
             optimizer.zero_grad()
-            if hvd.rank() == 0:
-                (embedding(torch.tensor([3, 3], device=DEVICE)).sum() + (weight + weight).sum()).backward()
-            optimizer.step()
+            with together if step < 3 else one_by_one:
+                if hvd.rank() == 0:
+                    (embedding(torch.tensor([3, 3], device=DEVICE)).sum() + (weight + weight).sum()).backward()
+                optimizer.step()
+            assert embedding.weight.grad.is_sparse and embedding.weight.grad.sparse_dim() == 1
     changed = torch.zeros_like(start)
-    changed[3] = 3 * 2 / hvd.size()
+    changed[3] = 6 * 2 / hvd.size()
     torch.testing.assert_close(start - embedding.weight.detach(), changed)
-    torch.testing.assert_close(weight.detach(), torch.full_like(weight, 1 - 3 * 2 / hvd.size()))
+    torch.testing.assert_close(weight.detach(), torch.full_like(weight, 1 - 6 * 2 / hvd.size()))
     assert optimizer.compression_stats().bytes_sent == 4 * (20 * 4 + 6 * 4)
+
+
+def check_gradients_leave_together_where_they_come_at_once_on_all_workers():
+    model = torch.nn.Sequential(torch.nn.Linear(20, 10), torch.nn.Identity(), torch.nn.Linear(10, 5)).to(DEVICE)
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.01), model.named_parameters(), compression=AUTO
+    )
+    direct, left_together, pause = optimizer._engine._direct, [], 0.0
+    model[1].register_full_backward_pre_hook(lambda *_: time.sleep(pause))
+    with choosing(), mock.patch("horovod_powersgd.torch.direct_exchange.CYCLE", 0.4):
+        for step in range(8):
+            pause = 0.5 if hvd.rank() == 0 and step in (3, 4) else 0.0
+            optimizer.zero_grad()
+            model(torch.randn(8, 20, device=DEVICE)).square().mean().backward()
+            optimizer.step()
+            left_together.append(direct._means is direct._joint)
+    # A step leaves as the gradients of the one before have come, to the slowest worker.
+    assert left_together == [True] * 4 + [False] * 2 + [True] * 2, left_together
+    hvd.assert_replicas_equal(model)
 
 
 def check_statistics_say_what_was_chosen():

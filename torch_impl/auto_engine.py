@@ -16,7 +16,7 @@ from horovod_powersgd.statistics import TensorStats
 from horovod_powersgd.torch.calibration import Calibration
 from horovod_powersgd.torch.compressed_gradient import CompressedGradient
 from horovod_powersgd.torch.control_messages import begin_largest, from_worker, largest
-from horovod_powersgd.torch.direct_means import DirectMeans
+from horovod_powersgd.torch.direct_exchange import DirectExchange
 from horovod_powersgd.torch.engine import Engine
 from horovod_powersgd.torch.generation import generation
 from horovod_powersgd.torch.gradient import PlainGradient
@@ -45,15 +45,14 @@ class AutoEngine(Engine):
         # None until the workers agree: one worker alone exchanges nothing, and has nothing to choose.
         self._chooser: Chooser | None = None
         self._last: float | None = None
-        # Of the steps since the last report. Nanoseconds of this worker's that are to be compared in the next step;
-        # what waits for the slowest worker's; and those.
+        # Of the steps since the last report: what they took, and how long their gradients came. Nanoseconds of this
+        # worker's that are to be compared in the next step; what waits for the slowest worker's; and those.
         self._seconds: list[float] = []
-        self._to_compare: int | None = None
+        self._spans: list[float] = []
+        self._to_compare: list[int] | None = None
         self._compared: Callable[[], list[int]] | None = None
-        self._slowest: int | None = None
-        self._direct = DirectMeans(workers)
-        # By parameter, those of the step that goes that way; empty where a step goes another one.
-        self._directly: dict[torch.nn.Parameter, PlainGradient] = {}
+        self._slowest: list[int] | None = None
+        self._direct = DirectExchange(workers, self._streams)
 
     def add(self, name: str, parameter: torch.nn.Parameter) -> None:
         super().add(name, parameter)
@@ -76,36 +75,28 @@ class AutoEngine(Engine):
 
     def arrived(self, parameter: torch.nn.Parameter, incoming: torch.Tensor | None = None) -> None:
         # Few calls: of small models they are what a step takes.
-        if self.generation is not generation() or not (self._directly or self._goes_directly()):
-            return super().arrived(parameter, incoming)
-        gradient = self._directly.get(parameter)
-        if gradient is None or parameter.grad is None:
-            return
-        if not parameter.is_cuda:
-            self._direct.start(gradient, incoming)
-            return
-        with self._lock:
-            self._streams.wait_for_current(parameter.device)
-            with self._streams.current():
-                self._direct.start(gradient, incoming)
+        if self.generation is not generation() or not (self._direct.under_way or self._goes_directly()):
+            super().arrived(parameter, incoming)
+        else:
+            self._direct.arrived(parameter, incoming)
 
     def _number_of_step(self) -> int:
         # Nobody knows yet how large its factors are, which may travel in half precision later.
         return 0 if self._is_new else super()._number_of_step()
 
     def _goes_directly(self) -> bool:
-        """Whether the step's gradients all travel as they are, or as Horovod's fp16 has them, one by one; begins such a
-        step."""
+        """Whether the step's gradients all travel as they are, or as Horovod's fp16 has them; begins such a step."""
         if self._chooser is None or self._groups is not None:
             return False
         if self._choice.number is not None and not is_horovods_fp16(self._config):
             return False
-        if not self._directly:
-            if self.workers.count == 1:
-                return False
-            self.discard()
-            self._directly = {gradient.parameter: gradient for gradient in self._trainable()}
-            self._begin_comparing()
+        if self.workers.count == 1:
+            return False
+        with self._lock:
+            if not self._direct.under_way:
+                self.discard()
+                self._direct.begin(self._trainable())
+                self._begin_comparing()
         return True
 
     def finish(self, undoable: bool) -> None:
@@ -117,20 +108,18 @@ class AutoEngine(Engine):
         else:
             super().finish(undoable)
         if self._compared is not None:
-            [self._slowest] = self._compared()
+            self._slowest = self._compared()
             self._compared = None
 
     def _finish_directly(self) -> None:
         self._refuse_failed()
-        factor = self.workers.count if self._sum_gradients else 1
         try:
-            with self._streams.current():
-                nbytes = self._direct.finish(self._directly.values(), factor)
-            uncompressed = sum(gradient.nbytes for gradient in self._directly.values())
-            self._byte_counters.count(nbytes, nbytes, uncompressed)
+            nbytes = self._direct.finish(self.workers.count if self._sum_gradients else 1)
+            self._spans.append(self._direct.span)
+            self._byte_counters.count(nbytes, nbytes, self._direct.uncompressed_bytes)
             self._pending = (), True
         except BaseException as error:
-            self._arriving = dict(self._directly)
+            self._arriving = dict(self._direct.gradients)
             self._fail(error)
             raise
         finally:
@@ -138,7 +127,6 @@ class AutoEngine(Engine):
 
     def reset(self) -> None:
         super().reset()
-        self._directly = {}
         self._direct.forget()
 
     def commit(self) -> None:
@@ -153,14 +141,16 @@ class AutoEngine(Engine):
         if self._last is not None:
             self._seconds.append(now - self._last)
         if self._slowest is None and len(self._seconds) >= self._chooser.interval:
-            nanoseconds = int(1e9 * statistics.median(self._seconds))
+            nanoseconds = [int(1e9 * statistics.median(some or [0.0])) for some in (self._seconds, self._spans)]
             if self._chooser.is_settled:
                 self._to_compare = nanoseconds
             else:
-                [self._slowest] = largest(self.workers, [nanoseconds], "seconds")
+                self._slowest = largest(self.workers, nanoseconds, "seconds")
         if self._slowest is not None:
-            self._go_over(self._chooser.report(self._slowest / 1e9, self._calibrate))
-            self._seconds, self._slowest = [], None
+            seconds, span = (nanoseconds / 1e9 for nanoseconds in self._slowest)
+            self._direct.expect(span)
+            self._go_over(self._chooser.report(seconds, self._calibrate))
+            self._seconds, self._spans, self._slowest = [], [], None
         self._last = time.perf_counter()
 
     def _begin(self) -> None:
@@ -171,7 +161,7 @@ class AutoEngine(Engine):
         """Within a step, which all workers are in, and whose gradients it travels with: nobody waits for it, and
         nothing is on its way between two steps, when a worker may join or end."""
         if self._to_compare is not None:
-            self._compared = begin_largest(self.workers, [self._to_compare], "seconds")
+            self._compared = begin_largest(self.workers, self._to_compare, "seconds")
             self._to_compare = None
 
     def _calibrate(self) -> tuple[Network, Sequence[Work]]:
@@ -193,7 +183,6 @@ class AutoEngine(Engine):
         self._as_they_are = set(before if choice.number is None else choice.plain)
 
     def _begin_generation(self, root: int | None) -> None:
-        self._directly = {}
         self._direct.forget()
         state = self._number, self._choice, self._is_new
         number, choice, is_new = state if root is None else from_worker(self.workers, root, state)
@@ -211,7 +200,8 @@ class AutoEngine(Engine):
         self._forget_comparison()
 
     def _forget_comparison(self) -> None:
-        self._seconds = []
+        self._seconds, self._spans = [], []
+        self._direct.expect(0.0)
         self._to_compare = self._compared = self._slowest = None
 
     def _tensor_stats(self) -> tuple[TensorStats, ...]:

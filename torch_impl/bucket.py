@@ -8,7 +8,7 @@ import torch
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.torch.finite import all_finite
 from horovod_powersgd.torch.futures import Future, Mean, SparseMean
-from horovod_powersgd.torch.gradient import Copies, PlainGradient
+from horovod_powersgd.torch.gradient import Copies, PlainGradient, copy_all
 from horovod_powersgd.torch.step import Step, Verdict
 from horovod_powersgd.torch.workers import Workers
 
@@ -48,8 +48,7 @@ class Bucket:
         finite = yield step.verdict.add(finite)
         copies: Copies = []
         self._end(finite, step, copies)
-        if copies:
-            torch._foreach_copy_([to for to, _ in copies], [source for _, source in copies])
+        copy_all(copies)
 
     def _end(self, finite: bool, step: Step, copies: Copies) -> None:
         """Ends all gradients' exchange; `copies` is for what is to be copied, all at once."""

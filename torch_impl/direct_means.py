@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from horovod.torch.mpi_ops import allreduce_async_, synchronize
 
-from horovod_powersgd.torch.gradient import PlainGradient
+from horovod_powersgd.torch.gradient import Copies, PlainGradient, copy_all
 from horovod_powersgd.torch.ownership import owns_storage
 from horovod_powersgd.torch.profiling import profiled
 from horovod_powersgd.torch.workers import Workers
@@ -46,6 +46,7 @@ class DirectMeans:
         name = f"{self._workers.prefix}.direct.{gradient.name}"
         self._started[gradient] = allreduce_async_(sent, name=name, **how)
 
+    @torch.no_grad()
     def finish(self, gradients: Iterable[PlainGradient], factor: float) -> int:
         """Puts all averages, times `factor`, into the gradients. Those that were not started take part as they are, and
         as zeros where there are none.
@@ -58,7 +59,7 @@ class DirectMeans:
                 if gradient.parameter.grad is None:
                     gradient.make_zero()
                 self.start(gradient)
-        nbytes = 0
+        nbytes, copies = 0, Copies()
         for gradient, handle in self._started.items():
             with profiled("wait"):
                 mean = synchronize(handle)
@@ -67,10 +68,9 @@ class DirectMeans:
             nbytes += mean.nbytes
             if factor != 1:
                 mean.mul_(factor)
-            if given.is_sparse:
-                gradient.parameter.grad = mean.to(given.dtype).to_sparse(given.sparse_dim())
-            elif mean.data_ptr() != given.data_ptr():
-                given.data.copy_(mean)
+            if given.is_sparse or mean.data_ptr() != given.data_ptr():
+                gradient.put(mean, copies)
+        copy_all(copies)
         self.forget()
         return nbytes
 

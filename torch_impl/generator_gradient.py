@@ -144,7 +144,7 @@ class GeneratorGradient(CompressedGradient):
             self.accordion.end(self._mean, 1.0)
             if undoable and self._config.keeps_memory:
                 self._sample = Sample.of_matrix(update)
-        self._put(update.view(self.parameter.shape), copies)
+        self.put(update.view(self.parameter.shape), copies)
         self._delta = self._sent = self._mean = self._state = None
 
     def _left(self) -> torch.Tensor:

@@ -16,6 +16,12 @@ from horovod_powersgd.torch.workers import Workers
 Copies = list[tuple[torch.Tensor, torch.Tensor]]
 
 
+def copy_all(copies: Copies) -> None:
+    """All at once, which takes a GPU few kernels."""
+    if copies:
+        torch._foreach_copy_([to for to, _ in copies], [source for _, source in copies])
+
+
 class PlainGradient:
     """A gradient that is averaged as it is.
 
@@ -137,14 +143,17 @@ class PlainGradient:
             if factor != 1:
                 gradient.mul_(factor)
         else:
-            self._put(self._mean if factor == 1 else self._mean * factor, copies)
+            self.put(self._mean if factor == 1 else self._mean * factor, copies)
         self._mean = self._dense = None
 
-    def _put(self, update: torch.Tensor, copies: Copies) -> None:
+    def put(self, update: torch.Tensor, copies: Copies) -> None:
+        """Puts an update into the gradient; `copies` is end's."""
         gradient = self.parameter.grad
         assert gradient is not None
         if gradient.is_sparse:
-            gradient.zero_().add_(update if update.is_sparse else update.to(gradient.dtype).to_sparse())
+            if not update.is_sparse:
+                update = update.to(gradient.dtype).to_sparse(gradient.sparse_dim())
+            gradient.zero_().add_(update)
         elif gradient.requires_grad:  # it is part of a graph, which may still need it
             self.parameter.grad = torch.empty_like(gradient, requires_grad=False).copy_(update)
         elif self.overlaps:

@@ -71,7 +71,7 @@ class InPlaceGradient(CompressedGradient):
         if self._in_place:
             self.parameter.grad.set_(written)  # type: ignore[call-overload]  # PyTorch names storages only
         else:
-            self._put(written, copies)
+            self.put(written, copies)
         self._delta = None
 
     def _set_aside(self, memory: Memory | None) -> None:

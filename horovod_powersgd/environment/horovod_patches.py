@@ -7,7 +7,7 @@ from horovod_powersgd.environment.installed_horovod import PATCHES_KEY, horovod_
 from horovod_powersgd.environment.logged_run import BuildError
 
 # Part of the key of cached wheels: raise it whenever what patch_source makes changes, of what can be built already.
-PATCH_VERSION = 6
+PATCH_VERSION = 7
 
 
 def missing_patches() -> str | None:
@@ -151,7 +151,8 @@ def patch_source(source: Path) -> None:
     replace(
         waiting,
         r"^  while \(true\) \{\n.*PollHandle\(handle\)\) break;\n    \{\n(.*)\n.*yield.*\n    \}\n  \}$",
-        r"  {\n\1\n      handle_manager.Wait(handle);\n  }",
+        r"  if (!handle_manager.PollHandle(handle)) {\n\1\n"
+        r"      horovod::common::HurryCycle();\n      handle_manager.Wait(handle);\n  }",
     )
     # Horovod's own thread holds locks while it ends what a lost worker leaves undone, and may need Python's lock to let
     # go of tensors. Who hands over a tensor meanwhile waits for those locks, and must not hold Python's.
@@ -181,4 +182,34 @@ def patch_source(source: Path) -> None:
         loop,
         r"^    if \(process_set_id == 0\) \{\n(?=      state\.mark)",
         r"\g<0>      state.last_cycle_start += (std::chrono::steady_clock::now() - state.last_cycle_start) / 8;\n",
+    )
+    # A tensor waits for the next cycle, up to a millisecond, though its worker may have nothing else to do than to wait
+    # for it. Who begins to wait, where a tensor was handed over since the last cycle began, lets the next one begin.
+    for function in ("AddToTensorQueue", "AddToTensorQueueMulti"):
+        pattern = rf"^(Status TensorQueue::{function}\((?:.*\n)+?)(  return Status::OK\(\);)"
+        replace(queue, pattern, r"\1  handed_over_ = true;\n\2")
+    replace(queue, r"^// Add a TensorTableEntry", r"std::atomic<bool> TensorQueue::handed_over_{false};\n\n\g<0>")
+    header = queue.with_suffix(".h")
+    replace(header, r"^  bool finalized_ = false;$", r"\g<0>\n  static std::atomic<bool> handed_over_;")
+    replace(header, r"^#include <queue>$", r"#include <atomic>\n\g<0>")
+    declaration = r"\g<0>\n\n// Lets a cycle begin, for a thread that waits.\nvoid HurryCycle();"
+    replace(loop.with_suffix(".h"), r"^namespace common \{$", declaration)
+    replace(loop, r"^#include <cassert>$", r"\g<0>\n#include <condition_variable>")
+    replace(
+        loop,
+        r"^bool RunLoopOnce\(HorovodGlobalState& state\) \{$",
+        "std::mutex hurry_mutex;\nstd::condition_variable hurry;\nbool is_hurried = false;\n\n\\g<0>",
+    )
+    replace(
+        loop,
+        r"^  if \(sleep_duration > .*\) \{\n.*sleep_for\(sleep_duration\);\n  \}$",
+        "  {\n    std::unique_lock<std::mutex> lock(hurry_mutex);\n"
+        "    hurry.wait_for(lock, sleep_duration, [] { return is_hurried; });\n    is_hurried = false;\n  }\n"
+        "  TensorQueue::handed_over_ = false;",
+    )
+    replace(
+        loop,
+        r'^extern "C" \{$',
+        "void HurryCycle() {\n  if (!TensorQueue::handed_over_) {\n    return;\n  }\n"
+        "  std::lock_guard<std::mutex> guard(hurry_mutex);\n  is_hurried = true;\n  hurry.notify_one();\n}\n\n\\g<0>",
     )

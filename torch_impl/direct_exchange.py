@@ -1,0 +1,95 @@
+"""The exchange of a step whose gradients all travel as they are, or all in half precision."""
+
+import threading
+import time
+from collections.abc import Mapping
+
+import torch
+
+from horovod_powersgd.choosing import CYCLE
+from horovod_powersgd.torch.direct_means import DirectMeans
+from horovod_powersgd.torch.gradient import PlainGradient
+from horovod_powersgd.torch.joint_means import JointMeans
+from horovod_powersgd.torch.streams import Streams
+from horovod_powersgd.torch.workers import Workers
+
+# Gradients leave together where all have so many bytes at most: to copy more takes longer than the calls that it saves.
+JOINT_BYTES = 2_500_000
+
+
+class DirectExchange:
+    """What an Engine does for gradients of which nothing is kept, in a fraction of its calls, which are most of what a
+    step of a small model takes: no buckets, no verdict.
+
+    Gradients that are small together, and come one soon after the other, leave in one message when the last is there:
+    Horovod would put them into one anyway. Others leave as they come.
+
+    Args:
+        workers: that average.
+        streams: that the step's work is queued in.
+
+    Attributes:
+        under_way: whether a step has begun.
+        span: seconds between the last step's first gradient, or its finish, and its finish.
+        gradients: of the step, by their parameters.
+        uncompressed_bytes: of all of them.
+    """
+
+    def __init__(self, workers: Workers, streams: Streams):
+        self._streams = streams
+        self._lock = threading.Lock()
+        self._direct, self._joint = DirectMeans(workers), JointMeans(workers)
+        self._means: DirectMeans | JointMeans = self._direct
+        self._of_step: tuple[PlainGradient, ...] = ()
+        self.gradients: Mapping[torch.nn.Parameter, PlainGradient] = {}
+        self._are_small = True
+        self.uncompressed_bytes = 0
+        self._begun = self.span = 0.0
+        self.under_way = False
+        self._come_at_once = True
+
+    def expect(self, span: float) -> None:
+        """From the next step on gradients come within so many seconds: the same on all workers."""
+        self._come_at_once = span <= CYCLE
+
+    def begin(self, gradients: tuple[PlainGradient, ...]) -> None:
+        """Begins a step of these gradients."""
+        if gradients != self._of_step:
+            self._of_step, self.gradients = gradients, {gradient.parameter: gradient for gradient in gradients}
+            self.uncompressed_bytes = sum(gradient.nbytes for gradient in gradients)
+            sent = sum(gradient.parameter.numel() * gradient.sent_dtype.itemsize for gradient in gradients)
+            self._are_small = sent <= JOINT_BYTES
+        self._means = self._joint if self._come_at_once and self._are_small else self._direct
+        self._begun, self.under_way = time.perf_counter(), True
+
+    def arrived(self, parameter: torch.nn.Parameter, incoming: torch.Tensor | None = None) -> None:
+        """As Engine.arrived."""
+        if self._means is self._joint:
+            return
+        gradient = self.gradients.get(parameter)
+        if gradient is None or parameter.grad is None:
+            return
+        if not parameter.is_cuda:
+            self._direct.start(gradient, incoming)
+            return
+        with self._lock:
+            self._streams.wait_for_current(parameter.device)
+            with self._streams.current():
+                self._direct.start(gradient, incoming)
+
+    def finish(self, factor: float) -> int:
+        """Puts all averages, times `factor`, into the gradients; as zeros take part those that are not there.
+
+        Returns:
+            The bytes that were averaged.
+        """
+        self.span = time.perf_counter() - self._begun
+        for parameter in self.gradients:
+            self._streams.wait_for_current(parameter.device)
+        with self._streams.current():
+            return self._means.finish(self._of_step, factor)
+
+    def forget(self) -> None:
+        """Lets go of what was begun."""
+        self.under_way = False
+        self._direct.forget()

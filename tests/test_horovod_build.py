@@ -228,7 +228,7 @@ def test_who_waits_lets_a_cycle_begin_where_something_was_handed_over_for_it(sou
     assert "void HurryCycle();\n" in (source / "horovod/common/operations.h").read_text()
 
 
-# A cycle takes longer than all that is said in it.
+# With cycles of half a second, eight rounds would take four.
 WORKER = """
 import time, torch, horovod.torch as hvd
 hvd.init()

@@ -6,6 +6,7 @@ import time
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 
 import cases
@@ -26,6 +27,12 @@ AUTO = Auto(PowerSGD(rank=2, min_compression_rate=1), hvd.Compression.fp16, TopK
 # While one of these is entered, gradients that travel as they are leave in one message, or one by one, from the second
 # step on.
 together, one_by_one = (mock.patch("horovod_powersgd.torch.direct_exchange.CYCLE", cycle) for cycle in (1e9, -1.0))
+
+
+def leave_together(optimizer):
+    """Whether the gradients of its last step, which travelled as they are, left in one message."""
+    direct = optimizer._engine._direct
+    return direct._means is direct._joint
 
 
 def gradients(step, dtype="float32"):
@@ -70,6 +77,7 @@ def check_halves_are_horovods_fp16():
             mine = cases.gradients(step, hvd.rank(), "float32", shapes)
             with together if step < 3 else one_by_one:
                 cases.assert_close(ours.exchange(mine), theirs.exchange(mine), 2**-9, step)
+            assert leave_together(ours.optimizer) == (step <= 3)
     assert ours.stats().ratio == 2
 
 
@@ -102,6 +110,7 @@ def check_sparse_missing_and_shared_gradients_travel_as_they_are():
                     (embedding(torch.tensor([3, 3], device=DEVICE)).sum() + (weight + weight).sum()).backward()
                 optimizer.step()
             assert embedding.weight.grad.is_sparse and embedding.weight.grad.sparse_dim() == 1
+            assert leave_together(optimizer) == (step <= 3)
     changed = torch.zeros_like(start)
     changed[3] = 6 * 2 / hvd.size()
     torch.testing.assert_close(start - embedding.weight.detach(), changed)
@@ -115,7 +124,7 @@ def check_gradients_leave_together_where_they_come_at_once_on_all_workers():
     optimizer = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.01), model.named_parameters(), compression=AUTO
     )
-    direct, left_together, pause = optimizer._engine._direct, [], 0.0
+    left_together, pause = [], 0.0
     model[1].register_full_backward_pre_hook(lambda *_: time.sleep(pause))
     with choosing(), mock.patch("horovod_powersgd.torch.direct_exchange.CYCLE", 0.4):
         for step in range(8):
@@ -123,10 +132,49 @@ def check_gradients_leave_together_where_they_come_at_once_on_all_workers():
             optimizer.zero_grad()
             model(torch.randn(8, 20, device=DEVICE)).square().mean().backward()
             optimizer.step()
-            left_together.append(direct._means is direct._joint)
+            left_together.append(leave_together(optimizer))
     # A step leaves as the gradients of the one before have come, to the slowest worker.
     assert left_together == [True] * 4 + [False] * 2 + [True] * 2, left_together
     hvd.assert_replicas_equal(model)
+
+
+def check_sums_are_right_whatever_changes_between_two_steps():
+    numbers = {"frozen": 1, "half": 2, "double": 3, "shared": 4, "sharing": 4}
+    model = {name: torch.nn.Parameter(torch.zeros(6, device=DEVICE)) for name in numbers}
+    model["half"].data = model["half"].data.half()
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.values(), lr=1.0), model.items(), compression=AUTO, op=hvd.Sum
+    )
+    everyone, expected = range(1, hvd.size() + 1), dict.fromkeys(numbers, 0)
+    failing = {4: "joint_means", 10: "direct_means"}
+    with choosing():
+        for step in range(12):
+            if step in (3, 9):
+                model["double"].data = model["double"].data.to(torch.float64 if step == 3 else torch.float32)
+            model["frozen"].requires_grad = step % 3 != 1
+            optimizer.zero_grad()
+            losses = {name: number * model[name].sum() for name, number in numbers.items()}
+            if hvd.rank() == 0:  # the gradients of both are one tensor
+                losses["shared"] = 4 * (model["shared"].view(2, 3) + model["sharing"].view(2, 3)).sum()
+                del losses["sharing"]
+            elif hvd.rank() == 1:
+                del losses["sharing"]
+            with together if step < 6 else one_by_one:
+                ((hvd.rank() + 1) * sum(losses.values())).backward()
+                if step in failing:
+                    waiting = f"horovod_powersgd.torch.{failing[step]}.synchronize"
+                    with mock.patch(waiting, side_effect=RuntimeError("no answer")):
+                        pytest.raises(RuntimeError, optimizer.step).match("no answer")
+                    pytest.raises(RuntimeError, optimizer.step).match("exchange of this step has failed")
+                else:
+                    optimizer.step()
+            for name, number in numbers.items():
+                if step not in failing and model[name].requires_grad:
+                    workers = [worker for worker in everyone if name != "sharing" or worker != 2]
+                    expected[name] -= number * sum(workers)
+                rounding = 2**-9 if name == "half" else 1e-6
+                assert model[name].tolist() == pytest.approx([expected[name]] * 6, rel=rounding), (step, name)
+            assert leave_together(optimizer) == (step <= 6), step
 
 
 def check_statistics_say_what_was_chosen():

@@ -100,7 +100,9 @@ class AutoEngine(Engine):
         return True
 
     def finish(self, undoable: bool) -> None:
-        if self.generation is not generation():
+        if self.generation is generation():
+            self._refuse_failed()
+        else:
             self._forget_comparison()
             self._agree()  # which may choose what the others have chosen
         if self._goes_directly():
@@ -112,7 +114,6 @@ class AutoEngine(Engine):
             self._compared = None
 
     def _finish_directly(self) -> None:
-        self._refuse_failed()
         try:
             nbytes = self._direct.finish(self.workers.count if self._sum_gradients else 1)
             self._spans.append(self._direct.span)

@@ -29,8 +29,8 @@ class DirectExchange:
         streams: that the step's work is queued in.
 
     Attributes:
-        under_way: whether a step has begun.
-        span: seconds between the last step's first gradient, or its finish, and its finish.
+        under_way: whether a step has begun, and not ended.
+        span: seconds from the last step's first gradient to its finish, without what was done here meanwhile.
         gradients: of the step, by their parameters.
         uncompressed_bytes: of all of them.
     """
@@ -40,11 +40,12 @@ class DirectExchange:
         self._lock = threading.Lock()
         self._direct, self._joint = DirectMeans(workers), JointMeans(workers)
         self._means: DirectMeans | JointMeans = self._direct
-        self._of_step: tuple[PlainGradient, ...] = ()
+        # What is kept from step to step, of these gradients of these kinds.
+        self._packed: tuple[tuple[PlainGradient, ...], list] | None = None
         self.gradients: Mapping[torch.nn.Parameter, PlainGradient] = {}
         self._are_small = True
         self.uncompressed_bytes = 0
-        self._begun = self.span = 0.0
+        self._begun = self._taken = self.span = 0.0
         self.under_way = False
         self._come_at_once = True
 
@@ -54,28 +55,31 @@ class DirectExchange:
 
     def begin(self, gradients: tuple[PlainGradient, ...]) -> None:
         """Begins a step of these gradients."""
-        if gradients != self._of_step:
-            self._of_step, self.gradients = gradients, {gradient.parameter: gradient for gradient in gradients}
+        packed = gradients, [gradient.kind for gradient in gradients]
+        if packed != self._packed:
+            self._packed, self.gradients = packed, {gradient.parameter: gradient for gradient in gradients}
             self.uncompressed_bytes = sum(gradient.nbytes for gradient in gradients)
             sent = sum(gradient.parameter.numel() * gradient.sent_dtype.itemsize for gradient in gradients)
             self._are_small = sent <= JOINT_BYTES
+            self._joint.pack(gradients if self._are_small else ())
         self._means = self._joint if self._come_at_once and self._are_small else self._direct
-        self._begun, self.under_way = time.perf_counter(), True
+        self._joint.begin()
+        self._begun, self._taken, self.under_way = time.perf_counter(), 0.0, True
 
     def arrived(self, parameter: torch.nn.Parameter, incoming: torch.Tensor | None = None) -> None:
         """As Engine.arrived."""
-        if self._means is self._joint:
-            return
+        begun = time.perf_counter()
         gradient = self.gradients.get(parameter)
         if gradient is None or parameter.grad is None:
             return
-        if not parameter.is_cuda:
-            self._direct.start(gradient, incoming)
-            return
-        with self._lock:
-            self._streams.wait_for_current(parameter.device)
-            with self._streams.current():
-                self._direct.start(gradient, incoming)
+        if parameter.is_cuda:
+            with self._lock:
+                self._streams.wait_for_current(parameter.device)
+                with self._streams.current():
+                    self._means.start(gradient, incoming)
+        else:
+            self._means.start(gradient, incoming)
+        self._taken += time.perf_counter() - begun
 
     def finish(self, factor: float) -> int:
         """Puts all averages, times `factor`, into the gradients; as zeros take part those that are not there.
@@ -83,13 +87,16 @@ class DirectExchange:
         Returns:
             The bytes that were averaged.
         """
-        self.span = time.perf_counter() - self._begun
+        self.span = time.perf_counter() - self._begun - self._taken
         for parameter in self.gradients:
             self._streams.wait_for_current(parameter.device)
         with self._streams.current():
-            return self._means.finish(self._of_step, factor)
+            nbytes = self._means.finish(list(self.gradients.values()), factor)
+        self.under_way = False
+        return nbytes
 
     def forget(self) -> None:
-        """Lets go of what was begun."""
-        self.under_way = False
-        self._direct.forget()
+        """Lets go of what was begun, and has not ended."""
+        if self.under_way:
+            self.under_way, self._packed = False, None  # Horovod may still write to what has left
+            self._direct.forget()

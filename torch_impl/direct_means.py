@@ -1,13 +1,13 @@
 """Gradients that are averaged as they are or in half precision, each in a message of its own, as Horovod's own
 optimizer sends them."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from horovod.torch.mpi_ops import allreduce_async_, synchronize
 
-from horovod_powersgd.torch.gradient import Copies, PlainGradient, copy_all
+from horovod_powersgd.torch.gradient import PlainGradient, put_all
 from horovod_powersgd.torch.ownership import owns_storage
 from horovod_powersgd.torch.profiling import profiled
 from horovod_powersgd.torch.workers import Workers
@@ -47,7 +47,7 @@ class DirectMeans:
         self._started[gradient] = allreduce_async_(sent, name=name, **how)
 
     @torch.no_grad()
-    def finish(self, gradients: Iterable[PlainGradient], factor: float) -> int:
+    def finish(self, gradients: Sequence[PlainGradient], factor: float) -> int:
         """Puts all averages, times `factor`, into the gradients. Those that were not started take part as they are, and
         as zeros where there are none.
 
@@ -59,7 +59,7 @@ class DirectMeans:
                 if gradient.parameter.grad is None:
                     gradient.make_zero()
                 self.start(gradient)
-        nbytes, copies = 0, Copies()
+        nbytes, elsewhere = 0, list[tuple[PlainGradient, torch.Tensor]]()
         for gradient, handle in self._started.items():
             with profiled("wait"):
                 mean = synchronize(handle)
@@ -69,8 +69,8 @@ class DirectMeans:
             if factor != 1:
                 mean.mul_(factor)
             if given.is_sparse or mean.data_ptr() != given.data_ptr():
-                gradient.put(mean, copies)
-        copy_all(copies)
+                elsewhere.append((gradient, mean))
+        put_all(elsewhere)
         self.forget()
         return nbytes
 

@@ -9,17 +9,11 @@ from horovod_powersgd.layout import Layout
 from horovod_powersgd.torch.clipping import Sample
 from horovod_powersgd.torch.finite import all_finite
 from horovod_powersgd.torch.futures import SparseMean
-from horovod_powersgd.torch.ownership import owns_storage
+from horovod_powersgd.torch.ownership import overlapping, owns_storage
 from horovod_powersgd.torch.workers import Workers
 
 # (to, from) of tensors to be copied.
 Copies = list[tuple[torch.Tensor, torch.Tensor]]
-
-
-def copy_all(copies: Copies) -> None:
-    """All at once, which takes a GPU few kernels."""
-    if copies:
-        torch._foreach_copy_([to for to, _ in copies], [source for _, source in copies])
 
 
 class PlainGradient:
@@ -200,3 +194,21 @@ class PlainGradient:
 
     def take_over(self, other: "PlainGradient") -> None:
         """Takes what another gradient of the same parameter and configuration has kept, and comes in its place."""
+
+
+def put_all(updates: Sequence[tuple[PlainGradient, torch.Tensor]]) -> None:
+    """Puts updates into gradients that may have memory in common."""
+    given = [(gradient, gradient.parameter.grad) for gradient, _ in updates]
+    dense = [(gradient, grad) for gradient, grad in given if grad is not None and not grad.is_sparse]
+    for (gradient, _), overlaps_others in zip(dense, overlapping([grad for _, grad in dense]), strict=True):
+        gradient.overlaps = overlaps_others
+    copies: Copies = []
+    for gradient, update in updates:
+        gradient.put(update, copies)
+    copy_all(copies)
+
+
+def copy_all(copies: Copies) -> None:
+    """All at once, which takes a GPU few kernels."""
+    if copies:
+        torch._foreach_copy_([to for to, _ in copies], [source for _, source in copies])

@@ -68,6 +68,8 @@ def overlapping(gradients: Iterable[torch.Tensor]) -> list[bool]:
     """For each dense tensor, whether it has memory in common with another of them."""
     gradients = list(gradients)
     overlaps = [False] * len(gradients)
+    if len({gradient.untyped_storage().data_ptr() for gradient in gradients}) == len(gradients):
+        return overlaps  # as nearly always
     spans = sorted((*_span(gradient), i) for i, gradient in enumerate(gradients))
     farthest = last = -1
     for start, end, i in spans:

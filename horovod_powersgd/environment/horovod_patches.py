@@ -15,15 +15,16 @@ def missing_patches() -> str | None:
     if horovod_version() is None or (horovod_patches() or 0) >= PATCH_VERSION:
         return None
     return (
-        "Horovod was built without the latest of what install-horovod mends: with Gloo nobody is told of a worker "
-        "that does not come, and an elastic job can wait for ever"
+        "Horovod was built without the latest of what install-horovod mends: messages wait longer than they have to, "
+        "and, where it is older, with Gloo nobody is told of a worker that does not come, and an elastic job can wait "
+        "for ever"
     )
 
 
 def patch_source(source: Path) -> None:
     """Change Horovod's unpacked source so that it builds beside current frameworks and with current compilers, runs
     wherever it is installed, loses nothing that it is given while it shuts down, tells of workers that do not come,
-    and is not damaged by one that joins.
+    is not damaged by one that joins, and does not keep who waits waiting.
 
     Raises:
         BuildError: the source is not the one that these changes are for.
@@ -198,7 +199,9 @@ def patch_source(source: Path) -> None:
     replace(
         loop,
         r"^bool RunLoopOnce\(HorovodGlobalState& state\) \{$",
-        "std::mutex hurry_mutex;\nstd::condition_variable hurry;\nbool is_hurried = false;\n\n\\g<0>",
+        "std::mutex hurry_mutex;\n"
+        "// Never destroyed: the thread that waits for it may end after this one.\n"
+        "auto& hurry = *new std::condition_variable;\nbool is_hurried = false;\n\n\\g<0>",
     )
     replace(
         loop,

@@ -126,13 +126,15 @@ def check_gradients_leave_together_where_they_come_at_once_on_all_workers():
     )
     left_together, pause = [], 0.0
     model[1].register_full_backward_pre_hook(lambda *_: time.sleep(pause))
-    with choosing(), mock.patch("horovod_powersgd.torch.direct_exchange.CYCLE", 0.4):
+    with choosing(), mock.patch("horovod_powersgd.torch.direct_exchange.CYCLE", 1.0):
         for step in range(8):
-            pause = 0.5 if hvd.rank() == 0 and step in (3, 4) else 0.0
+            pause = 1.1 if hvd.rank() == 0 and step in (3, 4) else 0.0
             optimizer.zero_grad()
             model(torch.randn(8, 20, device=DEVICE)).square().mean().backward()
+            left = len(optimizer._engine._direct._joint._handles)
             optimizer.step()
             left_together.append(leave_together(optimizer))
+            assert step == 0 or left == left_together[-1]  # with the last gradient, not in step()
     # A step leaves as the gradients of the one before have come, to the slowest worker.
     assert left_together == [True] * 4 + [False] * 2 + [True] * 2, left_together
     hvd.assert_replicas_equal(model)
@@ -155,16 +157,20 @@ def check_sums_are_right_whatever_changes_between_two_steps():
             optimizer.zero_grad()
             losses = {name: number * model[name].sum() for name, number in numbers.items()}
             if hvd.rank() == 0:  # the gradients of both are one tensor
-                losses["shared"] = 4 * (model["shared"].view(2, 3) + model["sharing"].view(2, 3)).sum()
+                both = model["shared"].view(2, 3) + model["sharing"].view(2, 3)
+                losses["shared"] = (torch.full_like(both, 4) * both).sum()
                 del losses["sharing"]
             elif hvd.rank() == 1:
                 del losses["sharing"]
             with together if step < 6 else one_by_one:
                 ((hvd.rank() + 1) * sum(losses.values())).backward()
+                if hvd.rank() == 0:
+                    assert model["shared"].grad.data_ptr() == model["sharing"].grad.data_ptr()
                 if step in failing:
                     waiting = f"horovod_powersgd.torch.{failing[step]}.synchronize"
                     with mock.patch(waiting, side_effect=RuntimeError("no answer")):
                         pytest.raises(RuntimeError, optimizer.step).match("no answer")
+                    assert optimizer._engine._direct._packed is None  # what is still on its way is nobody's any more
                     pytest.raises(RuntimeError, optimizer.step).match("exchange of this step has failed")
                 else:
                     optimizer.step()
@@ -175,6 +181,27 @@ def check_sums_are_right_whatever_changes_between_two_steps():
                 rounding = 2**-9 if name == "half" else 1e-6
                 assert model[name].tolist() == pytest.approx([expected[name]] * 6, rel=rounding), (step, name)
             assert leave_together(optimizer) == (step <= 6), step
+
+
+def check_a_step_that_fails_in_backward_leaves_nothing_to_the_next_one():
+    weights = [torch.nn.Parameter(torch.zeros(6, device=DEVICE)) for _ in range(2)]
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(weights, lr=1.0), compression=AUTO, op=hvd.Sum)
+    with choosing():
+        for step in range(8):
+            optimizer.zero_grad()
+            loss = (hvd.rank() + 1) * sum((number + step) * weight.sum() for number, weight in enumerate(weights))
+            with together if step < 4 else one_by_one:
+                if step in (2, 6):
+                    start = f"horovod_powersgd.torch.{'joint' if step == 2 else 'direct'}_means.allreduce_async_"
+                    with mock.patch(start, side_effect=RuntimeError("no memory")):
+                        pytest.raises(RuntimeError, loss.backward).match("no memory")
+                    pytest.raises(RuntimeError, optimizer.step).match("exchange of this step has failed")
+                else:
+                    loss.backward()
+                    optimizer.step()
+    steps, total = [0, 1, 3, 4, 5, 7], hvd.size() * (hvd.size() + 1) / 2
+    for number, weight in enumerate(weights):
+        assert weight.tolist() == pytest.approx([-total * sum(number + step for step in steps)] * 6)
 
 
 def check_statistics_say_what_was_chosen():

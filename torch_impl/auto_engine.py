@@ -77,8 +77,12 @@ class AutoEngine(Engine):
         # Few calls: of small models they are what a step takes.
         if self.generation is not generation() or not (self._direct.under_way or self._goes_directly()):
             super().arrived(parameter, incoming)
-        else:
+            return
+        try:
             self._direct.arrived(parameter, incoming)
+        except BaseException as error:  # Ctrl-C, too
+            self._fail_directly(error)
+            raise
 
     def _number_of_step(self) -> int:
         # Nobody knows yet how large its factors are, which may travel in half precision later.
@@ -120,11 +124,14 @@ class AutoEngine(Engine):
             self._byte_counters.count(nbytes, nbytes, self._direct.uncompressed_bytes)
             self._pending = (), True
         except BaseException as error:
-            self._arriving = dict(self._direct.gradients)
-            self._fail(error)
+            self._fail_directly(error)
             raise
         finally:
             self.reset()
+
+    def _fail_directly(self, error: BaseException) -> None:
+        self._arriving = dict(self._direct.gradients)
+        self._fail(error)
 
     def reset(self) -> None:
         super().reset()

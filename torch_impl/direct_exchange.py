@@ -38,12 +38,12 @@ class DirectExchange:
     def __init__(self, workers: Workers, streams: Streams):
         self._streams = streams
         self._lock = threading.Lock()
-        self._direct, self._joint = DirectMeans(workers), JointMeans(workers)
-        self._means: DirectMeans | JointMeans = self._direct
-        # What is kept from step to step, of these gradients of these kinds.
+        self._single, self._joint = DirectMeans(workers), JointMeans(workers)
+        self._means: DirectMeans | JointMeans = self._single
+        # The gradients that all of the following is for, and what of them may change; None: it is to be made anew.
         self._packed: tuple[tuple[PlainGradient, ...], list] | None = None
         self.gradients: Mapping[torch.nn.Parameter, PlainGradient] = {}
-        self._are_small = True
+        self._are_small = self._on_gpu = False
         self.uncompressed_bytes = 0
         self._begun = self._taken = self.span = 0.0
         self.under_way = False
@@ -55,14 +55,16 @@ class DirectExchange:
 
     def begin(self, gradients: tuple[PlainGradient, ...]) -> None:
         """Begins a step of these gradients."""
-        packed = gradients, [gradient.kind for gradient in gradients]
+        packed = gradients, [(gradient.kind, gradient.parameter.dtype) for gradient in gradients]
         if packed != self._packed:
-            self._packed, self.gradients = packed, {gradient.parameter: gradient for gradient in gradients}
+            self._packed, self.gradients = None, {gradient.parameter: gradient for gradient in gradients}
+            self._on_gpu = any(parameter.is_cuda for parameter in self.gradients)
             self.uncompressed_bytes = sum(gradient.nbytes for gradient in gradients)
             sent = sum(gradient.parameter.numel() * gradient.sent_dtype.itemsize for gradient in gradients)
             self._are_small = sent <= JOINT_BYTES
             self._joint.pack(gradients if self._are_small else ())
-        self._means = self._joint if self._come_at_once and self._are_small else self._direct
+            self._packed = packed
+        self._means = self._joint if self._come_at_once and self._are_small else self._single
         self._joint.begin()
         self._begun, self._taken, self.under_way = time.perf_counter(), 0.0, True
 
@@ -72,7 +74,7 @@ class DirectExchange:
         gradient = self.gradients.get(parameter)
         if gradient is None or parameter.grad is None:
             return
-        if parameter.is_cuda:
+        if self._on_gpu:
             with self._lock:
                 self._streams.wait_for_current(parameter.device)
                 with self._streams.current():
@@ -88,10 +90,10 @@ class DirectExchange:
             The bytes that were averaged.
         """
         self.span = time.perf_counter() - self._begun - self._taken
-        for parameter in self.gradients:
-            self._streams.wait_for_current(parameter.device)
+        for device in {parameter.device for parameter in self.gradients} if self._on_gpu else ():
+            self._streams.wait_for_current(device)
         with self._streams.current():
-            nbytes = self._means.finish(list(self.gradients.values()), factor)
+            nbytes = self._means.finish(self.gradients.values(), factor)
         self.under_way = False
         return nbytes
 
@@ -99,4 +101,4 @@ class DirectExchange:
         """Lets go of what was begun, and has not ended."""
         if self.under_way:
             self.under_way, self._packed = False, None  # Horovod may still write to what has left
-            self._direct.forget()
+            self._single.forget()

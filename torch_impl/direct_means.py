@@ -1,7 +1,7 @@
 """Gradients that are averaged as they are or in half precision, each in a message of its own, as Horovod's own
 optimizer sends them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from horovod_powersgd.torch.workers import Workers
 
 
 class DirectMeans:
-    """What an Engine does for gradients of which nothing is kept, in a fraction of its calls: no buckets, no verdict.
+    """One way of a DirectExchange: gradients leave as they come.
 
     Args:
         workers: that average.
@@ -47,7 +47,7 @@ class DirectMeans:
         self._started[gradient] = allreduce_async_(sent, name=name, **how)
 
     @torch.no_grad()
-    def finish(self, gradients: Sequence[PlainGradient], factor: float) -> int:
+    def finish(self, gradients: Iterable[PlainGradient], factor: float) -> int:
         """Puts all averages, times `factor`, into the gradients. Those that were not started take part as they are, and
         as zeros where there are none.
 

@@ -141,7 +141,7 @@ class PlainGradient:
         self._mean = self._dense = None
 
     def put(self, update: torch.Tensor, copies: Copies) -> None:
-        """Puts an update into the gradient; `copies` is end's."""
+        """Puts an update into the gradient; `copies` as in end."""
         gradient = self.parameter.grad
         assert gradient is not None
         if gradient.is_sparse:
@@ -198,8 +198,11 @@ class PlainGradient:
 
 def put_all(updates: Sequence[tuple[PlainGradient, torch.Tensor]]) -> None:
     """Puts updates into gradients that may have memory in common."""
-    given = [(gradient, gradient.parameter.grad) for gradient, _ in updates]
-    dense = [(gradient, grad) for gradient, grad in given if grad is not None and not grad.is_sparse]
+    dense: list[tuple[PlainGradient, torch.Tensor]] = []
+    for gradient, _ in updates:
+        assert gradient.parameter.grad is not None
+        if not gradient.parameter.grad.is_sparse:
+            dense.append((gradient, gradient.parameter.grad))
     for (gradient, _), overlaps_others in zip(dense, overlapping([grad for _, grad in dense]), strict=True):
         gradient.overlaps = overlaps_others
     copies: Copies = []

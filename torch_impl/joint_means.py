@@ -1,6 +1,6 @@
 """Gradients that are averaged as they are or in half precision, all in one message, when the last of them is there."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ class _Message(NamedTuple):
 
 
 class JointMeans:
-    """What DirectMeans does, in a fraction of the calls, which are most of what a step of a small model takes.
+    """The other way of a DirectExchange, with DirectMeans's methods: gradients leave together.
 
     Args:
         workers: that average.
@@ -56,8 +56,8 @@ class JointMeans:
             self._send()
 
     @torch.no_grad()
-    def finish(self, gradients: Sequence[PlainGradient], factor: float) -> int:
-        """As DirectMeans's."""
+    def finish(self, gradients: Iterable[PlainGradient], factor: float) -> int:
+        """As DirectMeans's; the gradients are those of pack."""
         if not self._handles:
             self._send()
         updates: list[tuple[PlainGradient, torch.Tensor]] = []

@@ -16,8 +16,8 @@ def missing_patches() -> str | None:
         return None
     return (
         "Horovod was built without the latest of what install-horovod mends: messages wait longer than they have to, "
-        "and, where it is older, with Gloo nobody is told of a worker that does not come, and an elastic job can wait "
-        "for ever"
+        "and, unless an earlier install-horovod built it, with Gloo nobody is told of a worker that does not come, and "
+        "an elastic job can wait for ever"
     )
 
 
@@ -200,7 +200,7 @@ def patch_source(source: Path) -> None:
         loop,
         r"^bool RunLoopOnce\(HorovodGlobalState& state\) \{$",
         "std::mutex hurry_mutex;\n"
-        "// Never destroyed: the thread that waits for it may end after this one.\n"
+        "// Never destroyed: a thread may still wait when static objects are.\n"
         "auto& hurry = *new std::condition_variable;\nbool is_hurried = false;\n\n\\g<0>",
     )
     replace(

@@ -56,8 +56,7 @@ class DirectMeans:
         """
         for gradient in gradients:
             if gradient not in self._started:
-                if gradient.parameter.grad is None:
-                    gradient.make_zero()
+                gradient.make_zero()
                 self.start(gradient)
         nbytes, elsewhere = 0, list[tuple[PlainGradient, torch.Tensor]]()
         for gradient, handle in self._started.items():

@@ -17,12 +17,11 @@ from horovod_powersgd.torch.control_messages import from_worker, largest
 from horovod_powersgd.torch.exchange_driver import ExchangeDriver
 from horovod_powersgd.torch.fast_paths import make_buckets
 from horovod_powersgd.torch.generation import generation
-from horovod_powersgd.torch.gradient import PlainGradient
+from horovod_powersgd.torch.gradient import PlainGradient, mark_overlaps
 from horovod_powersgd.torch.gradient_set import GradientSet
 from horovod_powersgd.torch.gradient_watch import GradientWatch
 from horovod_powersgd.torch.host_sums import OWN
 from horovod_powersgd.torch.model_description import describe, sparse_dim
-from horovod_powersgd.torch.ownership import overlapping
 from horovod_powersgd.torch.peers import Peers, peers_of
 from horovod_powersgd.torch.step import Step, Verdict
 from horovod_powersgd.torch.streams import Streams
@@ -197,8 +196,7 @@ class Engine:
             for parameter, gradient in self._arriving.items():
                 if not gradient.arrived:
                     self._streams.wait_for_current(parameter.device)
-                    if parameter.grad is None:
-                        gradient.make_zero()
+                    gradient.make_zero()
                     if parameter not in self._early:
                         self._watch.note(parameter)
                 gradient.arrived = True
@@ -206,7 +204,7 @@ class Engine:
             self._exchanges.drive(self._resume_others)
             if changed:
                 raise RuntimeError(changed)
-            _mark_overlaps(self._arriving.values())
+            mark_overlaps([(g, grad) for g in self._arriving.values() if (grad := g.borrowed) is not None])
             self._step.undoable, self._step.verdict.called_for, self._unscaled = undoable, True, 1.0
             self._exchanges.resume()
             self._watch.clear()
@@ -423,10 +421,3 @@ class Engine:
 
     def _name_of(self, parameter: torch.nn.Parameter) -> str:
         return next((gradient.name for gradient in self._gradients if gradient.parameter is parameter), "a parameter")
-
-
-def _mark_overlaps(gradients: Iterable[PlainGradient]) -> None:
-    borrowed = [(gradient, grad) for gradient in gradients if (grad := gradient.borrowed) is not None]
-    overlaps = overlapping([grad for _, grad in borrowed])
-    for (gradient, _), overlaps_others in zip(borrowed, overlaps):
-        gradient.overlaps = overlaps_others

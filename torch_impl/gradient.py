@@ -73,6 +73,8 @@ class PlainGradient:
 
     def make_zero(self) -> None:
         """Makes a gradient of zeros where backward computed none: another worker may have computed one."""
+        if self.parameter.grad is not None:
+            return
         zeros = torch.zeros_like(self.parameter)
         self.parameter.grad = zeros.to_sparse(self.sparse_dim) if self.sparse_dim else zeros
 
@@ -203,12 +205,17 @@ def put_all(updates: Sequence[tuple[PlainGradient, torch.Tensor]]) -> None:
         assert gradient.parameter.grad is not None
         if not gradient.parameter.grad.is_sparse:
             dense.append((gradient, gradient.parameter.grad))
-    for (gradient, _), overlaps_others in zip(dense, overlapping([grad for _, grad in dense]), strict=True):
-        gradient.overlaps = overlaps_others
+    mark_overlaps(dense)
     copies: Copies = []
     for gradient, update in updates:
         gradient.put(update, copies)
     copy_all(copies)
+
+
+def mark_overlaps(dense: Sequence[tuple[PlainGradient, torch.Tensor]]) -> None:
+    """Notes of dense gradients, each with its tensor, which have memory in common with others of them."""
+    for (gradient, _), overlaps_others in zip(dense, overlapping([grad for _, grad in dense]), strict=True):
+        gradient.overlaps = overlaps_others
 
 
 def copy_all(copies: Copies) -> None:

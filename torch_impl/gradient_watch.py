@@ -49,8 +49,7 @@ class GradientWatch:
         """What to say where gradients were changed since they were noted; None where they were not."""
         changed = [gradient for gradient in gradients if self._is_changed(gradient.parameter)]
         for gradient in changed:
-            if gradient.parameter.grad is None:
-                gradient.make_zero()  # for the other workers, which cannot know
+            gradient.make_zero()  # for the other workers, which cannot know
         if not changed:
             return None
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

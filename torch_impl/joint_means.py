@@ -81,8 +81,7 @@ class JointMeans:
 
 def _given(gradient: PlainGradient) -> torch.Tensor:
     """The gradient, or zeros where there is none."""
-    if gradient.parameter.grad is None:
-        gradient.make_zero()
+    gradient.make_zero()
     assert gradient.parameter.grad is not None
     return gradient.parameter.grad.to_dense()
 

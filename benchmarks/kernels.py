@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from horovod_powersgd.torch.kernels import HalfStep, Memory, Product, half_step, product
+from horovod_powersgd.torch.kernels import HalfStep, Memory, Product, half_steps, products
 
 RESULTS = Path(__file__).parent.parent / "results" / "kernels.json"
 # The first two are larger than most caches, and what the targets are for.
@@ -44,9 +44,9 @@ def measure(shape, rank):
     p, q, basis = 1e-6 * torch.randn(rank, n), torch.randn(rank, m), torch.randn(rank, m)
     memory = Memory(delta, p, q)
     passes = (
-        lambda: half_step(HalfStep(gradient, basis, False, memory)),
-        lambda: half_step(HalfStep(gradient, p, True)),
-        lambda: product(Product(p, q, other)),
+        lambda: half_steps([HalfStep(gradient, basis, False, memory)]),
+        lambda: half_steps([HalfStep(gradient, p, True)]),
+        lambda: products([Product(p, q, other)]),
     )
     copies, rounds = [], []
     for _ in range(ROUNDS + 1):

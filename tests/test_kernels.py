@@ -7,8 +7,9 @@ from hypothesis import given, settings, strategies as st
 
 from horovod_powersgd import arrays, rounding
 from horovod_powersgd.torch import kernels
+from horovod_powersgd.torch.finite import all_finite
 from horovod_powersgd.torch.half_memory import Drawn, Keep, keep
-from horovod_powersgd.torch.kernels import HalfStep, Memory, Product, half_step, product
+from horovod_powersgd.torch.kernels import HalfStep, Memory, Product, half_steps, products
 
 SIDES = st.integers(1, 70) | st.sampled_from([1023, 1024, 1025, 2100])
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -49,10 +50,12 @@ def test_a_half_step_adds_the_memory_and_multiplies(implementation, n, m, rank, 
         (Memory(left.clone()), gradient + 0.5 * left),
     ):
         found = gradient.clone()
-        factor = half_step(HalfStep(found, basis, makes_q, memory, scale=0.5))
-        assert_close(found, expected)
-        assert factor.is_contiguous()
-        assert_close(factor, basis @ (expected if makes_q else expected.t()))
+        other = gradient.clone()  # two matrices, of which one has no memory
+        tasks = [HalfStep(other, basis, makes_q), HalfStep(found, basis, makes_q, memory, scale=0.5)]
+        factors = half_steps(tasks).split([task.size for task in tasks])
+        for delta, exact, factor in ((other, gradient, factors[0]), (found, expected, factors[1])):
+            assert_close(delta, exact)
+            assert_close(factor.view(rank, -1), basis @ (exact if makes_q else exact.t()))
 
 
 @each_implementation
@@ -60,9 +63,10 @@ def test_a_half_step_adds_the_memory_and_multiplies(implementation, n, m, rank, 
 def test_a_product_is_written_over_what_was_there(implementation, n, m, rank, dtype):
     draw = torch.Generator().manual_seed(n * m)
     p, q = (torch.randn(rank, side, generator=draw, dtype=dtype) for side in (n, m))
-    out = torch.full((n, m), torch.nan, dtype=dtype)
-    product(Product(p, q, out))
+    out, other = torch.full((n, m), torch.nan, dtype=dtype), torch.full((m, n), torch.nan, dtype=dtype)
+    products([Product(p, q, out), Product(q, p, other)])
     assert_close(out, p.t() @ q)
+    assert_close(other, q.t() @ p)
 
 
 @each_implementation
@@ -77,7 +81,7 @@ def test_looking_at_the_memory_changes_no_bit_of_the_next_step(implementation, n
     results = []
     for memory in (seen, unseen):
         found = gradient.clone()
-        results += [(half_step(HalfStep(found, basis, False, memory)), found)]
+        results += [(half_steps([HalfStep(found, basis, False, memory)]), found)]
     for first, second in zip(*results):
         assert torch.equal(first, second)
 
@@ -99,7 +103,7 @@ def test_a_memory_in_16_bits_is_rounded_as_the_references_and_added_as_it_is(imp
     smallest = abs(left).max() * 2.0**-38 if name == "float16" else 0
     np.testing.assert_allclose(kept.numpy(), expected, rtol=0, atol=smallest)
     found = gradient.clone()
-    half_step(HalfStep(found, basis, False, memory, scale=0.5))
+    half_steps([HalfStep(found, basis, False, memory, scale=0.5)])
     assert_close(found, gradient + 0.5 * kept)
 
 
@@ -107,8 +111,30 @@ def test_what_is_not_finite_stays_so(implementation):
     for value in (np.nan, np.inf):
         delta = torch.ones(9, 50)
         delta[3, 7] = value
-        assert not torch.isfinite(half_step(HalfStep(delta.clone(), torch.ones(2, 50), False))[:, 3]).any()
-        assert not torch.isfinite(half_step(HalfStep(delta.clone(), torch.ones(2, 9), True))[:, 7]).any()
+        p = half_steps([HalfStep(delta.clone(), torch.ones(2, 50), False)]).view(2, 9)
+        q = half_steps([HalfStep(delta.clone(), torch.ones(2, 9), True)]).view(2, 50)
+        assert not torch.isfinite(p[:, 3]).any() and not torch.isfinite(q[:, 7]).any()
         out = torch.zeros(9, 50)
-        product(Product(delta[:, 7][None].contiguous(), torch.ones(1, 50), out))
+        products([Product(delta[:, 7][None].contiguous(), torch.ones(1, 50), out)])
         assert not torch.isfinite(out[3]).any() and torch.isfinite(out[4]).all()
+
+
+def test_matrices_of_two_dtypes_make_factors_of_the_finer_one(implementation):
+    single, double = torch.randn(5, 7), torch.randn(6, 4, dtype=torch.float64)
+    tasks = [HalfStep(single, torch.ones(2, 7), False), HalfStep(double, torch.ones(3, 6, dtype=torch.float64), True)]
+    first, second = half_steps(tasks).split([10, 12])
+    assert_close(first.view(2, 5).float(), single.sum(1).expand(2, 5))
+    assert_close(second.view(3, 4), double.sum(0).expand(3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_numbers_are_told_from_others(dtype):
+    largest = torch.finfo(dtype).max
+    for length in (1, 2, 7, 64, 1001):
+        numbers = torch.tensor([largest, -largest, 0.0, -0.0, torch.finfo(dtype).tiny, 1.0], dtype=dtype).repeat(length)
+        assert all_finite(numbers) and all_finite(numbers[::2])
+        for value in (torch.inf, -torch.inf, torch.nan, -torch.nan):
+            for place in (0, len(numbers) // 2, len(numbers) - 1):
+                spoiled = numbers.clone()
+                spoiled[place] = value
+                assert not all_finite(spoiled), (value, place, length)

@@ -12,10 +12,6 @@ from horovod_powersgd.torch.gradient import Copies, PlainGradient, copy_all
 from horovod_powersgd.torch.step import Step, Verdict
 from horovod_powersgd.torch.workers import Workers
 
-# A bucket of so few bytes begins when its last gradient is there: to begin with one after the other takes more calls,
-# and saves little.
-SMALL_BYTES = 2**20
-
 
 class Bucket:
     """Gradients that travel together as they are, in one flat tensor; of one device and one dtype on the wire.
@@ -29,9 +25,6 @@ class Bucket:
     def __init__(self, name: str, gradients: Sequence[PlainGradient], workers: Workers, config: Compressor):
         self.gradients = list(gradients)
         self._name, self._workers, self._config = name, workers, config
-        # To be waited for in this order: the last one first, where all are.
-        is_small = sum(gradient.nbytes for gradient in gradients) <= SMALL_BYTES
-        self._last_first = self.gradients[::-1] if is_small else []
 
     def exchange(self, step: Step) -> Generator[PlainGradient | Future | Verdict, Any, None]:
         """reference.exchange of these gradients. Yields what it waits for."""
@@ -40,14 +33,14 @@ class Bucket:
         for gradient, gathered in sparse.items():
             average = yield gathered
             step.count(0, gathered.nbytes)
-            finite = all_finite(average.values()) & finite
+            finite.append(all_finite(average.values()))
             gradient.receive_sparse(average)
         for gradient in self.gradients:
             if gradient.parameter.dtype == torch.float16:
-                finite = gradient.fits(step.factor) & finite
-        finite = yield step.verdict.add(finite)
+                finite.append(gradient.fits(step.factor))
+        is_finite = yield step.verdict.add(finite)
         copies: Copies = []
-        self._end(finite, step, copies)
+        self._end(is_finite, step, copies)
         copy_all(copies)
 
     def _end(self, finite: bool, step: Step, copies: Copies) -> None:
@@ -55,24 +48,25 @@ class Bucket:
         for gradient in self.gradients:
             gradient.end(finite, step.factor, step.undoable, copies)
 
-    def _begin(self, gradient: PlainGradient, step: Step, sparse: dict[PlainGradient, SparseMean]):
-        """Waits for a gradient; starts averaging it where it is sparse, and notes that."""
-        while not gradient.done():
-            yield next((other for other in self._last_first if not other.done()), gradient)
-        gradient.begin(step.scale)
-        if gradient.is_sparse:
-            sparse[gradient], nbytes = gradient.send_sparse(self._workers, step.parity)
-            step.count(nbytes, 0)
+    def _begin(self, gradients: Sequence[PlainGradient], step: Step, sparse: dict[PlainGradient, SparseMean]):
+        """Waits for gradients, starts averaging sparse ones, which it notes, and returns the others."""
+        for gradient in reversed(gradients):  # who waits for the last one is resumed least often
+            if not gradient.done():
+                yield gradient
+        dense = []
+        for gradient in gradients:
+            gradient.begin(step.scale)
+            if gradient.is_sparse:
+                sparse[gradient], nbytes = gradient.send_sparse(self._workers, step.parity)
+                step.count(nbytes, 0)
+            else:
+                dense.append(gradient)
+        return dense
 
     def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
-        """Averages all gradients but the sparse ones; returns whether the averages are finite, on the device."""
-        senders, sent = [], []
-        for gradient in self.gradients:
-            yield from self._begin(gradient, step, sparse)
-            if gradient not in sparse:
-                senders.append(gradient)
-                sent.append(gradient.send())
-        return (yield from self._average(senders, sent, step, 0, in_place=True))
+        """Averages all gradients but the sparse ones; returns what _average does."""
+        dense = yield from self._begin(self.gradients, step, sparse)
+        return (yield from self._average(dense, [gradient.send() for gradient in dense], step, 0, in_place=True))
 
     def _average(
         self,
@@ -83,15 +77,15 @@ class Bucket:
         in_place: bool,
         sizes: Sequence[int] = (),
     ):
-        """Averages what they send in one message; returns whether the averages are finite, on the device.
+        """Averages what they send in one message; returns whether the averages are finite: booleans on the device.
 
         Args:
             sizes: of each sender's part, where there are not as many tensors as senders.
         """
         if not sent:
-            return True
+            return []
         mean = self._start_mean(sent, step, number, in_place)
-        return self._received(senders, (yield mean), sizes or [part.numel() for part in sent])
+        return [self._received(senders, (yield mean), sizes or [part.numel() for part in sent])]
 
     def _start_mean(self, sent: Sequence[torch.Tensor], step: Step, number: int, in_place: bool) -> Mean:
         """Starts averaging these in one message."""

@@ -26,8 +26,7 @@ class GeneratorBucket(Bucket):
     def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
         for gradient in self.gradients:
             gradient.start(step.number, step.rates.get(gradient.parameter), self._workers)
-            yield from self._begin(gradient, step, sparse)
-        dense = [gradient for gradient in self.gradients if gradient not in sparse]
+        dense = yield from self._begin(self.gradients, step, sparse)
         for number in itertools.count():
             asking = [gradient for gradient in dense if gradient.request is not None]
             if not asking:
@@ -41,10 +40,7 @@ class GeneratorBucket(Bucket):
                     gradient.go_on(some)
             if quantized:
                 yield from self._average_quantized(quantized, f"{self._name}.{number}.quantized", step)
-        finite: bool | torch.Tensor = True
-        for gradient in dense:
-            finite = gradient.finite() & finite
-        return finite
+        return [gradient.finite() for gradient in dense]
 
     def _average_quantized(self, gradients: Sequence[GeneratorGradient], name: str, step: Step):
         """Averages what these ask for, in 8 bits a number."""

@@ -17,11 +17,9 @@ class Int8Bucket(Bucket):
     gradients: Sequence[Int8Gradient]
 
     def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
-        for gradient in self.gradients:
-            yield from self._begin(gradient, step, sparse)
-        dense = [gradient for gradient in self.gradients if gradient not in sparse]
+        dense = yield from self._begin(self.gradients, step, sparse)
         if not dense:
-            return True
+            return []
         parts = [gradient.part() for gradient in dense]
         left = [part.delta for part in parts]
         rows = [pair for gradient in dense for pair in gradient.rows]
@@ -33,4 +31,4 @@ class Int8Bucket(Bucket):
         writers = slices.writers(mean.messages, mean.divisor, [len(delta) for delta in left])
         for gradient, norm, write in zip(dense, norms, writers):
             gradient.take(norm, write)
-        return slices.finite(mean.messages, mean.divisor)
+        return [slices.finite(mean.messages, mean.divisor)]

@@ -5,7 +5,7 @@ compiled when this package was installed, PyTorch's own operations do the same.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -30,7 +30,9 @@ class Memory:
         """The memory itself (n, m)."""
         if self._p is not None and self._q is not None:
             if _compiled(self._delta):
-                _run_product(self._delta, self._delta, self._p, self._q, -1.0)
+                shares = _Shares()
+                _add_product(shares, self._delta, self._delta, self._p, self._q, -1.0)
+                shares.run(_kernels.products)
             else:
                 self._delta.addmm_(self._p.t(), self._q, alpha=-1)
             self._p = self._q = None
@@ -69,48 +71,69 @@ class HalfStep(NamedTuple):
     memory: Memory | None = None
     scale: float = 1.0
 
+    @property
+    def size(self) -> int:
+        """How many numbers the result has."""
+        return self.basis.shape[0] * self.delta.shape[1 if self.makes_q else 0]
+
 
 class Product(NamedTuple):
-    """P^T Q, written to out (n, m), contiguous; P (r, n) and Q (r, m) are kept transposed."""
+    """P^T Q, written to out (n, m); P (r, n) and Q (r, m) are kept transposed. All are contiguous."""
 
     p: torch.Tensor
     q: torch.Tensor
     out: torch.Tensor
 
 
-def half_step(task: HalfStep) -> torch.Tensor:
-    """basis delta^T (r, n), or basis delta (r, m): a factor, transposed."""
+def half_steps(tasks: Sequence[HalfStep]) -> torch.Tensor:
+    """basis delta^T (r, n), or basis delta (r, m), of matrices of a device: factors, transposed, flat, one after the
+    other."""
+    first = tasks[0].delta
+    if len({task.delta.dtype for task in tasks}) > 1:
+        return torch.cat([half_steps([task]) for task in tasks])
+    if not _compiled(first):
+        return torch.cat([_half_step(task).view(-1) for task in tasks])
+    factors = first.new_zeros(sum(task.size for task in tasks))
+    shares, is_double, address = _Shares(), factors.dtype == torch.float64, factors.data_ptr()
+    for task in tasks:
+        delta, basis, makes_q, memory, scale = task
+        previous, p, q = (None, None, None) if memory is None else memory.parts()
+        halves = None
+        if memory is not None and previous is not None and p is None:
+            if previous.dtype == torch.bfloat16:
+                halves = previous
+            else:
+                memory.add_to(delta, scale)
+            previous = None
+        # Each thread writes a part of the result of its own.
+        shares.add(
+            delta, makes_q, is_double, delta.data_ptr(), _address(previous), scale, _address(p), _address(q),
+            0 if p is None else p.shape[0], basis.data_ptr(), address, makes_q, basis.shape[0], *delta.shape,
+            _address(halves),
+        )  # fmt: skip
+        address += task.size * factors.element_size()
+    shares.run(_kernels.half_steps)
+    return factors
+
+
+def _half_step(task: HalfStep) -> torch.Tensor:
+    """By PyTorch's operations."""
     delta, basis, makes_q, memory, scale = task
-    if not _compiled(delta):
-        if memory is not None:
-            memory.add_to(delta, scale)
-        return basis @ (delta if makes_q else delta.t())
-    previous, p, q = (None, None, None) if memory is None else memory.parts()
-    halves: tuple[int, ...] = ()
-    if memory is not None and previous is not None and p is None:
-        if previous.dtype == torch.bfloat16:
-            halves = (previous.data_ptr(),)
-        else:
-            memory.add_to(delta, scale)
-        previous = None
-    (n, m), rank = delta.shape, len(basis)
-    out = delta.new_zeros(rank, m if makes_q else n)
-    arguments = (
-        delta.dtype == torch.float64, delta.data_ptr(), _address(previous), scale, _address(p), _address(q),
-        0 if p is None else len(p), basis.data_ptr(), out.data_ptr(), makes_q, rank, n, m,
-    )
-    # Each thread writes a part of the result of its own.
-    _in_parts(delta, by_columns=makes_q, run=lambda part: _kernels.half_step(*arguments, *part, *halves))
-    return out
+    if memory is not None:
+        memory.add_to(delta, scale)
+    return basis @ (delta if makes_q else delta.t())
 
 
-def product(task: Product) -> None:
-    """Writes P^T Q."""
-    p, q, out = task
-    if _compiled(out):
-        _run_product(out, None, p, q, 1.0)
-    else:
-        torch.mm(p.t(), q, out=out)
+def products(tasks: Sequence[Product]) -> None:
+    """Writes P^T Q of each; of matrices of a device."""
+    if not _compiled(tasks[0].out):
+        for p, q, out in tasks:
+            torch.mm(p.t(), q, out=out)
+        return
+    shares = _Shares()
+    for p, q, out in tasks:
+        _add_product(shares, out, None, p, q, 1.0)
+    shares.run(_kernels.products)
 
 
 def keeps(memory: Memory) -> bool:
@@ -124,45 +147,54 @@ def keep(memory: Memory, rows: torch.Tensor, columns: torch.Tensor, halves: torc
     Args:
         rows, columns: (n,) and (m,) int32: what is drawn.
     """
-    delta, p, q = memory.parts()
-    n, m = delta.shape
-    arguments = (
-        delta.dtype == torch.float64, halves.data_ptr(), delta.data_ptr(), _address(p), _address(q),
-        rows.data_ptr(), columns.data_ptr(), 0 if p is None else len(p), n, m,
-    )
-    _in_parts(delta, by_columns=False, run=lambda part: _kernels.keep(*arguments, *part))
+    (delta, p, q), shares = memory.parts(), _Shares()
+    shares.add(
+        delta, False, delta.dtype == torch.float64, halves.data_ptr(), delta.data_ptr(), _address(p), _address(q),
+        rows.data_ptr(), columns.data_ptr(), 0 if p is None else p.shape[0], *delta.shape,
+    )  # fmt: skip
+    shares.run(_kernels.keep)
 
 
-def _run_product(out, start, p, q, sign):
-    (n, m), rank = out.shape, len(p)
-    p, q = p.contiguous(), q.contiguous()
-    arguments = (
-        out.dtype == torch.float64, out.data_ptr(), _address(start), p.data_ptr(), q.data_ptr(), sign, rank, n, m
-    )
-    _in_parts(out, by_columns=False, run=lambda part: _kernels.product(*arguments, *part))
+def _add_product(shares, out, start, p, q, sign):
+    arguments = _address(out), _address(start), p.data_ptr(), q.data_ptr(), sign, p.shape[0], *out.shape
+    shares.add(out, False, out.dtype == torch.float64, *arguments)
 
 
 def _compiled(tensor: torch.Tensor) -> bool:
-    return _kernels is not None and tensor.device.type == "cpu"
+    return _kernels is not None and tensor.is_cpu
 
 
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _in_parts(matrix: torch.Tensor, by_columns: bool, run: Callable[[tuple[int, int, int, int]], None]) -> None:
-    """Runs over (first row, end, first column, end) of the matrix, on as many threads as PyTorch would use."""
-    n, m = matrix.shape
-    threads = min(torch.get_num_threads(), matrix.nbytes // BYTES_PER_THREAD)
-    if threads <= 1:
-        run((0, n, 0, m))
-        return
-    length = m if by_columns else n
-    # Cuts at multiples of 16: no two threads write to the same line of the cache.
-    cuts = [min(length, -(-length * i // threads) + 15 & ~15) for i in range(threads)] + [length]
-    spans = [(a, b) for a, b in zip(cuts, cuts[1:]) if a < b]
-    parts = [(0, n, a, b) if by_columns else (a, b, 0, m) for a, b in spans]
-    list(_pool(torch.get_num_threads()).map(run, parts))
+class _Shares:
+    """What each of as many threads as PyTorch would use is to do: a kernel's arguments, and which part of a matrix."""
+
+    def __init__(self):
+        self._threads = torch.get_num_threads()
+        self._of_threads: list[list[tuple]] = [[] for _ in range(self._threads)]
+
+    def add(self, matrix: torch.Tensor, by_columns: bool, *arguments: object) -> None:
+        """Shares out the rows of a matrix, or its columns."""
+        n, m = matrix.shape
+        threads = min(self._threads, matrix.nbytes // BYTES_PER_THREAD)
+        if threads <= 1:
+            self._of_threads[0].append((*arguments, 0, n, 0, m))
+            return
+        length = m if by_columns else n
+        # Cuts at multiples of 16: no two threads write to the same line of the cache.
+        cuts = [min(length, -(-length * i // threads) + 15 & ~15) for i in range(threads)] + [length]
+        for share, a, b in zip(self._of_threads, cuts, cuts[1:]):
+            if a < b:
+                share.append((*arguments, 0, n, a, b) if by_columns else (*arguments, a, b, 0, m))
+
+    def run(self, kernel: Callable[[list[tuple]], None]) -> None:
+        shares = [share for share in self._of_threads if share]
+        if len(shares) > 1:
+            list(_pool(self._threads).map(kernel, shares))
+        elif shares:
+            kernel(shares[0])
 
 
 @functools.lru_cache(maxsize=1)

@@ -57,9 +57,10 @@ def orthogonalize(
 def _of_small(factor: torch.Tensor) -> torch.Tensor | None:
     """Of a small factor in single precision, on a processor; None where one pass is not enough."""
     rank, n = factor.shape
-    if _kernels is None or factor.dtype != torch.float32 or rank * rank * n > SMALL or factor.device.type != "cpu":
+    if _kernels is None or factor.dtype != torch.float32 or rank * rank * n > SMALL or not factor.is_cpu:
         return None
-    factor, basis = factor.contiguous(), torch.empty_like(factor, memory_format=torch.contiguous_format)
+    factor = factor.contiguous()
+    basis = torch.empty_like(factor)
     part = _kernels.basis(factor.data_ptr(), basis.data_ptr(), rank, n)
     return basis if part >= ONE_PASS else None
 

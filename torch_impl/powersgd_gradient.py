@@ -21,7 +21,7 @@ from horovod_powersgd.torch.finite import all_finite
 from horovod_powersgd.torch.gradient import Copies
 from horovod_powersgd.torch.half_memory import Drawn, Keep, keep
 from horovod_powersgd.torch.in_place_gradient import InPlaceGradient
-from horovod_powersgd.torch.kernels import HalfStep, Memory, Product, half_step, product
+from horovod_powersgd.torch.kernels import HalfStep, Memory, Product, products
 from horovod_powersgd.torch.profiling import profiled
 
 
@@ -57,8 +57,8 @@ class PowerSGDGradient(InPlaceGradient):
 
     An n x m matrix; factors are kept transposed, P as (r, n) and Q as (r, m), which lets every product with the
     gradient run near the speed of memory. The dtype of all of them is float64 for float64 parameters, else float32.
-    A step calls start, begin, for each half-step multiply (with the basis of `mean`) and receive, end, and commit or
-    discard.
+    A step calls start, begin, for each half-step half_step (with a basis of `mean`), made and receive, end, and commit
+    or discard.
     """
 
     # Of a step, which lets go of them in the end.
@@ -101,9 +101,9 @@ class PowerSGDGradient(InPlaceGradient):
         return torch.float16 if self._config.wire_dtype == "float16" else self.dtype
 
     @property
-    def factor_dtype(self) -> torch.dtype:
-        """Of what multiply gives, in this step."""
-        return self.dtype if self._scale_of_halves is None else torch.float16
+    def sends_halves(self) -> bool:
+        """Whether the next factor travels in half precision."""
+        return self._scale_of_halves is not None
 
     def _random(self, step: int, length: int) -> torch.Tensor:
         """(r, length) float64."""
@@ -148,22 +148,16 @@ class PowerSGDGradient(InPlaceGradient):
         self._added = self._kept.memory
 
     def half_step(self, basis: torch.Tensor) -> HalfStep:
-        """What is to be multiplied next, by a basis of `mean`; the result is for `made`."""
+        """What is to be multiplied next, by a basis of `mean`: delta Q^ or delta^T P^; the result is for `made`. In the
+        first half-step the memory is added to delta on the way."""
         self._basis, memory, self._added = basis, self._added, None
         if self._scale_of_halves is not None:
             basis = basis * self._scale_of_halves
         return HalfStep(self._delta, basis, not self._mean_is_q, memory, self._scale / self._kept.scale)
 
     def made(self, own: torch.Tensor) -> None:
-        """Takes this worker's factor, as it is sent."""
+        """Takes this worker's factor, flat, as it is sent."""
         self._own, self._scale_of_own = own.view(self._rank, -1), self._scale_of_halves
-
-    def multiply(self, basis: torch.Tensor) -> torch.Tensor:
-        """A half-step: delta Q^ or delta^T P^, flat; in the first one the memory is added to delta on the way."""
-        with profiled("p" if self._mean_is_q else "q"):
-            own = half_step(self.half_step(basis))
-            self.made(own if self._scale_of_halves is None else own.to(self.factor_dtype))
-        return self._own.view(-1)
 
     def receive(self, mean: torch.Tensor) -> None:
         self._mean = self._unscaled(mean.view(self._rank, -1), self._scale_of_halves)
@@ -214,7 +208,7 @@ class PowerSGDGradient(InPlaceGradient):
         update = self.update(finite, factor, undoable)
         if finite or all_finite(self._mean):
             with profiled("update"):
-                product(update)
+                products([update])
         else:
             update.out.fill_(torch.nan)
         self.put_update(update, finite, factor, copies)

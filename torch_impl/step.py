@@ -1,6 +1,6 @@
 """One step of all buckets, and whether it is finite."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,18 +16,19 @@ class Verdict:
     """
 
     def __init__(self, buckets: int):
-        self._buckets, self.called_for = buckets, False
+        self._awaited, self.called_for = buckets, False
         self._finite: list[torch.Tensor] = []
         self._result: bool | None = None
 
-    def add(self, finite: torch.Tensor) -> "Verdict":
-        """Takes one bucket's word: a boolean, left on its device until all are there."""
-        self._finite.append(finite)
+    def add(self, finite: Sequence[torch.Tensor]) -> "Verdict":
+        """Takes one bucket's word: booleans, left on their device until all are there."""
+        self._finite += finite
+        self._awaited -= 1
         return self
 
     def done(self) -> bool:
         """Whether all buckets have their averages, and the step is to end."""
-        return self.called_for and len(self._finite) == self._buckets
+        return self.called_for and not self._awaited
 
     def result(self) -> bool:
         """Whether all of them are finite. The host waits for the device here, and where Accordion compares norms."""

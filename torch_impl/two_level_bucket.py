@@ -11,7 +11,7 @@ from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.gradient import PlainGradient
 from horovod_powersgd.torch.host_sums import HostMessages, HostReadings
 from horovod_powersgd.torch.peers import Peers
-from horovod_powersgd.torch.powersgd_bucket import PowerSGDBucket, bases_of
+from horovod_powersgd.torch.powersgd_bucket import PowerSGDBucket
 from horovod_powersgd.torch.quantization import quantized_mean
 from horovod_powersgd.torch.senders import Hosts
 from horovod_powersgd.torch.step import Step
@@ -44,22 +44,21 @@ class TwoLevelBucket(PowerSGDBucket):
 
     def _rounds(self, step: Step, sparse: dict[PlainGradient, SparseMean]):
         half_steps = self._start(step)
-        for gradient in self.gradients:
-            yield from self._begin(gradient, step, sparse)
-        dense = [gradient for gradient in self.gradients if gradient not in sparse]
+        dense = yield from self._begin(self.gradients, step, sparse)
         matrices = [gradient for gradient in dense if isinstance(gradient, TwoLevelGradient)]
         if matrices:
             yield from self._sums.take_shares(matrices, step)
-        finite: bool | torch.Tensor = True
+        finite: list[torch.Tensor] = []
         for half_step in range(half_steps):
-            bases = bases_of(matrices)
-            sent = [gradient.multiply(bases[gradient]) for gradient in matrices]
+            if matrices:
+                self._multiply(matrices)
+            sent = [gradient.part() for gradient in matrices]
             senders = matrices if half_step else dense
             is_last_q = half_step == half_steps - 1 and matrices and not matrices[0].mean_is_q
             tells = is_last_q and self._config.keeps_memory and self._config.linear
             told: Any = self._sums.tell_own(matrices, step) if tells else None
             sent += [gradient.send() for gradient in senders[len(matrices) :]]
-            finite = (yield from self._average(senders, sent, step, half_step, in_place=True)) & finite
+            finite += yield from self._average(senders, sent, step, half_step, in_place=True)
             if tells:
                 yield from self._sums.take_own(matrices, told)
         return finite

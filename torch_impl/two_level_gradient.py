@@ -95,11 +95,10 @@ class TwoLevelGradient(PowerSGDGradient):
             return task
         return task._replace(basis=_columns(task.basis, *self._rows()))
 
-    def multiply(self, basis: torch.Tensor) -> torch.Tensor:
-        """With two levels: this worker's part of the host's factor."""
-        sent = super().multiply(basis)
+    def part(self) -> torch.Tensor:
+        """This worker's part of the host's factor, flat."""
         if self.share is None or not self._mean_is_q:  # Q's parts are sums over the rows of each
-            return sent
+            return self._own.view(-1)
         first, rows = self._rows()
         return torch.nn.functional.pad(self._own, (first, self._matrix_shape[0] - first - rows)).view(-1)
 

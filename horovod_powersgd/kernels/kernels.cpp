@@ -1,9 +1,10 @@
 // The three passes over a gradient on processors: plus memory and times a factor's basis; times the other one's; the
 // product of both. They run at about the speed of memory, where a library's matrix product of so low a rank does not.
-// And the basis of a small factor, of which the calls into a library take longer than what they do.
+// And the basis of a small factor, and whether a few numbers are finite, of which the calls into a library take longer
+// than what they do.
 //
-// Python passes addresses, so this needs no framework; torch_impl/kernels.py and orthogonalization.py call it, and say
-// what it computes.
+// Python passes addresses, so this needs no framework; torch_impl/kernels.py, orthogonalization.py and finite.py call
+// it, and say what it computes.
 
 #include <Python.h>
 
@@ -57,7 +58,7 @@ struct Product {
 };
 
 struct Part {
-    int64_t row, row_end, column, column_end;
+    long long row, row_end, column, column_end;
 };
 
 namespace any {
@@ -116,73 +117,95 @@ T* at(unsigned long long address) {
     return reinterpret_cast<T*>(address);
 }
 
-template <typename T>
-void run_half_step(unsigned long long delta, unsigned long long previous, double scale, unsigned long long p,
-                   unsigned long long q, long long previous_rank, unsigned long long basis, unsigned long long out,
-                   int makes_q, long long rank, long long n, long long m, unsigned long long halves,
-                   const Part& part) {
-    kernels<T>.half_step({at<T>(delta), at<T>(previous), T(scale), at<T>(p), at<T>(q), previous_rank, at<T>(basis),
-                          at<T>(out), makes_q != 0, rank, n, m, at<uint16_t>(halves)}, part);
-}
+typedef unsigned long long Address;
 
-PyObject* half_step(PyObject*, PyObject* arguments) {
+struct HalfStepTask {
     int is_double, makes_q;
-    unsigned long long delta, previous, p, q, basis, out, halves = 0;
+    Address delta, previous, p, q, basis, out, halves;
     double scale;
-    long long previous_rank, rank, n, m, row, row_end, column, column_end;
-    if (!PyArg_ParseTuple(arguments, "pKKdKKLKKpLLLLLLL|K", &is_double, &delta, &previous, &scale, &p, &q, &previous_rank,
-                          &basis, &out, &makes_q, &rank, &n, &m, &row, &row_end, &column, &column_end,
-                          &halves))
-        return nullptr;
-    Py_BEGIN_ALLOW_THREADS
-    const auto run = is_double ? run_half_step<double> : run_half_step<float>;
-    run(delta, previous, scale, p, q, previous_rank, basis, out, makes_q, rank, n, m, halves,
-        {row, row_end, column, column_end});
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
-}
+    long long previous_rank, rank, n, m;
+    Part part;
 
-template <typename T>
-void run_product(unsigned long long out, unsigned long long from, unsigned long long p, unsigned long long q,
-                 double sign, long long rank, long long n, long long m, const Part& part) {
-    kernels<T>.product({at<T>(out), at<T>(from), at<T>(p), at<T>(q), T(sign), rank, n, m}, part);
-}
+    bool read(PyObject* tuple) {
+        return PyArg_ParseTuple(tuple, "pKKdKKLKKpLLLKLLLL", &is_double, &delta, &previous, &scale, &p, &q,
+                                &previous_rank, &basis, &out, &makes_q, &rank, &n, &m, &halves, &part.row,
+                                &part.row_end, &part.column, &part.column_end);
+    }
 
-PyObject* product(PyObject*, PyObject* arguments) {
+    template <typename T>
+    void run() const {
+        kernels<T>.half_step({at<T>(delta), at<T>(previous), T(scale), at<T>(p), at<T>(q), previous_rank, at<T>(basis),
+                              at<T>(out), makes_q != 0, rank, n, m, at<uint16_t>(halves)}, part);
+    }
+};
+
+struct ProductTask {
     int is_double;
-    unsigned long long out, from, p, q;
+    Address out, from, p, q;
     double sign;
-    long long rank, n, m, row, row_end, column, column_end;
-    if (!PyArg_ParseTuple(arguments, "pKKKKdLLLLLLL", &is_double, &out, &from, &p, &q, &sign, &rank, &n, &m, &row,
-                          &row_end, &column, &column_end))
-        return nullptr;
-    Py_BEGIN_ALLOW_THREADS
-    const auto run = is_double ? run_product<double> : run_product<float>;
-    run(out, from, p, q, sign, rank, n, m, {row, row_end, column, column_end});
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
-}
+    long long rank, n, m;
+    Part part;
 
-template <typename T>
-void run_keep(unsigned long long halves, unsigned long long delta, unsigned long long p, unsigned long long q,
-              unsigned long long rows, unsigned long long columns, long long rank, long long n, long long m,
-              const Part& part) {
-    kernels<T>.keep({at<uint16_t>(halves), at<T>(delta), at<T>(p), at<T>(q), at<uint32_t>(rows), at<uint32_t>(columns),
-                     rank, n, m}, part);
-}
+    bool read(PyObject* tuple) {
+        return PyArg_ParseTuple(tuple, "pKKKKdLLLLLLL", &is_double, &out, &from, &p, &q, &sign, &rank, &n, &m,
+                                &part.row, &part.row_end, &part.column, &part.column_end);
+    }
 
-PyObject* keep(PyObject*, PyObject* arguments) {
+    template <typename T>
+    void run() const {
+        kernels<T>.product({at<T>(out), at<T>(from), at<T>(p), at<T>(q), T(sign), rank, n, m}, part);
+    }
+};
+
+struct KeepTask {
     int is_double;
-    unsigned long long halves, delta, p, q, rows, columns;
-    long long rank, n, m, row, row_end, column, column_end;
-    if (!PyArg_ParseTuple(arguments, "pKKKKKKLLLLLLL", &is_double, &halves, &delta, &p, &q, &rows, &columns, &rank, &n,
-                          &m, &row, &row_end, &column, &column_end))
+    Address halves, delta, p, q, rows, columns;
+    long long rank, n, m;
+    Part part;
+
+    bool read(PyObject* tuple) {
+        return PyArg_ParseTuple(tuple, "pKKKKKKLLLLLLL", &is_double, &halves, &delta, &p, &q, &rows, &columns, &rank, &n,
+                                &m, &part.row, &part.row_end, &part.column, &part.column_end);
+    }
+
+    template <typename T>
+    void run() const {
+        kernels<T>.keep({at<uint16_t>(halves), at<T>(delta), at<T>(p), at<T>(q), at<uint32_t>(rows),
+                         at<uint32_t>(columns), rank, n, m}, part);
+    }
+};
+
+// Does what a list of tuples says, and lets Python's other threads run meanwhile.
+template <typename Task>
+PyObject* run_all(PyObject*, PyObject* list) {
+    if (!PyList_Check(list)) {
+        PyErr_SetString(PyExc_TypeError, "a list of tuples is expected");
         return nullptr;
+    }
+    std::vector<Task> tasks(PyList_GET_SIZE(list));
+    for (size_t i = 0; i < tasks.size(); i++)
+        if (!tasks[i].read(PyList_GET_ITEM(list, i))) return nullptr;
     Py_BEGIN_ALLOW_THREADS
-    const auto run = is_double ? run_keep<double> : run_keep<float>;
-    run(halves, delta, p, q, rows, columns, rank, n, m, {row, row_end, column, column_end});
+    for (const auto& task : tasks) task.is_double ? task.template run<double>() : task.template run<float>();
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
+}
+
+// Whether no exponent is that of an infinity or a NaN.
+template <typename Bits, Bits EXPONENT>
+bool all_finite(const Bits* numbers, int64_t count) {
+    Bits found = 0;
+    for (int64_t i = 0; i < count; i++) found |= -Bits((numbers[i] & EXPONENT) == EXPONENT);
+    return !found;
+}
+
+PyObject* finite(PyObject*, PyObject* arguments) {
+    Address numbers;
+    long long bytes, count;
+    if (!PyArg_ParseTuple(arguments, "KLL", &numbers, &bytes, &count)) return nullptr;
+    bool found = bytes == 8 ? all_finite<uint64_t, 0x7FF0000000000000>(at<uint64_t>(numbers), count)
+                            : all_finite<uint32_t, 0x7F800000>(at<uint32_t>(numbers), count);
+    return PyBool_FromLong(found);
 }
 
 // Two numbers of a row, in double precision.
@@ -251,16 +274,17 @@ double small_basis(const float* factor, float* out, int64_t rank, int64_t n) {
 }
 
 PyObject* basis(PyObject*, PyObject* arguments) {
-    unsigned long long factor, out;
+    Address factor, out;
     long long rank, n;
     if (!PyArg_ParseTuple(arguments, "KKLL", &factor, &out, &rank, &n)) return nullptr;
     return PyFloat_FromDouble(small_basis(at<float>(factor), at<float>(out), rank, n));
 }
 
-PyMethodDef methods[] = {{"half_step", half_step, METH_VARARGS, nullptr},
-                         {"product", product, METH_VARARGS, nullptr},
-                         {"keep", keep, METH_VARARGS, nullptr},
+PyMethodDef methods[] = {{"half_steps", run_all<HalfStepTask>, METH_O, nullptr},
+                         {"products", run_all<ProductTask>, METH_O, nullptr},
+                         {"keep", run_all<KeepTask>, METH_O, nullptr},
                          {"basis", basis, METH_VARARGS, nullptr},
+                         {"finite", finite, METH_VARARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -60,7 +60,7 @@ def _work(device: torch.device) -> bool:
 
 
 def half_steps(tasks: Sequence[HalfStep], dtype: torch.dtype) -> torch.Tensor:
-    """kernels.half_step of several float32 matrices: all factors, flat, one after the other, in a dtype."""
+    """kernels.half_steps of float32 matrices, in a dtype."""
     device = tasks[0].delta.device
     plan = _plan(tuple((*task.delta.shape, len(task.basis), task.makes_q) for task in tasks), device)
     rows = []
@@ -92,7 +92,7 @@ def half_steps(tasks: Sequence[HalfStep], dtype: torch.dtype) -> torch.Tensor:
 
 
 def products(tasks: Sequence[Product]) -> None:
-    """kernels.product of several float32 matrices."""
+    """kernels.products of float32 matrices."""
     device = tasks[0].out.device
     plan = _plan(tuple((*task.out.shape, len(task.p), False) for task in tasks), device)
     table = [(out.data_ptr(), p.data_ptr(), q.data_ptr(), *out.shape, len(p)) for p, q, out in tasks]

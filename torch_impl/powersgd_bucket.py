@@ -109,11 +109,13 @@ class PowerSGDBucket(Bucket):
 
     def _update(self, matrices: Sequence[PowerSGDGradient], step: Step, copies: Copies) -> None:
         """Ends these matrices' exchange, which is finite."""
-        updates = [gradient.update(True, step.factor, step.undoable) for gradient in matrices]
-        with profiled("update"):
-            products(updates)
-        for gradient, update in zip(matrices, updates):
-            gradient.put_update(update, True, step.factor, copies)
+        # One by one where each is read for a memory in 16 bits, and is written over while it is in the cache.
+        for some in [matrices] if self._family.memory_dtype is None else [[matrix] for matrix in matrices]:
+            updates = [gradient.update(True, step.factor, step.undoable) for gradient in some]
+            with profiled("update"):
+                products(updates)
+            for gradient, update in zip(some, updates):
+                gradient.put_update(update, True, step.factor, copies)
 
 
 def _matrices_of(gradients: Sequence[PlainGradient]) -> list[PowerSGDGradient]:

@@ -16,5 +16,6 @@ def all_finite(tensor: torch.Tensor) -> torch.Tensor:
         return torch.ones((), dtype=torch.bool, device=tensor.device)
     if _kernels is not None and tensor.is_cpu and count <= SMALL and tensor.is_contiguous():
         if tensor.dtype in (torch.float32, torch.float64):
-            return torch.tensor(_kernels.finite(tensor.data_ptr(), tensor.element_size(), count))
+            is_finite = _kernels.finite(tensor.data_ptr(), tensor.element_size(), count)
+            return torch.tensor(is_finite, device=tensor.device)
     return torch.isfinite(torch.stack(torch.aminmax(tensor))).all()

@@ -183,7 +183,7 @@ class _Shares:
             self._of_threads[0].append((*arguments, 0, n, 0, m))
             return
         length = m if by_columns else n
-        # Cuts at multiples of 16: no two threads write to the same line of the cache.
+        # Cuts at multiples of 16: threads hardly ever write to the same line of the cache.
         cuts = [min(length, -(-length * i // threads) + 15 & ~15) for i in range(threads)] + [length]
         for share, a, b in zip(self._of_threads, cuts, cuts[1:]):
             if a < b:

@@ -202,11 +202,11 @@ class PowerSGDGradient(InPlaceGradient):
         return all_finite((p.t() @ (q * factor)).half())
 
     def end(self, finite: bool, factor: float, undoable: bool, copies: Copies) -> None:
-        """Puts the update P^ Q^T, times `factor`, into the gradient."""
+        """Ends the exchange of a sparse gradient, or of a step that is not finite."""
         if self.is_sparse:
             return super().end(finite, factor, undoable, copies)
         update = self.update(finite, factor, undoable)
-        if finite or all_finite(self._mean):
+        if all_finite(self._mean):
             with profiled("update"):
                 products([update])
         else:

@@ -1,8 +1,8 @@
-"""The passes over a whole gradient, and bases of small factors, compiled.
+"""The passes over whole gradients, bases of small factors, and whether a few numbers are finite, compiled.
 
 Attributes:
-    compiled: the module that setup.py makes of kernels.cpp, with half_step, product, keep and basis; None where that
-        was not possible when this package was installed.
+    compiled: the module that setup.py makes of kernels.cpp, with half_steps, products, keep, basis and finite; None
+        where that was not possible when this package was installed.
     codes: the same of quantization.cpp, with encode and decode.
 """
 

@@ -14,8 +14,8 @@ def all_finite(tensor: torch.Tensor) -> torch.Tensor:
     count = tensor.numel()
     if not count:
         return torch.ones((), dtype=torch.bool, device=tensor.device)
-    if _kernels is not None and tensor.is_cpu and count <= SMALL and tensor.is_contiguous():
-        if tensor.dtype in (torch.float32, torch.float64):
-            is_finite = _kernels.finite(tensor.data_ptr(), tensor.element_size(), count)
-            return torch.tensor(is_finite, device=tensor.device)
+    is_small = tensor.is_cpu and count <= SMALL and tensor.is_contiguous()
+    if is_small and _kernels is not None and tensor.dtype in (torch.float32, torch.float64):
+        is_finite = _kernels.finite(tensor.data_ptr(), tensor.element_size(), count)
+        return torch.tensor(is_finite, device=tensor.device)
     return torch.isfinite(torch.stack(torch.aminmax(tensor))).all()

@@ -8,8 +8,8 @@ from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.torch.gradient import Copies, PlainGradient
 from horovod_powersgd.torch.grouped_kernels import half_steps, keep_all, orthogonalize, products
 from horovod_powersgd.torch.half_memory import HalfMemory, Keep, keep
-from horovod_powersgd.torch.kernels import HalfStep
-from horovod_powersgd.torch.powersgd_bucket import PowerSGDBucket
+from horovod_powersgd.torch.kernels import HalfStep, Product
+from horovod_powersgd.torch.powersgd_bucket import PowerSGDBucket, update_all
 from horovod_powersgd.torch.powersgd_gradient import PowerSGDGradient
 from horovod_powersgd.torch.profiling import profiled
 from horovod_powersgd.torch.step import Step
@@ -51,10 +51,9 @@ class GroupedBucket(PowerSGDBucket):
             memories.append(task)
             return HalfMemory(task.halves, torch.float32)
 
-        updates = [gradient.update(True, step.factor, step.undoable, keep_together) for gradient in matrices]
-        with profiled("update"):
+        def write(updates: Sequence[Product]) -> None:
             if memories:
                 keep_all(memories)
             products(updates)
-        for gradient, update in zip(matrices, updates):
-            gradient.put_update(update, True, step.factor, copies)
+
+        update_all(matrices, step, copies, keep_together, write)

@@ -1,6 +1,6 @@
 """Gradients that are exchanged together, as PowerSGD's factors or as they are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -9,7 +9,8 @@ from horovod_powersgd.compressors.powersgd import PowerSGD
 from horovod_powersgd.torch.bucket import Bucket, joined
 from horovod_powersgd.torch.futures import SparseMean
 from horovod_powersgd.torch.gradient import Copies, PlainGradient
-from horovod_powersgd.torch.kernels import HalfStep, half_steps, products
+from horovod_powersgd.torch.half_memory import Keep, keep
+from horovod_powersgd.torch.kernels import HalfStep, Memory, Product, half_steps, products
 from horovod_powersgd.torch.orthogonalization import orthogonalize
 from horovod_powersgd.torch.powersgd_gradient import PowerSGDGradient
 from horovod_powersgd.torch.profiling import profiled
@@ -111,11 +112,27 @@ class PowerSGDBucket(Bucket):
         """Ends these matrices' exchange, which is finite."""
         # One by one where each is read for a memory in 16 bits, and is written over while it is in the cache.
         for some in [matrices] if self._family.memory_dtype is None else [[matrix] for matrix in matrices]:
-            updates = [gradient.update(True, step.factor, step.undoable) for gradient in some]
-            with profiled("update"):
-                products(updates)
-            for gradient, update in zip(some, updates):
-                gradient.put_update(update, True, step.factor, copies)
+            update_all(some, step, copies, keep, products)
+
+
+def update_all(
+    matrices: Sequence[PowerSGDGradient],
+    step: Step,
+    copies: Copies,
+    keep: Callable[[Keep], Memory],
+    write: Callable[[Sequence[Product]], None],
+) -> None:
+    """Writes the updates of a finite step, all at once, and puts them into the gradients.
+
+    Args:
+        keep: as of PowerSGDGradient.update.
+        write: writes the updates.
+    """
+    updates = [gradient.update(True, step.factor, step.undoable, keep) for gradient in matrices]
+    with profiled("update"):
+        write(updates)
+    for gradient, update in zip(matrices, updates):
+        gradient.put_update(update, True, step.factor, copies)
 
 
 def _matrices_of(gradients: Sequence[PlainGradient]) -> list[PowerSGDGradient]:

@@ -149,13 +149,13 @@ FOUND = {
     worker's own, quality is the same, as it must be: the mean of the memories is the same. But each is three times
     as large after 180 steps, and goes on growing (memory.md).""",
     "region": """**Plain allreduce is faster when the model is small for the link.** PowerSGD's exchange is the
-    faster one from about 10 thousand parameters on at 100 Mbit/s, from about 100 thousand at 1 Gbit/s, from half a
-    million at 10 Gbit/s, and from one or two million without a limit, with 2 hosts as with 4; against fp16 it takes
-    up to four times as many. With less, an exchange is all calls and latency, and PowerSGD has two rounds of
-    messages in a step. Beside a backward that takes long, the exchange is a smaller part of a step, and no more
-    than that part can be saved. And what is saved in each step has to pay for the steps that compression adds: at
-    10 Gbit/s the LSTM above, with more than a million parameters, gains nothing by it. hvd.Auto finds out for
-    itself ([planning.md](planning.md)).""",
+    faster one from about 10 thousand parameters on at 100 Mbit/s, from about 100 thousand at 1 Gbit/s, and from
+    half a million at 10 Gbit/s and without a limit, with 2 hosts as with 4; against fp16 it takes up to four times
+    as many. With less, an exchange is all calls and latency, and PowerSGD has two rounds of messages in a step.
+    Beside a backward that takes long, the exchange is a smaller part of a step, and no more than that part can be
+    saved. And what is saved in each step has to pay for the steps that compression adds: at 10 Gbit/s the LSTM
+    above, with more than a million parameters, gains nothing by it. hvd.Auto finds out for itself
+    ([planning.md](planning.md)).""",
 }
 
 # Not measured any more.

@@ -122,8 +122,8 @@ def test_slices_that_are_cut_in_a_graph_are_the_others():
     for rows, workers in ((((4, 10), (1, 7)), 2), (((3, 5), (2, 100), (8, 1)), 4), (((1, 3),), 9), (((16, 19),), 4)):
         known = Slices(rows, workers, tf.float32)
         found = Slices([(tf.constant(count), length) for count, length in rows], workers, tf.float32)
-        np.testing.assert_array_equal(found._segments, known._segments)
-        assert found.size == known.size
+        np.testing.assert_array_equal(found.segment_of, known.segment_of)
+        assert (found.size, found.width) == (known.size, known.width)
 
 
 def test_what_is_activated_takes_horovods_place_until_it_is_deactivated():

@@ -9,7 +9,7 @@ import tensorflow as tf
 from horovod_powersgd.compressors.accordion import Accordion, Regime
 from horovod_powersgd.layout import Layout
 from horovod_powersgd.tensorflow.graph_function import graph_function
-from horovod_powersgd.tensorflow.variable import make_variable
+from horovod_powersgd.tensorflow.variable import Assignment, make_variable
 
 # The learning rate where it is not known: none is lower. It is a number, or tf.debugging.enable_check_numerics would
 # tell of it.
@@ -71,16 +71,14 @@ class AccordionState:
         low, high = (self._config.amount_now(*self._layout.matrix, is_low) for is_low in (True, False))
         return tf.where(decision.is_low, tf.constant(low, tf.int64), tf.constant(high, tf.int64))
 
-    def keep(self, decision: Decision, update: tf.Tensor) -> list[tf.Operation]:
-        """The ops that end a finite step; `update` is (n, m)."""
-
-        total = _added(decision.begins, tf.convert_to_tensor(self.total), update)
+    def kept(self, decision: Decision, update: tf.Tensor) -> list[Assignment]:
+        """What ends a finite step; `update` is (n, m)."""
         return [
-            self.total.assign(total, read_value=False),
-            self.decisions.assign(_appended(decision, tf.convert_to_tensor(self.decisions)), read_value=False),
-            self.last_norm.assign(decision.norm, read_value=False),
-            self.rate.assign(decision.rate, read_value=False),
-            self.is_low.assign(decision.is_low, read_value=False),
+            (self.total, _added(decision.begins, tf.convert_to_tensor(self.total), update)),
+            (self.decisions, _appended(decision, tf.convert_to_tensor(self.decisions))),
+            (self.last_norm, decision.norm),
+            (self.rate, decision.rate),
+            (self.is_low, decision.is_low),
         ]
 
     def decided(self) -> tuple[tuple[int, str], ...]:

@@ -8,8 +8,8 @@ import tensorflow as tf
 
 from horovod_powersgd.compressors.collectives import Allgather, QuantizedMean
 from horovod_powersgd.quantization import rows_of
-from horovod_powersgd.tensorflow.gradient import PlainGradient, Step, all_finite
-from horovod_powersgd.tensorflow.graph_function import zeros_unless
+from horovod_powersgd.tensorflow.gradient import PlainGradient, Step, shaped
+from horovod_powersgd.tensorflow.variable import Assignment
 from horovod_powersgd.tensorflow.variable_state import VariableState
 from horovod_powersgd.tensorflow.workers import Number
 
@@ -25,32 +25,27 @@ class CompressedGradient(PlainGradient):
 
     def begin(self, step: Step) -> None:
         state, amount = self.state, self.state.layout.amount
-        self._delta = self._with_memory(tf.reshape(tf.cast(self._tensor, state.dtype), state.layout.matrix_shape))
+        self._delta = self._with_memory(shaped(tf.cast(self._tensor, state.dtype), state.layout.matrix))
         if state.accordion is not None:
             self._decision = state.accordion.decide(step.number, step.learning_rate)
             amount = state.accordion.amount(self._decision)
-        self.finite = tf.constant(True)
         self._generator = self._exchange(step, amount)
         self._resume(None)
 
-    def receive(self, answers: Sequence[tf.Tensor]) -> None:
+    def receive(self, answers: Sequence[tf.Tensor], finite: tf.Tensor | None) -> None:
         gathered, quantized = isinstance(self.request, Allgather), isinstance(self.request, QuantizedMean)
-        finite = all_finite(answers)
-        self.finite &= finite
-        # On all workers: zeros let the generator finish, and the step is discarded.
-        answers = [zeros_unless(finite, answer) if answer.dtype.is_floating else answer for answer in answers]
         parts = self._parts * 2 if quantized else self._parts
         answers = [_in_shape_of(part, answer, gathered) for part, answer in zip(parts, answers)]
         self._resume(answers if gathered or quantized else answers[0])
 
-    def commit(self) -> list[tf.Operation]:
-        state, ops = self.state, []
+    def kept(self) -> list[Assignment]:
+        state, found = self.state, []
         if state.memory is not None:
-            memory = self._delta - tf.reshape(self._sent, [-1, state.layout.matrix[1]])
-            ops += state.remember(self._rounded(memory))
+            memory = self._delta - shaped(self._sent, (-1, state.layout.matrix[1]))
+            found += state.remembering(self._rounded(memory))
         if state.accordion is not None:
-            ops += state.accordion.keep(self._decision, self.mean)
-        return ops + self._keep()
+            found += state.accordion.kept(self._decision, self.mean)
+        return found
 
     @staticmethod
     def prepare(state: VariableState) -> None:
@@ -73,21 +68,17 @@ class CompressedGradient(PlainGradient):
         """What is sent of a part: floats become NaN where this worker's delta is not finite."""
         raise NotImplementedError
 
-    def _keep(self) -> list[tf.Operation]:
-        """The ops that keep what this kind of gradient keeps."""
-        raise NotImplementedError
-
     def _resume(self, answer) -> None:
         try:
             request = self._generator.send(answer)
         except StopIteration as finished:
             self.request = None
             mean, self._sent = finished.value
-            self.mean = tf.reshape(mean, self.state.layout.matrix_shape)
+            self.mean = shaped(mean, self.state.layout.matrix)
             return
         tensors = request.tensors
         self._parts = [tf.convert_to_tensor(t) for t in (tensors if isinstance(request, Allgather) else [tensors])]
-        flat = [tf.reshape(self._marked_part(part), [-1]) for part in self._parts]
+        flat = [shaped(self._marked_part(part), (-1,)) for part in self._parts]
         self.request = dataclasses.replace(request, tensors=flat)
 
     @property
@@ -104,4 +95,4 @@ def _in_shape_of(part: tf.Tensor, answer: tf.Tensor, gathered: bool) -> tf.Tenso
     shape = part.shape.as_list()
     if shape.count(None) > (0 if gathered else 1):
         shape = [tf.shape(part)[i] if side is None else side for i, side in enumerate(shape)]
-    return tf.reshape(answer, [-1 if side is None else side for side in ([None] if gathered else []) + shape])
+    return shaped(answer, [-1 if side is None else side for side in ([None] if gathered else []) + shape])

@@ -16,7 +16,8 @@ from horovod_powersgd.compressors.compressor import Compressor, Traffic
 from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.tensorflow.agreement import Agreement, describe
 from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
-from horovod_powersgd.tensorflow.gradient import PlainGradient, Step
+from horovod_powersgd.tensorflow.finiteness import all_finite, all_of
+from horovod_powersgd.tensorflow.gradient import PlainGradient, Step, shaped
 from horovod_powersgd.tensorflow.host_mean import HostMean
 from horovod_powersgd.tensorflow.message import Message, nbytes
 from horovod_powersgd.tensorflow.order import Order
@@ -133,7 +134,7 @@ class Exchange:
             host = None if self._host is None else self._host.now()
             dense = [i for i, is_sparse in enumerate(self._sparse) if not is_sparse]
             sparse = {i: self._exchange_sparse(i, gradients[i]) for i, s in enumerate(self._sparse) if s}
-            finite = [tf.reduce_all(tf.math.is_finite(update.values)) for update, _ in sparse.values()]
+            finite = [all_finite([update.values]) for update, _ in sparse.values()]
 
             def exchange(states, branch, renews=False, sends_halves=False):
                 who = self._workers.number(), self._workers.count(tf.int64)
@@ -229,13 +230,14 @@ class Exchange:
         for i, bucket in enumerate(sort_into_buckets(gradients, groups)):
             messages += self._exchange_bucket(f"{branch}.{bucket_name(i, bucket)}", bucket, step, there)
         updates = [self._update(gradient) for gradient in gradients]
-        finite = [*finite, *(gradient.finite for gradient in gradients)]
+        verdicts = [*finite, *(sender.finite for sender in (*messages, *gradients) if sender.finite is not None)]
         # What is finite as computed can be too large for half precision.
-        finite += [tf.reduce_all(tf.math.is_finite(update)) for update in updates if update.dtype == tf.float16]
-        finite = tf.reduce_all(tf.stack(finite)) if finite else tf.constant(True)
+        verdicts += [all_finite([update]) for update in updates if update.dtype == tf.float16]
+        finite = all_of(verdicts)
+        kept = [assignment for gradient in gradients for assignment in gradient.kept()]
 
         def commit():
-            with tf.control_dependencies([op for gradient in gradients for op in gradient.commit()]):
+            with tf.control_dependencies([variable.assign(value, read_value=False) for variable, value in kept]):
                 return tf.constant(True)
 
         committed = tf.cond(finite, commit, lambda: tf.constant(False))
@@ -287,7 +289,7 @@ class Exchange:
                 else:
                     answers = message.averaged(self._workers, f"{name}.{i}.{kind}")
                 for (sender, _), answer in zip(senders, answers):
-                    sender.receive(answer)
+                    sender.receive(answer, message.finite)
                 messages.append(message)
         return messages
 
@@ -296,7 +298,7 @@ class Exchange:
         update = gradient.mean
         if self._settings.sum_gradients:
             update *= self._workers.count(update.dtype)
-        return tf.cast(tf.reshape(update, gradient.state.layout.shape), gradient.state.variable_dtype)
+        return tf.cast(shaped(update, gradient.state.layout.shape), gradient.state.variable_dtype)
 
 
 def by_branch(config: Compressor, number: tf.Tensor, exchange: Callable):

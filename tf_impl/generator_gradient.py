@@ -1,6 +1,6 @@
 """A gradient that travels as its compressor's generator says."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -8,10 +8,10 @@ import tensorflow as tf
 from horovod_powersgd.compressors.matrix_state import MatrixState
 from horovod_powersgd.tensorflow import arrays
 from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
-from horovod_powersgd.tensorflow.gradient import Step, all_finite
-from horovod_powersgd.tensorflow.graph_function import marked, zeros_unless
+from horovod_powersgd.tensorflow.finiteness import all_finite, marked, zeros_unless
+from horovod_powersgd.tensorflow.gradient import Step
 from horovod_powersgd.tensorflow.initial_state import initial_values
-from horovod_powersgd.tensorflow.variable import make_variable
+from horovod_powersgd.tensorflow.variable import Assignment, make_variable
 from horovod_powersgd.tensorflow.variable_state import VariableState
 
 
@@ -23,6 +23,17 @@ class GeneratorGradient(CompressedGradient):
         layout, family = state.layout, state.config.family
         initial = initial_values(family, state.name, layout.matrix, layout.amount, state.dtype)
         state.kept = {key: make_variable(value) for key, value in initial.items()}
+
+    def begin(self, step: Step) -> None:
+        self.finite = tf.constant(True)
+        super().begin(step)
+
+    def receive(self, answers: Sequence[tf.Tensor], finite: tf.Tensor | None) -> None:
+        assert finite is not None and self.finite is not None
+        self.finite &= finite
+        # On all workers: zeros let the generator finish, and the step is discarded.
+        numbers = [zeros_unless(finite, answer) if answer.dtype.is_floating else answer for answer in answers]
+        super().receive(numbers, finite)
 
     def _exchange(self, step: Step, amount: int | tf.Tensor) -> Generator[Any, Any, Any]:
         state = self.state
@@ -40,10 +51,10 @@ class GeneratorGradient(CompressedGradient):
     def _marked_part(self, part: tf.Tensor) -> tf.Tensor:
         return marked(part, self._sends_numbers) if part.dtype.is_floating else part
 
-    def _keep(self) -> list[tf.Operation]:
+    def kept(self) -> list[Assignment]:
         state = self.state
-        ops = [state.kept[key].assign(value, read_value=False) for key, value in self._kept.kept.items()]
+        found = [(state.kept[key], tf.convert_to_tensor(value)) for key, value in self._kept.kept.items()]
         if state.norm is not None:
             norm = tf.sqrt(2 * tf.nn.l2_loss(self._delta))
-            ops.append(state.norm.assign(tf.cast(norm, tf.float64), read_value=False))
-        return ops
+            found.append((state.norm, tf.cast(norm, tf.float64)))
+        return super().kept() + found

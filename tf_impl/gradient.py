@@ -8,9 +8,9 @@ import tensorflow as tf
 from horovod_powersgd.compressors.collectives import Allgather, AllreduceMean, QuantizedMean
 from horovod_powersgd.hosts import Host
 from horovod_powersgd.tensorflow.host_mean import HostMean
-from horovod_powersgd.tensorflow.variable import plain_name
+from horovod_powersgd.tensorflow.variable import Assignment, plain_name
 from horovod_powersgd.tensorflow.variable_state import VariableState
-from horovod_powersgd.tensorflow.workers import transportable
+from horovod_powersgd.tensorflow.workers import Number, transportable
 
 
 class Step(NamedTuple):
@@ -38,22 +38,23 @@ class Step(NamedTuple):
 class PlainGradient:
     """A gradient that is averaged as it is.
 
-    A step calls begin and then, as long as there is a request, receive; then mean and finite are there.
+    A step calls begin and then, as long as there is a request, receive; then the mean is there.
 
     Attributes:
         state: of the variable.
         request: what this worker sends: an AllreduceMean of one flat tensor or an Allgather of several, in a list; None
             when there is nothing more to be sent.
         mean: the average, in the dtype in which it was computed; NaN somewhere where it is not finite.
-        finite: whether it is; the same on every worker.
+        finite: whether the mean is, where it may not be although all that came is; the same on every worker. Else None.
     """
 
     compressed = False
+    finite: tf.Tensor | None = None
     request: AllreduceMean | QuantizedMean | Allgather | HostMean | None
 
     def __init__(self, state: VariableState, tensor: tf.Tensor):
         self.state = state
-        self._tensor = tf.reshape(tensor, state.layout.shape)
+        self._tensor = shaped(tensor, state.layout.shape)
 
     @property
     def name(self) -> str:
@@ -77,20 +78,27 @@ class PlainGradient:
 
     def begin(self, step: Step) -> None:
         """Starts a step, up to the first request."""
-        self.request = AllreduceMean([tf.reshape(tf.cast(self._tensor, self.sent_dtype), [-1])])
+        self.request = AllreduceMean([shaped(tf.cast(self._tensor, self.sent_dtype), (-1,))])
 
-    def receive(self, answers: Sequence[tf.Tensor]) -> None:
-        """Takes the answer: the flat average, or what was gathered, each (W, size)."""
+    def receive(self, answers: Sequence[tf.Tensor], finite: tf.Tensor | None) -> None:
+        """Takes an answer.
+
+        Args:
+            answers: the flat average, or what was gathered, each (W, size).
+            finite: of the message that it came with: Message.finite.
+        """
         self.request = None
-        self.mean = tf.reshape(answers[0], self.state.layout.shape)
-        self.finite = all_finite([self.mean])
+        self.mean = shaped(answers[0], self.state.layout.shape)
 
-    def commit(self) -> list[tf.Operation]:
-        """The ops that keep what the next step needs, where this one is finite."""
+    def kept(self) -> list[Assignment]:
+        """What the next step needs, where this one is finite."""
         return []
 
 
-def all_finite(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Whether all their floats are finite."""
-    finite = [tf.reduce_all(tf.math.is_finite(tensor)) for tensor in tensors if tensor.dtype.is_floating]
-    return tf.reduce_all(tf.stack(finite)) if finite else tf.constant(True)
+def shaped(tensor: tf.Tensor, shape: Sequence[Number]) -> tf.Tensor:
+    """The tensor in a shape, of which one side may be -1; without an op where it is known to have that already."""
+    if tensor.shape.rank == len(shape):
+        known = zip(tensor.shape.as_list(), shape)
+        if all(isinstance(side, int) and side in (-1, now) for now, side in known):
+            return tensor
+    return tf.reshape(tensor, shape)

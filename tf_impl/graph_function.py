@@ -15,22 +15,3 @@ def graph_function(function: Callable) -> Callable:
     return tf.function(
         function, autograph=False, reduce_retracing=True, experimental_attributes={"_noinline": True}
     )
-
-
-@graph_function
-def zeros_unless(condition: tf.Tensor, tensor: tf.Tensor) -> tf.Tensor:
-    """The tensor where the condition holds, else as many zeros."""
-    return tf.cond(condition, lambda: tensor, lambda: tf.zeros_like(tensor))
-
-
-def marked(tensor: tf.Tensor, finite: tf.Tensor) -> tf.Tensor:
-    """The tensor; NaN where `finite`, a boolean, is false."""
-    found = _marked(tensor, finite)
-    found.set_shape(tensor.shape)
-    return found
-
-
-@graph_function
-def _marked(tensor, finite):
-    # Where all is well no NaN is computed, nor constant: tf.debugging.enable_check_numerics would tell of it.
-    return tf.cond(finite, lambda: tensor, lambda: tensor + tf.math.log(tf.cast(finite, tensor.dtype) - 1))

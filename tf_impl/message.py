@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from horovod_powersgd.compressors.compressor import Traffic
 from horovod_powersgd.hosts import Host
+from horovod_powersgd.tensorflow.finiteness import all_finite
 from horovod_powersgd.tensorflow.host_mean import HostMean
 from horovod_powersgd.tensorflow.quantization import quantized_mean
 from horovod_powersgd.tensorflow.senders import Senders
@@ -20,7 +21,10 @@ class Message:
 
     Attributes:
         traffic: in bytes, integers or int64, once it is exchanged.
+        finite: whether the floats that came are; the same on every worker. None where it stays in a host.
     """
+
+    finite: tf.Tensor | None = None
 
     def __init__(self, parts: Sequence[Sequence[tf.Tensor]]):
         self._parts = parts
@@ -29,8 +33,9 @@ class Message:
     def averaged(self, workers: Workers, name: str) -> list[list[tf.Tensor]]:
         """The averages of tensors of one dtype, each flat."""
         packed = _joined(self._flat)
-        self.traffic = Traffic(nbytes(packed), nbytes(packed))
-        return self._by_sender(_split(workers.mean(packed, name), self._flat, 0))
+        mean = workers.mean(packed, name)
+        self.traffic, self.finite = Traffic(nbytes(packed), nbytes(packed)), all_finite([mean])
+        return self._by_sender(_split(mean, self._flat, 0))
 
     def gathered(self, workers: Workers, name: str) -> list[list[tf.Tensor]]:
         """All workers' tensors, which have the same sizes on all of them, each (W, size)."""
@@ -38,8 +43,10 @@ class Message:
         packed = _joined(as_bytes)
         everyones = workers.gather(packed, name)
         self.traffic = Traffic(nbytes(packed), nbytes(everyones))
-        parts = _split(everyones, as_bytes, 1)
-        return self._by_sender([_from_bytes(part, sent.dtype) for part, sent in zip(parts, self._flat)])
+        parts = zip(_split(everyones, as_bytes, 1), self._flat)
+        found = [_from_bytes(part, sent.dtype) for part, sent in parts]
+        self.finite = all_finite(found)
+        return self._by_sender(found)
 
     def averaged_in_8_bits(
         self, rows: Sequence[tuple[Number, Number]], senders: Senders, name: str
@@ -52,6 +59,7 @@ class Message:
             name: of the message.
         """
         mean, own, self.traffic = quantized_mean(_joined(self._flat), rows, senders, name)
+        self.finite = all_finite([mean])
         return [list(both) for both in zip(*(_split(part, self._flat, 0) for part in (mean, own)))]
 
     def averaged_in_host(

@@ -14,10 +14,11 @@ from horovod_powersgd.factors import initial_factor
 from horovod_powersgd.randomness import SPARE, random_factor
 from horovod_powersgd.tensorflow import arrays, orthogonalization
 from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
+from horovod_powersgd.tensorflow.finiteness import all_finite
 from horovod_powersgd.tensorflow.gradient import Step
-from horovod_powersgd.tensorflow.graph_function import graph_function, marked
+from horovod_powersgd.tensorflow.graph_function import graph_function
 from horovod_powersgd.tensorflow.half_memory import drawn, rounded
-from horovod_powersgd.tensorflow.variable import make_variable
+from horovod_powersgd.tensorflow.variable import Assignment, make_variable
 from horovod_powersgd.tensorflow.variable_state import VariableState
 
 # Whether a factor is Q; not known before the graph runs where P and Q alternate.
@@ -110,24 +111,24 @@ class PowerSGDGradient(CompressedGradient):
         return mean
 
     def _update(self) -> tf.Tensor:
-        return _product(self._basis, marked(self._factor, self.finite), self._factor_is_q)
+        return _product(self._basis, self._factor, self._factor_is_q)
 
     def _marked_part(self, part: tf.Tensor) -> tf.Tensor:
         return part  # a factor is not finite where delta is not
 
-    def _keep(self) -> list[tf.Operation]:
+    def kept(self) -> list[Assignment]:
         state = self.state
         assert state.factor is not None
-        ops = [state.factor.assign(self._factor, read_value=False)]
+        found = [*super().kept(), (state.factor, self._factor)]
         if isinstance(state.factor_is_q, tf.Variable):
-            ops.append(state.factor_is_q.assign(self._factor_is_q, read_value=False))
+            found.append((state.factor_is_q, tf.convert_to_tensor(self._factor_is_q)))
         if state.norm is not None:
-            ops.append(state.norm.assign(self._norm_of_sent(), read_value=False))
-        return ops
+            found.append((state.norm, self._norm_of_sent()))
+        return found
 
     def _norm_of_sent(self) -> tf.Tensor:
         """VariableState.norm."""
-        return tf.norm(tf.cast(self._own, tf.float64))
+        return tf.sqrt(2 * tf.nn.l2_loss(tf.cast(self._own, tf.float64)))
 
     def _random(self, key: tf.Tensor, columns, rank, step) -> tf.Tensor:
         drawn = random_factor(arrays, key, step, columns, rank)
@@ -156,7 +157,12 @@ def _basis(factor: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
 def _orthonormal(factor: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     rank, length = tf.unstack(tf.shape(factor))
     spare = functools.partial(random_factor, arrays, key, SPARE, length, rank)
-    return tf.transpose(orthogonalization.orthogonalize(tf.transpose(factor), spare))
+
+    def orthonormal():
+        return tf.transpose(orthogonalization.orthogonalize(tf.transpose(factor), spare))
+
+    # What is not finite stays so in all that comes of it, on every worker, and the step is discarded.
+    return tf.cond(all_finite([factor]), orthonormal, lambda: factor)
 
 
 @graph_function

@@ -8,6 +8,7 @@ import tensorflow as tf
 from horovod_powersgd import quantization
 from horovod_powersgd.compressors.compressor import Traffic
 from horovod_powersgd.quantization import LEVELS
+from horovod_powersgd.tensorflow.graph_function import graph_function
 from horovod_powersgd.tensorflow.senders import Senders
 from horovod_powersgd.tensorflow.workers import Number
 
@@ -19,6 +20,11 @@ class Slices:
         rows: for each matrix, how many there are, and how long they are.
         senders: how many average them.
         dtype: of the numbers.
+
+    Attributes:
+        size: of each slice, in numbers.
+        segment_of: (slices, size) int32: which of its slice's segments each number is in.
+        width: how many segments a slice has, int32.
     """
 
     def __init__(self, rows: Sequence[tuple[Number, Number]], senders: Number, dtype: tf.DType):
@@ -26,68 +32,86 @@ class Slices:
         counts, lengths = zip(*rows)
         if all(isinstance(number, int) for number in (senders, *counts, *lengths)):
             slices = quantization.Slices(np.repeat(lengths, counts), quantization.slice_count(senders))
-            self._segments, self.size = slices.segments, slices.size
+            self.size, segments = slices.size, np.arange(slices.segments.shape[1])
+            segment_of = [np.repeat(segments, lengths) for lengths in slices.segments]
+            self.segment_of, self.width = tf.constant(np.array(segment_of), tf.int32), tf.constant(len(segments))
         else:
             of_each, long = (tf.stack([tf.cast(n, tf.int64) for n in numbers]) for numbers in (counts, lengths))
-            self._segments, self.size = _cut(of_each, long, tf.cast(senders, tf.int64))
-        self.count, self._width = tf.unstack(tf.shape(self._segments, tf.int64))
+            many = tf.cast(senders, tf.int64)
+            self.segment_of, self.width = _cut(of_each, long, tf.where(many >= quantization.TWO_ROUNDS, many, 1))
+            self.size = tf.shape(self.segment_of, tf.int64)[1]
 
     def encoded(self, numbers: tf.Tensor, index: tf.Tensor | None = None) -> tf.Tensor:
         """The messages (slices, bytes) of all slices, or of the one with this index, of these numbers, flat; what is
         missing at the end is zeros."""
-        segments, count = self._of(index)
-        numbers = tf.pad(numbers, [[0, count * self.size - tf.size(numbers, tf.int64)]])
-        segment_of = tf.repeat(tf.range(count * self._width), tf.reshape(segments, [-1]))
-        largest = tf.math.unsorted_segment_max(abs(numbers), segment_of, count * self._width)
-        infinite = tf.cast(~tf.math.is_finite(numbers), self._dtype)
-        infinite = tf.math.unsorted_segment_max(infinite, segment_of, count * self._width) > 0
-        # Of an empty segment, the largest is the least number there is.
-        units = tf.maximum(largest, 0) / LEVELS
-        units = tf.where(infinite, tf.constant(np.nan, self._dtype), units)
-        each = tf.gather(units, segment_of)
-        counted = each >= np.finfo(self._dtype.as_numpy_dtype).tiny
-        codes = tf.where(counted, tf.round(numbers / tf.where(counted, each, 1)), 0)
-        codes = tf.bitcast(tf.cast(codes, tf.int8), tf.uint8)
-        units = tf.bitcast(tf.reshape(units, [count, self._width]), tf.uint8)
-        parts = [tf.reshape(part, [count, -1]) for part in (units, codes)]
-        return tf.concat(parts, 1)
+        return _encoded(numbers, self._of(index), self.width)
 
-    def decoded(self, messages: tf.Tensor, index: tf.Tensor | None = None, divisor: tf.Tensor | int = 1) -> tf.Tensor:
-        """The numbers, flat, over a divisor, that the messages (slices, bytes) hold: of all slices, or of the one with
-        this index."""
-        segments, count = self._of(index)
-        itemsize = self._dtype.size
-        units = tf.reshape(messages[:, : self._width * itemsize], [-1, itemsize])
-        units = tf.bitcast(units, self._dtype) / tf.cast(divisor, self._dtype)
-        codes = tf.reshape(tf.bitcast(messages[:, self._width * itemsize :], tf.int8), [-1])
-        return tf.cast(codes, self._dtype) * tf.repeat(units, tf.reshape(segments, [-1]))
+    def decoded(self, messages: tf.Tensor, index: tf.Tensor | None = None) -> tf.Tensor:
+        """The numbers, flat, that the messages (slices, bytes) hold: of all slices, or of the one with this index."""
+        return _decoded(messages, self._of(index), self.width, self._dtype.name)
 
     def summed(self, messages: tf.Tensor, index: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
         """The mean of what all senders' messages (count, bytes) say of one slice, in the senders' order."""
+        return _summed(messages, self._of(index), self.width, count, self._dtype.name)
 
-        def add(sender, total):
-            return sender + 1, total + self.decoded(messages[sender : sender + 1], index, count)
-
-        zeros = tf.zeros([self.size], self._dtype)
-        return tf.while_loop(lambda sender, _: sender < count, add, [tf.constant(0, tf.int64), zeros])[1]
-
-    def _of(self, index: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
-        if index is None:
-            return tf.convert_to_tensor(self._segments), self.count
-        return tf.convert_to_tensor(self._segments)[index : index + 1], tf.constant(1, tf.int64)
+    def _of(self, index: tf.Tensor | None) -> tf.Tensor:
+        return self.segment_of if index is None else self.segment_of[index : index + 1]
 
 
-def _cut(counts: tf.Tensor, lengths: tf.Tensor, senders: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The segments and the size of quantization.Slices, where the rows are not known before the graph runs."""
-    count = tf.where(senders >= quantization.TWO_ROUNDS, senders, 1)
+@graph_function
+def _encoded(numbers, segment_of, width):
+    dtype, (count, size) = numbers.dtype, tf.unstack(tf.shape(segment_of))
+    numbers = tf.pad(numbers, [[0, count * size - tf.size(numbers)]])
+    segment_of = tf.reshape(segment_of + width * tf.range(count)[:, None], [-1])
+    largest = tf.math.unsorted_segment_max(abs(numbers), segment_of, count * width)
+    infinite = tf.cast(~tf.math.is_finite(numbers), dtype)
+    infinite = tf.math.unsorted_segment_max(infinite, segment_of, count * width) > 0
+    # Of an empty segment, the largest is the least number there is.
+    units = tf.maximum(largest, 0) / LEVELS
+    units = tf.where(infinite, tf.constant(np.nan, dtype), units)
+    each = tf.gather(units, segment_of)
+    counted = each >= np.finfo(dtype.as_numpy_dtype).tiny
+    codes = tf.where(counted, tf.round(numbers / tf.where(counted, each, 1)), 0)
+    codes = tf.bitcast(tf.cast(codes, tf.int8), tf.uint8)
+    units = tf.bitcast(tf.reshape(units, [count, width]), tf.uint8)
+    parts = [tf.reshape(part, [count, -1]) for part in (units, codes)]
+    return tf.concat(parts, 1)
+
+
+@graph_function
+def _decoded(messages, segment_of, width, dtype: str):
+    return _numbers(messages, segment_of, width, dtype, 1)
+
+
+@graph_function
+def _summed(messages, segment_of, width, count, dtype: str):
+    def add(sender, total):
+        return sender + 1, total + _numbers(messages[sender : sender + 1], segment_of, width, dtype, count)
+
+    zeros = tf.zeros([tf.shape(segment_of)[1]], dtype)
+    return tf.while_loop(lambda sender, _: sender < count, add, [tf.constant(0, tf.int64), zeros])[1]
+
+
+def _numbers(messages, segment_of, width, dtype: str, divisor):
+    """What messages say, over a divisor."""
+    itemsize = tf.as_dtype(dtype).size
+    count = tf.shape(messages)[0]
+    units = tf.bitcast(tf.reshape(messages[:, : width * itemsize], [count, width, itemsize]), dtype)
+    units = tf.gather(units / tf.cast(divisor, dtype), segment_of, batch_dims=1)
+    codes = tf.bitcast(messages[:, width * itemsize :], tf.int8)
+    return tf.reshape(tf.cast(codes, dtype) * units, [-1])
+
+
+@graph_function
+def _cut(counts, lengths, count):
+    """Slices.segment_of and width of so many slices, where the rows are not known before the graph runs."""
     size = -(-tf.reduce_sum(counts * lengths) // count)
     ends = tf.concat([tf.cumsum(tf.repeat(lengths, counts)), size * tf.range(1, count + 1)], 0)
     ends = tf.unique(tf.sort(ends))[0]
-    slice_of = (ends - 1) // size
-    in_slices = tf.math.unsorted_segment_sum(tf.ones_like(ends), slice_of, count)
-    places = tf.range(tf.size(ends, tf.int64)) - tf.gather(tf.cumsum(in_slices, exclusive=True), slice_of)
-    found = ends - tf.concat([[0], ends[:-1]], 0)
-    return tf.scatter_nd(tf.stack([slice_of, places], 1), found, [count, tf.reduce_max(in_slices)]), size
+    # Those of all slices, from the first on; and each slice's own.
+    segment_of = tf.reshape(tf.searchsorted(ends, tf.range(count * size), "right"), [count, size])
+    segment_of -= segment_of[:, :1]
+    return segment_of, tf.reduce_max(segment_of) + 1
 
 
 def quantized_mean(

@@ -9,7 +9,7 @@ import tensorflow as tf
 from horovod_powersgd.tensorflow.gradient import Step
 from horovod_powersgd.tensorflow.host_mean import HostMean
 from horovod_powersgd.tensorflow.powersgd_gradient import Flag, PowerSGDGradient, choose, p_and_q
-from horovod_powersgd.tensorflow.variable import make_variable
+from horovod_powersgd.tensorflow.variable import Assignment, make_variable
 from horovod_powersgd.tensorflow.variable_state import VariableState, of_all_rows
 
 
@@ -38,16 +38,16 @@ class TwoLevelGradient(PowerSGDGradient):
             self._goes_on = tf.reduce_all(tf.equal(self.state.memory_share, tf.stack(self._share)))
         super().begin(step)
 
-    def receive(self, answers: Sequence[tf.Tensor]) -> None:
+    def receive(self, answers: Sequence[tf.Tensor], finite: tf.Tensor | None) -> None:
         if isinstance(self.request, HostMean):
             # What is not finite is so on this host only: the factors tell all workers of it.
             self._resume(answers[0])
         else:
-            super().receive(answers)
+            super().receive(answers, finite)
 
-    def commit(self) -> list[tf.Operation]:
+    def kept(self) -> list[Assignment]:
         share = self.state.memory_share
-        return super().commit() + ([] if share is None else [share.assign(tf.stack(self._share), read_value=False)])
+        return super().kept() + ([] if share is None else [(share, tf.stack(self._share))])
 
     def _with_memory(self, gradient: tf.Tensor) -> tf.Tensor:
         """What the host's workers average."""

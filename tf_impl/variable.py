@@ -1,10 +1,14 @@
 """The variables that are kept beside the model's."""
 
 import re
+from typing import TypeAlias
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+
+# A variable, and the value that it is to be given.
+Assignment: TypeAlias = tuple[tf.Variable, tf.Tensor]
 
 
 def make_variable(value, shape: tuple | None = None) -> tf.Variable:

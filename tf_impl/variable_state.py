@@ -18,7 +18,7 @@ from horovod_powersgd.tensorflow.accordion import AccordionState
 from horovod_powersgd.tensorflow.half_memory import unit_of
 from horovod_powersgd.tensorflow.snapshot import Snapshot
 from horovod_powersgd.tensorflow.step_counters import StepCounters
-from horovod_powersgd.tensorflow.variable import make_variable
+from horovod_powersgd.tensorflow.variable import Assignment, make_variable
 
 
 class VariableState:
@@ -120,15 +120,21 @@ class VariableState:
         memory = tf.cast(kept, self.dtype)
         return memory if unit is None else memory * tf.cast(unit, self.dtype)
 
-    def remember(self, memory: tf.Tensor) -> list[tf.Operation]:
-        """The ops that keep a memory; in 16 bits, what those do not hold is rounded to nearest."""
+    def remember(self, memory: tf.Tensor) -> None:
+        """Keeps a memory."""
+        for variable, value in self.remembering(memory):
+            variable.assign(value, read_value=False)
+
+    def remembering(self, memory: tf.Tensor) -> list[Assignment]:
+        """What keeps a memory; in 16 bits, what those do not hold is rounded to nearest."""
         assert self.memory is not None
-        ops = []
-        if self.memory_unit is not None:
-            unit = unit_of(memory)
-            ops.append(self.memory_unit.assign(unit, read_value=False))
-            memory = memory / tf.cast(unit, self.dtype)
-        return [*ops, self.memory.assign(tf.cast(memory, self.memory_dtype), read_value=False)]
+        if self.memory_unit is None:
+            return [(self.memory, tf.cast(memory, self.memory_dtype))]
+        unit = unit_of(memory)
+        return [
+            (self.memory_unit, unit),
+            (self.memory, tf.cast(memory / tf.cast(unit, self.dtype), self.memory_dtype)),
+        ]
 
     def shared(self) -> dict[str, tf.Variable]:
         """What is the same on every worker, by name, as a checkpoint holds it."""

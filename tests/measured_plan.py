@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-from horovod_powersgd import plan, planning
+from horovod_powersgd import calibration, plan, planning
 from horovod_powersgd.__main__ import _parser
 from horovod_powersgd.environment import frameworks
 from horovod_powersgd.plan import HALVES, PLAIN, SETTINGS
@@ -17,7 +17,7 @@ FEW = {setting: SETTINGS[setting] for setting in (PLAIN, HALVES, INT8, RANK_8)}
 
 
 def plan_is_measured(hvd, framework):
-    """As if no other framework were installed, and with fewer settings: each takes its time.
+    """As if no other framework were installed, with fewer settings, and less time for each.
 
     Args:
         hvd: the framework's.
@@ -33,10 +33,11 @@ def plan_is_measured(hvd, framework):
         mock.patch.object(frameworks, "package_directory", directory),
         mock.patch.dict(SETTINGS, FEW, clear=True),
         mock.patch.object(plan, "CAREFUL", list(FEW)),
+        mock.patch.object(calibration, "SECONDS_BEFORE", 0.03),
         contextlib.redirect_stdout(printed),
     ):
         file = Path(folder) / "shapes.json"
-        file.write_text('{"weight": [2000, 1000], "bias": [1000]}')
+        file.write_text('{"weight": [1000, 500], "bias": [500]}')
         of_nine = ["--link", "1gbit", "--workers", "9"]  # whose codes are averaged in two rounds
         for network in ([], of_nine):
             assert planning.main(_parser().parse_args(["plan", "--shapes", str(file), "--json", *network])) == 0

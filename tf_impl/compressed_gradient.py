@@ -32,7 +32,7 @@ class CompressedGradient(PlainGradient):
         self._generator = self._exchange(step, amount)
         self._resume(None)
 
-    def receive(self, answers: Sequence[tf.Tensor], finite: tf.Tensor | None) -> None:
+    def receive(self, answers: Sequence[tf.Tensor]) -> None:
         gathered, quantized = isinstance(self.request, Allgather), isinstance(self.request, QuantizedMean)
         parts = self._parts * 2 if quantized else self._parts
         answers = [_in_shape_of(part, answer, gathered) for part, answer in zip(parts, answers)]

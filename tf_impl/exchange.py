@@ -16,7 +16,7 @@ from horovod_powersgd.compressors.compressor import Compressor, Traffic
 from horovod_powersgd.statistics import CompressionStats, TensorStats
 from horovod_powersgd.tensorflow.agreement import Agreement, describe
 from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
-from horovod_powersgd.tensorflow.finiteness import all_finite, all_of
+from horovod_powersgd.tensorflow.finite import all_finite, all_of
 from horovod_powersgd.tensorflow.gradient import PlainGradient, Step, shaped
 from horovod_powersgd.tensorflow.host_mean import HostMean
 from horovod_powersgd.tensorflow.message import Message, nbytes
@@ -289,7 +289,7 @@ class Exchange:
                 else:
                     answers = message.averaged(self._workers, f"{name}.{i}.{kind}")
                 for (sender, _), answer in zip(senders, answers):
-                    sender.receive(answer, message.finite)
+                    sender.receive(answer)
                 messages.append(message)
         return messages
 

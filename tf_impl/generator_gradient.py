@@ -8,7 +8,7 @@ import tensorflow as tf
 from horovod_powersgd.compressors.matrix_state import MatrixState
 from horovod_powersgd.tensorflow import arrays
 from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
-from horovod_powersgd.tensorflow.finiteness import all_finite, marked, zeros_unless
+from horovod_powersgd.tensorflow.finite import all_finite, marked, zeros_unless
 from horovod_powersgd.tensorflow.gradient import Step
 from horovod_powersgd.tensorflow.initial_state import initial_values
 from horovod_powersgd.tensorflow.variable import Assignment, make_variable
@@ -28,12 +28,12 @@ class GeneratorGradient(CompressedGradient):
         self.finite = tf.constant(True)
         super().begin(step)
 
-    def receive(self, answers: Sequence[tf.Tensor], finite: tf.Tensor | None) -> None:
-        assert finite is not None and self.finite is not None
+    def receive(self, answers: Sequence[tf.Tensor]) -> None:
+        assert self.finite is not None
+        finite = all_finite(answers)
         self.finite &= finite
         # On all workers: zeros let the generator finish, and the step is discarded.
-        numbers = [zeros_unless(finite, answer) if answer.dtype.is_floating else answer for answer in answers]
-        super().receive(numbers, finite)
+        super().receive([zeros_unless(finite, answer) if answer.dtype.is_floating else answer for answer in answers])
 
     def _exchange(self, step: Step, amount: int | tf.Tensor) -> Generator[Any, Any, Any]:
         state = self.state

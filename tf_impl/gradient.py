@@ -45,7 +45,7 @@ class PlainGradient:
         request: what this worker sends: an AllreduceMean of one flat tensor or an Allgather of several, in a list; None
             when there is nothing more to be sent.
         mean: the average, in the dtype in which it was computed; NaN somewhere where it is not finite.
-        finite: whether the mean is, where it may not be although all that came is; the same on every worker. Else None.
+        finite: whether it is, and all that came for it; the same on every worker. None where Message.finite says it.
     """
 
     compressed = False
@@ -80,13 +80,8 @@ class PlainGradient:
         """Starts a step, up to the first request."""
         self.request = AllreduceMean([shaped(tf.cast(self._tensor, self.sent_dtype), (-1,))])
 
-    def receive(self, answers: Sequence[tf.Tensor], finite: tf.Tensor | None) -> None:
-        """Takes an answer.
-
-        Args:
-            answers: the flat average, or what was gathered, each (W, size).
-            finite: of the message that it came with: Message.finite.
-        """
+    def receive(self, answers: Sequence[tf.Tensor]) -> None:
+        """Takes the answer: the flat average, or what was gathered, each (W, size)."""
         self.request = None
         self.mean = shaped(answers[0], self.state.layout.shape)
 

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from horovod_powersgd.compressors.compressor import Traffic
 from horovod_powersgd.hosts import Host
-from horovod_powersgd.tensorflow.finiteness import all_finite
+from horovod_powersgd.tensorflow.finite import all_finite
 from horovod_powersgd.tensorflow.host_mean import HostMean
 from horovod_powersgd.tensorflow.quantization import quantized_mean
 from horovod_powersgd.tensorflow.senders import Senders
@@ -21,7 +21,7 @@ class Message:
 
     Attributes:
         traffic: in bytes, integers or int64, once it is exchanged.
-        finite: whether the floats that came are; the same on every worker. None where it stays in a host.
+        finite: whether an average over all workers is; the same on every worker. None of other messages.
     """
 
     finite: tf.Tensor | None = None
@@ -43,10 +43,8 @@ class Message:
         packed = _joined(as_bytes)
         everyones = workers.gather(packed, name)
         self.traffic = Traffic(nbytes(packed), nbytes(everyones))
-        parts = zip(_split(everyones, as_bytes, 1), self._flat)
-        found = [_from_bytes(part, sent.dtype) for part, sent in parts]
-        self.finite = all_finite(found)
-        return self._by_sender(found)
+        parts = _split(everyones, as_bytes, 1)
+        return self._by_sender([_from_bytes(part, sent.dtype) for part, sent in zip(parts, self._flat)])
 
     def averaged_in_8_bits(
         self, rows: Sequence[tuple[Number, Number]], senders: Senders, name: str

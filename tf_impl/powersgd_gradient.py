@@ -14,7 +14,7 @@ from horovod_powersgd.factors import initial_factor
 from horovod_powersgd.randomness import SPARE, random_factor
 from horovod_powersgd.tensorflow import arrays, orthogonalization
 from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
-from horovod_powersgd.tensorflow.finiteness import all_finite
+from horovod_powersgd.tensorflow.finite import all_finite
 from horovod_powersgd.tensorflow.gradient import Step
 from horovod_powersgd.tensorflow.graph_function import graph_function
 from horovod_powersgd.tensorflow.half_memory import drawn, rounded

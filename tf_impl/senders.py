@@ -60,7 +60,7 @@ class Hosts(Senders):
 
     def gather(self, message: tf.Tensor, name: str) -> tuple[tf.Tensor, Traffic]:
         def part_by_part():
-            return self.exchange(tf.repeat(message[None], self.count, 0), name)
+            return self.exchange(tf.tile(message[None], [self.count, 1]), name)
 
         # In one level each worker is a host.
         return tf.cond(self.host.share.parts > 1, part_by_part, lambda: Senders.gather(self, message, f"{name}.whole"))
@@ -75,7 +75,7 @@ class Hosts(Senders):
         found = tf.gather(found, tf.argsort(places))
 
         def of_all():
-            told = tf.repeat(found[None], host.share.parts, 0)
+            told = tf.tile(found[None], [host.share.parts, 1, 1])
             parts = self.workers.exchange(told, host.peers, tf.ones_like(host.peers), f"{name}.parts")
             return tf.reshape(tf.transpose(parts, [1, 0, 2]), tf.stack([self.count, -1]))
 

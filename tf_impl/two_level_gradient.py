@@ -38,12 +38,12 @@ class TwoLevelGradient(PowerSGDGradient):
             self._goes_on = tf.reduce_all(tf.equal(self.state.memory_share, tf.stack(self._share)))
         super().begin(step)
 
-    def receive(self, answers: Sequence[tf.Tensor], finite: tf.Tensor | None) -> None:
+    def receive(self, answers: Sequence[tf.Tensor]) -> None:
         if isinstance(self.request, HostMean):
             # What is not finite is so on this host only: the factors tell all workers of it.
             self._resume(answers[0])
         else:
-            super().receive(answers, finite)
+            super().receive(answers)
 
     def kept(self) -> list[Assignment]:
         share = self.state.memory_share

@@ -52,8 +52,9 @@ def pytest_collection_finish(session):
         if "launch" in item.fixturenames:
             job.selected.setdefault(item.callspec.params["launch"], set()).add(item.callspec.params["check"])
     if not session.config.option.collectonly:
-        # Those of many checks take longest: none of them is to be the last, with nothing left to run beside it.
-        for launch in sorted(job.selected, key=lambda launch: len(job.selected[launch]), reverse=True):
+        # MPI's workers wait by asking again and again: they come when there is less to wait for. Those of many checks
+        # take longest: none of them is to be the last, with nothing left to run beside it.
+        for launch in sorted(job.selected, key=lambda it: (it.launcher == "mpirun", -len(job.selected[it]))):
             job.begin(launch)
         for item in session.items:
             if "elastic_job" in item.fixturenames:

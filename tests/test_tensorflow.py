@@ -32,7 +32,7 @@ ACTIVE = "PowerSGD(rank=2)"
 # Keras's optimizer is among the trainees of tensorflow_checks, too.
 LAUNCHES = [
     Launch(None, 1, (CHECKS,), partly=(KERAS,), pattern=OF_ONE, variables=(AS_BUILT,)),
-    Launch(None, 1, partly=(KERAS,), pattern=OF_ONE, variables=(KERAS_2,)),
+    Launch(None, 1, partly=(KERAS,), pattern=OF_ONE, variables=(KERAS_2, AS_BUILT)),
     Launch("horovodrun --gloo", 2, (CHECKS, AUTO, CALLBACKS, ACTIVATED), variables=(AS_BUILT,), compression=ACTIVE),
     Launch("horovodrun --gloo", 3, partly=(CHECKS, KERAS, TWO_LEVELS), pattern=OF_THREE),
     Launch("horovodrun --gloo", 4, (TWO_LEVELS,), (CHECKS, KERAS), pattern=OF_FOUR, variables=(KERAS_2, AS_BUILT)),

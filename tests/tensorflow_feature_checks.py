@@ -509,6 +509,28 @@ def check_a_spike_that_is_clipped_costs_few_steps():
         assert behind <= 5, (compression, options, behind)
 
 
+def check_a_step_that_is_not_finite_is_not_clipped_from_the_memory():
+    v, config = variable(), PowerSGD(rank=1)
+
+    def step(gradient):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(v * gradient)
+        tape = hvd.DistributedGradientTape(tape, compression=config)
+        updates = tape.gradient(loss, [v])
+        # By value, what is infinite becomes finite.
+        tape.follow_clipping(updates, [tf.clip_by_value(update, -1.0, 1.0) for update in updates])
+        return updates[0].numpy()
+
+    step(matrix(0))
+    (state,) = known_states([v])
+    before = {name: kept.numpy() for name, kept in state.variables().items()}
+    assert np.abs(before["memory"]).max() > 0 and 0 < before["usual_clipping"] < 1
+    update = step(np.full(SHAPE, np.inf if hvd.rank() == 0 else 1, "float32"))
+    assert not np.isfinite(update).any()
+    for name, kept in state.variables().items():
+        np.testing.assert_array_equal(kept.numpy(), before[name], err_msg=name)
+
+
 def check_clipping_is_the_same_rule_as_without_tensorflow():
     usual, usual_here = None, tf.constant(0, tf.float64)
     for factor in (0.5, 0.6, 1.0, 0.001, 0.3, 0.29, 0.0, 1.0, 1.0, 0.2):
@@ -560,7 +582,8 @@ def check_a_compressor_of_the_users_own():
 
 
 def check_a_step_that_is_not_finite_leaves_no_trace_of_any_compressor():
-    for config in [*KEEPING, RandomBlock(0.2), Float16()]:
+    in_fewer_bits = [PowerSGD(rank=2, wire_dtype=dtype) for dtype in ("float16", "int8")]
+    for config in [*KEEPING, RandomBlock(0.2), Float16(), Int8(), *in_fewer_bits]:
         v, bias = variable("v"), variable("bias", shape=(7,))
         step = tf.function(lambda g, b, v=v, bias=bias: exchange([v, bias], [g, b], config))
 
@@ -604,12 +627,15 @@ def check_a_compressor_of_ones_own_knows_its_tensors():
 
     def noting(delta, state):
         seen.add(state.name)
+        state.get("number", 0)
+        state.put("number", 7)  # a number of Python's, too
         mean = yield AllreduceMean(delta)
         return mean, delta
 
     trainee = EagerTrainee(noting, shapes={"linear": (48, 64)})
     trainee.exchange(cases.gradients(0, hvd.rank(), "float32", {"linear": (48, 64)}))
-    assert seen == {kept.name for kept in known_states(trainee.variables.values())}
+    (kept,) = known_states(trainee.variables.values())
+    assert seen == {kept.name} and kept.kept["number"].numpy() == 7
 
 
 def check_gathering_while_a_worker_has_joined_is_refused():

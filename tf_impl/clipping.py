@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from horovod_powersgd.clipping import SPIKE
+from horovod_powersgd.tensorflow.finite import all_finite, marked
 from horovod_powersgd.tensorflow.graph_function import graph_function
 from horovod_powersgd.tensorflow.snapshot import Snapshot
 from horovod_powersgd.tensorflow.variable_state import VariableState
@@ -52,21 +53,26 @@ def clip_memory(state: VariableState, factor: tf.Tensor, snapshot: Snapshot | No
 
 
 def clipping_factors(gradients: Sequence, clipped: Sequence) -> list[tf.Tensor]:
-    """By what each gradient was made shorter, float64.
+    """By what each gradient was made shorter, float64; NaN where it is not finite.
 
     Args:
         gradients: tf.Tensor, tf.IndexedSlices or None.
         clipped: the same after clipping.
     """
     pairs = zip(gradients, clipped)
-    return [tf.constant(1, tf.float64) if g is None else _ratio(_length(c), _length(g)) for g, c in pairs]
+    return [tf.constant(1, tf.float64) if g is None else _ratio(_values(c), _values(g)) for g, c in pairs]
 
 
 @graph_function
-def _ratio(short: tf.Tensor, long: tf.Tensor) -> tf.Tensor:
-    return tf.where(long > 0, short / tf.where(long > 0, long, tf.ones_like(long)), tf.ones_like(long))
+def _ratio(clipped: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
+    short, long = _length(clipped), _length(gradient)
+    ratio = tf.where(long > 0, short / tf.where(long > 0, long, tf.ones_like(long)), tf.ones_like(long))
+    return marked(ratio, all_finite([gradient]))
 
 
-def _length(gradient) -> tf.Tensor:
-    values = gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+def _values(gradient) -> tf.Tensor:
+    return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
+
+
+def _length(values: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.norm(tf.cast(values, tf.float64 if values.dtype == tf.float64 else tf.float32)), tf.float64)

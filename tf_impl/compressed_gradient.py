@@ -65,7 +65,7 @@ class CompressedGradient(PlainGradient):
         raise NotImplementedError
 
     def _marked_part(self, part: tf.Tensor) -> tf.Tensor:
-        """What is sent of a part: floats become NaN where this worker's delta is not finite."""
+        """What is sent of a part: floats are not finite where this worker's delta is not finite."""
         raise NotImplementedError
 
     def _resume(self, answer) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from horovod_powersgd.compressors.collectives import QuantizedMean
 from horovod_powersgd.compressors.matrix_state import MatrixState
 from horovod_powersgd.tensorflow import arrays
 from horovod_powersgd.tensorflow.compressed_gradient import CompressedGradient
@@ -30,7 +31,8 @@ class GeneratorGradient(CompressedGradient):
 
     def receive(self, answers: Sequence[tf.Tensor]) -> None:
         assert self.finite is not None
-        finite = all_finite(answers)
+        # Of an average in 8 bits, this worker's own part is not the others'.
+        finite = all_finite(answers[:1] if isinstance(self.request, QuantizedMean) else answers)
         self.finite &= finite
         # On all workers: zeros let the generator finish, and the step is discarded.
         super().receive([zeros_unless(finite, answer) if answer.dtype.is_floating else answer for answer in answers])
@@ -53,7 +55,8 @@ class GeneratorGradient(CompressedGradient):
 
     def kept(self) -> list[Assignment]:
         state = self.state
-        found = [(state.kept[key], tf.convert_to_tensor(value)) for key, value in self._kept.kept.items()]
+        kept = [(state.kept[key], value) for key, value in self._kept.kept.items()]
+        found = [(variable, tf.convert_to_tensor(value, variable.dtype)) for variable, value in kept]
         if state.norm is not None:
             norm = tf.sqrt(2 * tf.nn.l2_loss(self._delta))
             found.append((state.norm, tf.cast(norm, tf.float64)))

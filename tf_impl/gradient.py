@@ -44,7 +44,8 @@ class PlainGradient:
         state: of the variable.
         request: what this worker sends: an AllreduceMean of one flat tensor or an Allgather of several, in a list; None
             when there is nothing more to be sent.
-        mean: the average, in the dtype in which it was computed; NaN somewhere where it is not finite.
+        mean: the average, in the dtype in which it was computed; not finite somewhere where something that came for it
+            is not.
         finite: whether it is, and all that came for it; the same on every worker. None where Message.finite says it.
     """
 
@@ -72,9 +73,9 @@ class PlainGradient:
         return self._tensor.shape.num_elements() * self._tensor.dtype.size
 
     @property
-    def kind(self) -> tuple[tf.DType, str]:
+    def kind(self) -> tf.DType:
         """What the gradients of a bucket have in common."""
-        return self.sent_dtype, self._tensor.device
+        return self.sent_dtype
 
     def begin(self, step: Step) -> None:
         """Starts a step, up to the first request."""

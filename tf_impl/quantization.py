@@ -12,6 +12,10 @@ from horovod_powersgd.tensorflow.graph_function import graph_function
 from horovod_powersgd.tensorflow.senders import Senders
 from horovod_powersgd.tensorflow.workers import Number
 
+# Where numbers are is a constant in the graph for so many of a message at most: 8 MiB. Of more it is found out in each
+# step.
+MOST_KNOWN = 2**20
+
 
 class Slices:
     """quantization.Slices, and the messages that they travel in: for each slice its units and then its codes.
@@ -23,8 +27,8 @@ class Slices:
 
     Attributes:
         size: of each slice, in numbers.
-        segment_of: (slices, size) int32: which of its slice's segments each number is in.
-        width: how many segments a slice has, int32.
+        segment_of: (slices, size) int64: which of its slice's segments each number is in.
+        width: how many segments a slice has, int64.
     """
 
     def __init__(self, rows: Sequence[tuple[Number, Number]], senders: Number, dtype: tf.DType):
@@ -32,9 +36,13 @@ class Slices:
         counts, lengths = zip(*rows)
         if all(isinstance(number, int) for number in (senders, *counts, *lengths)):
             slices = quantization.Slices(np.repeat(lengths, counts), quantization.slice_count(senders))
-            self.size, segments = slices.size, np.arange(slices.segments.shape[1])
-            segment_of = [np.repeat(segments, lengths) for lengths in slices.segments]
-            self.segment_of, self.width = tf.constant(np.array(segment_of), tf.int32), tf.constant(len(segments))
+            self.size, width = slices.size, slices.segments.shape[1]
+            self.width = tf.constant(width, tf.int64)
+            if slices.size * len(slices.segments) <= MOST_KNOWN:
+                segment_of = [np.repeat(np.arange(width), lengths) for lengths in slices.segments]
+                self.segment_of = tf.constant(np.array(segment_of), tf.int64)
+            else:
+                self.segment_of = _segment_of(tf.constant(slices.segments), tf.constant(slices.size, tf.int64))
         else:
             of_each, long = (tf.stack([tf.cast(n, tf.int64) for n in numbers]) for numbers in (counts, lengths))
             many = tf.cast(senders, tf.int64)
@@ -60,8 +68,8 @@ class Slices:
 
 @graph_function
 def _encoded(numbers, segment_of, width):
-    dtype, (count, size) = numbers.dtype, tf.unstack(tf.shape(segment_of))
-    numbers = tf.pad(numbers, [[0, count * size - tf.size(numbers)]])
+    dtype, (count, size) = numbers.dtype, tf.unstack(tf.shape(segment_of, tf.int64))
+    numbers = tf.pad(numbers, [[0, count * size - tf.size(numbers, tf.int64)]])
     segment_of = tf.reshape(segment_of + width * tf.range(count)[:, None], [-1])
     largest = tf.math.unsorted_segment_max(abs(numbers), segment_of, count * width)
     infinite = tf.cast(~tf.math.is_finite(numbers), dtype)
@@ -95,11 +103,19 @@ def _summed(messages, segment_of, width, count, dtype: str):
 def _numbers(messages, segment_of, width, dtype: str, divisor):
     """What messages say, over a divisor."""
     itemsize = tf.as_dtype(dtype).size
-    count = tf.shape(messages)[0]
+    count = tf.shape(messages, tf.int64)[0]
     units = tf.bitcast(tf.reshape(messages[:, : width * itemsize], [count, width, itemsize]), dtype)
     units = tf.gather(units / tf.cast(divisor, dtype), segment_of, batch_dims=1)
     codes = tf.bitcast(messages[:, width * itemsize :], tf.int8)
     return tf.reshape(tf.cast(codes, dtype) * units, [-1])
+
+
+@graph_function
+def _segment_of(segments, size):
+    """Slices.segment_of."""
+    count, width = tf.unstack(tf.shape(segments, tf.int64))
+    found = tf.repeat(tf.tile(tf.range(width), [count]), tf.reshape(segments, [-1]))
+    return tf.reshape(found, [count, size])
 
 
 @graph_function
@@ -109,7 +125,8 @@ def _cut(counts, lengths, count):
     ends = tf.concat([tf.cumsum(tf.repeat(lengths, counts)), size * tf.range(1, count + 1)], 0)
     ends = tf.unique(tf.sort(ends))[0]
     # Those of all slices, from the first on; and each slice's own.
-    segment_of = tf.reshape(tf.searchsorted(ends, tf.range(count * size), "right"), [count, size])
+    segment_of = tf.searchsorted(ends, tf.range(count * size), "right", tf.int64)
+    segment_of = tf.reshape(segment_of, [count, size])
     segment_of -= segment_of[:, :1]
     return segment_of, tf.reduce_max(segment_of) + 1
 
@@ -129,7 +146,8 @@ def quantized_mean(
         The mean and this sender's part of it, both flat, and what was sent.
     """
     count = senders.count
-    slices, total = Slices(rows, count, flat.dtype), tf.size(flat, tf.int64)
+    with tf.control_dependencies([flat]):  # not before, while that takes memory
+        slices, total = Slices(rows, count, flat.dtype), tf.size(flat, tf.int64)
     message = slices.encoded(flat)
     own = slices.decoded(message)
     if senders.workers.single:

@@ -47,7 +47,8 @@ class VariableState:
         kept: the other compressors': variables, by the key that the compressor keeps them under.
         memory: (n, m) variable, zeros at first; this worker's own. In an exchange that may have two levels it is a
             variable of (rows, m), none at first: of a share of the rows.
-            In 16 bits a number where PowerSGD.memory_dtype says so: `remembered` and `remember` read and write it.
+            In 16 bits a number where PowerSGD.memory_dtype says so: `remembered` reads it, and `remembering` and
+            `remember` write it.
         memory_unit: float32 variable: what a memory of dtype float16 is multiplied by.
         memory_share: int64 variable (2,): that share, a RowShare's numbers.
         usual_clipping: float64 variable: the usual factor of horovod_powersgd.clipping; 0 at first.

@@ -1,5 +1,6 @@
 """Averages in 8 bits a number, as ops in a graph: horovod_powersgd.quantization, of tensors."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,9 @@ from horovod_powersgd.tensorflow.workers import Number
 MOST_KNOWN = 2**20
 
 
+_inlined = functools.partial(graph_function, inlined=True)
+
+
 class Slices:
     """quantization.Slices, and the messages that they travel in: for each slice its units and then its codes.
 
@@ -27,7 +31,7 @@ class Slices:
 
     Attributes:
         size: of each slice, in numbers.
-        segment_of: (slices, size) int64: which of its slice's segments each number is in.
+        segment_of: (slices, size) int64: which of all slices' segments each number is in.
         width: how many segments a slice has, int64.
     """
 
@@ -39,8 +43,8 @@ class Slices:
             self.size, width = slices.size, slices.segments.shape[1]
             self.width = tf.constant(width, tf.int64)
             if slices.size * len(slices.segments) <= MOST_KNOWN:
-                segment_of = [np.repeat(np.arange(width), lengths) for lengths in slices.segments]
-                self.segment_of = tf.constant(np.array(segment_of), tf.int64)
+                segment_of = np.repeat(np.arange(slices.segments.size), slices.segments.reshape(-1))
+                self.segment_of = tf.constant(segment_of.reshape(-1, slices.size), tf.int64)
             else:
                 self.segment_of = _segment_of(tf.constant(slices.segments), tf.constant(slices.size, tf.int64))
         else:
@@ -63,14 +67,15 @@ class Slices:
         return _summed(messages, self._of(index), self.width, count, self._dtype.name)
 
     def _of(self, index: tf.Tensor | None) -> tf.Tensor:
-        return self.segment_of if index is None else self.segment_of[index : index + 1]
+        """segment_of, of all slices, or of one among its own."""
+        return self.segment_of if index is None else self.segment_of[index : index + 1] - index * self.width
 
 
-@graph_function
+@_inlined
 def _encoded(numbers, segment_of, width):
     dtype, (count, size) = numbers.dtype, tf.unstack(tf.shape(segment_of, tf.int64))
     numbers = tf.pad(numbers, [[0, count * size - tf.size(numbers, tf.int64)]])
-    segment_of = tf.reshape(segment_of + width * tf.range(count)[:, None], [-1])
+    segment_of = tf.reshape(segment_of, [-1])
     largest = tf.math.unsorted_segment_max(abs(numbers), segment_of, count * width)
     infinite = tf.cast(~tf.math.is_finite(numbers), dtype)
     infinite = tf.math.unsorted_segment_max(infinite, segment_of, count * width) > 0
@@ -86,12 +91,12 @@ def _encoded(numbers, segment_of, width):
     return tf.concat(parts, 1)
 
 
-@graph_function
+@_inlined
 def _decoded(messages, segment_of, width, dtype: str):
     return _numbers(messages, segment_of, width, dtype, 1)
 
 
-@graph_function
+@_inlined
 def _summed(messages, segment_of, width, count, dtype: str):
     def add(sender, total):
         return sender + 1, total + _numbers(messages[sender : sender + 1], segment_of, width, dtype, count)
@@ -103,19 +108,16 @@ def _summed(messages, segment_of, width, count, dtype: str):
 def _numbers(messages, segment_of, width, dtype: str, divisor):
     """What messages say, over a divisor."""
     itemsize = tf.as_dtype(dtype).size
-    count = tf.shape(messages, tf.int64)[0]
-    units = tf.bitcast(tf.reshape(messages[:, : width * itemsize], [count, width, itemsize]), dtype)
-    units = tf.gather(units / tf.cast(divisor, dtype), segment_of, batch_dims=1)
-    codes = tf.bitcast(messages[:, width * itemsize :], tf.int8)
-    return tf.reshape(tf.cast(codes, dtype) * units, [-1])
+    units = tf.bitcast(tf.reshape(messages[:, : width * itemsize], [-1, itemsize]), dtype) / tf.cast(divisor, dtype)
+    codes = tf.reshape(tf.bitcast(messages[:, width * itemsize :], tf.int8), [-1])
+    return tf.cast(codes, dtype) * tf.gather(units, tf.reshape(segment_of, [-1]))
 
 
 @graph_function
 def _segment_of(segments, size):
     """Slices.segment_of."""
-    count, width = tf.unstack(tf.shape(segments, tf.int64))
-    found = tf.repeat(tf.tile(tf.range(width), [count]), tf.reshape(segments, [-1]))
-    return tf.reshape(found, [count, size])
+    found = tf.repeat(tf.range(tf.size(segments, tf.int64)), tf.reshape(segments, [-1]))
+    return tf.reshape(found, tf.stack([-1, size]))
 
 
 @graph_function
@@ -128,7 +130,8 @@ def _cut(counts, lengths, count):
     segment_of = tf.searchsorted(ends, tf.range(count * size), "right", tf.int64)
     segment_of = tf.reshape(segment_of, [count, size])
     segment_of -= segment_of[:, :1]
-    return segment_of, tf.reduce_max(segment_of) + 1
+    width = tf.reduce_max(segment_of) + 1
+    return segment_of + width * tf.range(count)[:, None], width
 
 
 def quantized_mean(

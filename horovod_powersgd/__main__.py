@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     model = plan.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", metavar="MODULE:FUNCTION", help="a function that makes a model of PyTorch or Keras")
-    model.add_argument("--checkpoint", metavar="FILE", help=".pt (weights only), .safetensors or .keras")
+    model.add_argument("--checkpoint", metavar="FILE", help=".pt (weights only), .safetensors, .keras or .index.json")
     model.add_argument("--shapes", metavar="FILE", help=".json: {name: [sides]}, or a list of shapes")
     plan.add_argument("--link", metavar="RATE", help="of each host, as 1gbit: in place of measuring")
     plan.add_argument("--latency", metavar="TIME", default="50us", help="with --link, to the next worker (50us)")

@@ -65,8 +65,9 @@ def _path(variable: Any, number: int) -> str:
 
 
 def of_file(path: str | Path) -> Tensors:
-    """Of a checkpoint (.pt, .pth, .bin: weights only; .safetensors; .keras), or of a .json file: {name: shape}, or a
-    list of shapes. Of a checkpoint all tensors of floats count, whether they have gradients or not.
+    """Of a checkpoint (.pt, .pth, .bin: weights only; .safetensors; .keras), or of a .json file: {name: shape}, a list
+    of shapes, or the index (weight_map) of a checkpoint in parts. Of a checkpoint all tensors of floats count, whether
+    they have gradients or not; tied weights count once.
 
     Raises:
         Unreadable: the file is missing, or is none of these.
@@ -90,6 +91,9 @@ def of_file(path: str | Path) -> Tensors:
 
 def _of_json(path: Path) -> Tensors:
     found = json.loads(path.read_text())
+    if isinstance(found, dict) and isinstance(found.get("weight_map"), dict):  # the index of a checkpoint in parts
+        parts = [of_file(path.parent / name).shapes for name in dict.fromkeys(found["weight_map"].values())]
+        return Tensors({name: shape for part in parts for name, shape in part.items()})
     named = found.items() if isinstance(found, dict) else ((str(i), shape) for i, shape in enumerate(found))
     shapes = {name: tuple(shape) for name, shape in named}
     for name, shape in shapes.items():
@@ -114,15 +118,16 @@ def _of_pytorch(path: Path) -> Tensors:
         torch = importlib.import_module("torch")
     except ImportError:
         raise Unreadable(f"{path}: PyTorch is needed to read it, and is not installed") from None
-    found = torch.load(path, map_location="meta", weights_only=True)
-    shapes = {
-        name: tuple(tensor.shape)
-        for name, tensor in _leaves(found)
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-    }
-    if not shapes:
+    # Mapped into memory, and not read: of the numbers only their places count, which tied weights have in common.
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    tensors: dict[Any, tuple[str, tuple[int, ...]]] = {}
+    for name, tensor in _leaves(found):
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            place = tensor.data_ptr() if tensor.layout == torch.strided else 0
+            tensors.setdefault((place or name, tensor.shape), (name, tuple(tensor.shape)))
+    if not tensors:
         raise Unreadable(f"{path}: there are no tensors in it")
-    return Tensors(shapes)
+    return Tensors(dict(tensors.values()))
 
 
 def _leaves(found: Any, prefix: str = "") -> list[tuple[str, Any]]:

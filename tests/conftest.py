@@ -22,8 +22,8 @@ TIERS = {
         reference renewal rounding setup
     """,
     "framework": """
-        arrays kernels orthogonalization packaging tensorflow tensorflow_arrays torch torch_device torch_quantization
-        torch_streams
+        arrays kernels models orthogonalization packaging tensorflow tensorflow_arrays torch torch_device
+        torch_quantization torch_streams
     """,
     "job": "examples integrations mpi mpich slurm tensorflow_elastic torch_elastic torch_resume",
 }

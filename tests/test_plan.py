@@ -109,16 +109,33 @@ def test_rates_and_durations():
         seconds("50")
 
 
-def test_shapes_of_safetensors(tmp_path):
+def write_safetensors(path):
     header = json.dumps({
         "__metadata__": {"format": "pt"},
         "weight": {"dtype": "F16", "shape": [30, 40], "data_offsets": [0, 2400]},
         "scale": {"dtype": "BF16", "shape": [40], "data_offsets": [2400, 2480]},
         "position": {"dtype": "I64", "shape": [1], "data_offsets": [2480, 2488]},
     }).encode()  # fmt: skip
-    path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(2488))
+
+
+def test_shapes_of_safetensors(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path)
     assert of_file(path).shapes == {"weight": (30, 40), "scale": (40,)}
+
+
+def test_shapes_of_a_checkpoint_in_parts(tmp_path):
+    write_safetensors(tmp_path / "model-00001-of-00002.safetensors")
+    (tmp_path / "model-00002-of-00002.json").write_text('{"head": [40, 9]}')
+    path = tmp_path / "model.safetensors.index.json"
+    names = {"weight": 1, "scale": 1, "head": 2}
+    parts = [None, "model-00001-of-00002.safetensors", "model-00002-of-00002.json"]
+    path.write_text(json.dumps({"metadata": {}, "weight_map": {name: parts[i] for name, i in names.items()}}))
+    assert of_file(path).shapes == {"weight": (30, 40), "scale": (40,), "head": (40, 9)}
+    (tmp_path / parts[1]).unlink()
+    with pytest.raises(Unreadable, match=f"{parts[1]}: there is no such file"):
+        of_file(path)
 
 
 def test_shapes_of_a_list(tmp_path):

@@ -197,6 +197,26 @@ def check_a_gradient_that_is_changed_while_it_is_exchanged_is_told_of():
             train(model, optimizer, range(10, 12))
 
 
+def check_a_gradient_that_a_hook_takes_away_after_it_came_is_told_of():
+    for config in (CONFIG, PowerSGD(2, warmup_steps=9), Int8()):
+        model = network()
+        optimizer = distribute(model, config=config)
+        train(model, optimizer, range(2))
+
+        def take_away(parameter, gradients=model[2]):
+            gradients.weight.grad = None
+
+        hooks = [parameter.register_post_accumulate_grad_hook(take_away) for parameter in model[0].parameters()]
+        optimizer.zero_grad()
+        loss_of(model, 9).backward()
+        with pytest.raises(RuntimeError, match="gradient of 2.weight was changed .* call synchronize.. first"):
+            optimizer.step()
+        for hook in hooks:
+            hook.remove()
+        optimizer.zero_grad()
+        train(model, optimizer, range(10, 12))
+
+
 # Steps that are not taken
 
 COMPRESSORS = [

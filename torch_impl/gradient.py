@@ -80,6 +80,7 @@ class PlainGradient:
 
     def begin(self, scale: float) -> None:
         """Takes the gradient, which is here; `scale` is what the loss, and so the gradient, is multiplied by."""
+        self.make_zero()  # where a hook of the user's has taken it away since it came
         gradient = self.parameter.grad
         assert gradient is not None
         self.is_sparse = gradient.is_sparse and not self._sparse_as_dense

@@ -1,0 +1,91 @@
+"""What the command plan reads: models of PyTorch and Keras, and their checkpoints."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from horovod_powersgd.layout import leading_rows, trailing_columns
+from horovod_powersgd.shapes import Tensors, Unreadable, of_file, of_function
+
+
+class TiedModel(torch.nn.Module):
+    """Its head has its embedding's weights; one of its layers is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.hidden = torch.nn.Embedding(30, 8), torch.nn.Linear(8, 8)
+        self.head = torch.nn.Linear(8, 30, bias=False)
+        self.head.weight = self.embedding.weight
+        self.frozen = torch.nn.Linear(8, 8, bias=False).requires_grad_(False)
+        self.register_buffer("positions", torch.arange(8))
+
+
+TRAINED = {"embedding.weight": (30, 8), "hidden.weight": (8, 8), "hidden.bias": (8,)}
+
+
+def test_a_function_makes_a_model_of_pytorch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(TiedModel=TiedModel))
+    assert of_function("mine:TiedModel") == Tensors(TRAINED, leading_rows)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_checkpoints_of_pytorch(tmp_path, is_zip):
+    model, path = TiedModel(), tmp_path / "model.pt"
+    expected = {**TRAINED, "frozen.weight": (8, 8)}  # of which a checkpoint does not tell
+    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=is_zip)
+    assert of_file(path) == Tensors(expected, leading_rows)
+    optimizer = torch.optim.Adam(model.parameters())
+    model.hidden(model.embedding.weight).sum().backward()
+    optimizer.step()
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "best": 0.9}
+    torch.save(saved, path, _use_new_zipfile_serialization=is_zip)
+    assert of_file(path).shapes == {f"model.{name}": shape for name, shape in expected.items()}
+
+
+def test_what_a_checkpoint_lacks_is_said(tmp_path):
+    path = tmp_path / "model.pt"
+    for saved, word in (({"epoch": 3}, "no tensors"), (torch.nn.Linear(2, 2), "cannot be read as .pt: Weights only")):
+        torch.save(saved, path)
+        with pytest.raises(Unreadable, match=word):
+            of_file(path)
+
+
+@pytest.fixture(scope="module")
+def keras_model():
+    from tensorflow import keras
+
+    layers = [keras.layers.Conv2D(4, 3), keras.layers.BatchNormalization(), keras.layers.Flatten()]
+    frozen = keras.layers.Dense(5, name="frozen", trainable=False)
+    model = keras.Sequential([keras.Input((6, 6, 2)), *layers, frozen, keras.layers.Dense(3)])
+    model.compile("adam", "mse")
+    model.train_on_batch(np.zeros((1, 6, 6, 2)), np.zeros((1, 3)))  # so that the optimizer has variables, too
+    return model
+
+
+CONVOLUTION, NORMALIZATION, DENSE = [(3, 3, 2, 4), (4,)], [(4,), (4,)], [(5, 3), (3,)]
+
+
+def test_a_function_makes_a_model_of_keras(monkeypatch, keras_model):
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(make=lambda: keras_model))
+    found = of_function("mine:make")
+    assert list(found.shapes.values()) == CONVOLUTION + NORMALIZATION + DENSE
+    assert found.matrix_shape is trailing_columns
+
+
+def test_a_model_that_is_not_built_yet_is_told_of(monkeypatch):
+    from tensorflow import keras
+
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(make=lambda: keras.Sequential([keras.layers.Dense(3)])))
+    with pytest.raises(Unreadable, match="no variables yet"):
+        of_function("mine:make")
+
+
+def test_checkpoints_of_keras(tmp_path, keras_model):
+    keras_model.save(tmp_path / "model.keras")
+    found = of_file(tmp_path / "model.keras")
+    of_all = CONVOLUTION + 2 * NORMALIZATION + [(64, 5), (5,)] + DENSE
+    assert sorted(found.shapes.values()) == sorted(of_all)
+    assert found.matrix_shape is trailing_columns

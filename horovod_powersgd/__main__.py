@@ -92,7 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--workers", type=int, metavar="N", help="with --link")
     plan.add_argument("--workers-per-host", type=int, default=1, metavar="L", help="with --link, of the N (1)")
     plan.add_argument("--backward", metavar="TIME", default="0s", help="that computing takes in a step, as 80ms (0s)")
-    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="print one JSON object, or write it to a file: horovodrun marks each line that a worker prints",
+    )
     plan.add_argument("--plot", metavar="FILE", help="draw the steps' times, as a .png, .svg or .pdf")
     plan.set_defaults(run=planning.main)
 

@@ -63,6 +63,7 @@ class Chooser:
         period: how many steps there are between two comparisons at most.
 
     Attributes:
+        shapes: as given; others may take their place before a look.
         choice: of the next step.
         predicted: seconds of a step, by choices.
         measured: the same, of those that were tried.
@@ -76,7 +77,7 @@ class Chooser:
         plain_sets: Sequence[frozenset[str]] | None = None,
         period: int = PERIOD,
     ):
-        self._auto, self._shapes, self._matrix_shape, self._plain_sets = auto, shapes, matrix_shape, plain_sets
+        self._auto, self.shapes, self._matrix_shape, self._plain_sets = auto, shapes, matrix_shape, plain_sets
         self._period = period
         self.choice = Choice()
         self.predicted: dict[Choice, float] = {}
@@ -149,7 +150,8 @@ class Chooser:
         """
         choice = self.choice
         if stats.compressed and (choice.number is None or stats.name in choice.plain):
-            reason = "would take longer compressed"
+            is_known = self.predicted or choice.number is not None
+            reason = "would take longer compressed" if is_known else "nothing has been compared yet"
             stats = replace(stats, rank=0, compressed=False, reason=reason, residual=0.0)
         return replace(
             stats,
@@ -217,9 +219,9 @@ class Chooser:
         if is_horovods_fp16(compressor):
             return {Choice(number)}
         # What a byte more costs beside others.
-        nbytes = ITEMSIZE * sum(map(math.prod, self._shapes.values()))
+        nbytes = ITEMSIZE * max(1, sum(map(math.prod, self.shapes.values())))
         per_byte = (network.allreduce(nbytes) - network.allreduce(0)) / nbytes
-        layouts = {name: layout_of(shape, compressor, self._matrix_shape) for name, shape in self._shapes.items()}
+        layouts = {name: layout_of(shape, compressor, self._matrix_shape) for name, shape in self.shapes.items()}
         lost = {}  # seconds, by its being compressed
         for name, layout in layouts.items():
             if layout.compressed:
@@ -234,11 +236,11 @@ class Chooser:
         return {Choice(number, plain)} if len(plain) < len(lost) else set()
 
     def _prediction(self, choice: Choice, network: Network, works: Sequence[Work]) -> Prediction:
-        shapes = list(self._shapes.values())
+        shapes = list(self.shapes.values())
         if choice.number is None:
             return predict_plain(shapes, network)
         compressor, work = self._auto.candidates[choice.number], works[choice.number]
-        places = [i for i, name in enumerate(self._shapes) if name in choice.plain]
+        places = [i for i, name in enumerate(self.shapes) if name in choice.plain]
         return predict(shapes, compressor, network, work, self._matrix_shape, places)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import horovod_powersgd
 from horovod_powersgd.compressors.compressor import Compressor
+from horovod_powersgd.compressors.precision import Float16, NoCompression
 
 _exported = {name: vars(horovod_powersgd)[name] for name in horovod_powersgd.__all__}
 # By name: all but the one whose argument is a function.
@@ -14,13 +15,16 @@ COMPRESSORS = {
     for name, value in _exported.items()
     if inspect.isclass(value) and issubclass(value, Compressor) and name not in ("Compressor", "Custom")
 }
+# What Horovod's own are in this package.
+HOROVODS = {"Compression.none": NoCompression(), "Compression.fp16": Float16(error_feedback=False)}
 
 
 def compressor_from(expression: str) -> Compressor:
-    """The compressor that an expression makes: of compressors' names, called with literals or other compressors.
+    """The compressor that an expression makes: of compressors' names, called with literals or other compressors; as in
+    a script, with hvd. before them, too, and with Horovod's Compression.none and Compression.fp16 among them.
 
     Args:
-        expression: such as "PowerSGD(rank=8)" or "Accordion(TopK(0.1), TopK(0.01), interval=100)".
+        expression: such as "PowerSGD(rank=8)" or "Auto(hvd.Compression.fp16, hvd.PowerSGD(rank=8))".
 
     Raises:
         ValueError: it is something else, or a compressor refuses its arguments. It says what.
@@ -32,16 +36,23 @@ def compressor_from(expression: str) -> Compressor:
 
 
 def _compressor(node: ast.expr) -> Compressor:
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in COMPRESSORS):
+    name = _name(node.func) if isinstance(node, ast.Call) else ""
+    if not isinstance(node, ast.Call) or name not in COMPRESSORS:
         names = ", ".join(COMPRESSORS)
         raise ValueError(f"{ast.unparse(node)} is none with its arguments, as PowerSGD(rank=8) is. There are {names}")
     keywords: dict[Any, Any] = {keyword.arg: _argument(keyword.value) for keyword in node.keywords}
-    return COMPRESSORS[node.func.id](*map(_argument, node.args), **keywords)
+    return COMPRESSORS[name](*map(_argument, node.args), **keywords)
+
+
+def _name(node: ast.expr) -> str:
+    return ast.unparse(node).removeprefix("hvd.") if isinstance(node, (ast.Name, ast.Attribute)) else ""
 
 
 def _argument(node: ast.expr) -> Any:
     if isinstance(node, ast.Call):
         return _compressor(node)
+    if _name(node) in HOROVODS:
+        return HOROVODS[_name(node)]
     try:
         return ast.literal_eval(node)
     except ValueError:

@@ -35,7 +35,7 @@ IN_TWO_LEVELS = ["hvd.PowerSGD(rank=8)", 'hvd.PowerSGD(rank=32, wire_dtype="int8
 CAREFUL = [PLAIN, HALVES, "hvd.Int8()", "hvd.PowerSGD(rank=8)", 'hvd.PowerSGD(rank=8, wire_dtype="int8")']
 CAREFUL_OF_LARGE = [*CAREFUL[:3], 'hvd.PowerSGD(rank=32, wire_dtype="int8")']
 LARGE = 20_000_000
-# A faster one has to save this part of the exchange to be recommended in place of a more careful one.
+# A faster one has to save this part of a step to be recommended in place of a more careful one.
 WORTH = 0.1
 # What PyTorch's steps take of one core of an AMD Zen 4 server, as torch_impl/calibration.py measures them: where there
 # is no Horovod, so that nothing is measured.
@@ -108,8 +108,7 @@ class Plan:
         is_large = numbers(self.tensors) >= LARGE
         careful = [self.option(setting) for setting in (CAREFUL_OF_LARGE if is_large else CAREFUL)]
         least = min(option.step for option in careful)
-        saved = max(option.step for option in careful) - least
-        return next(option for option in careful if option.step <= least + WORTH * max(saved, least))
+        return next(option for option in careful if option.step <= least * (1 + WORTH))
 
     def reason(self) -> str:
         """Why that is recommended, in a sentence."""
@@ -234,13 +233,16 @@ def _times(theirs: float, mine: float) -> str:
     return f"{theirs / mine:.2f}x" if mine else ""
 
 
+NUMBER = r"\d+(?:\.\d*)?|\.\d+"
+
+
 def bytes_per_second(link: str) -> float:
     """Of a rate such as 100mbit, 1gbit or 25Gbit.
 
     Raises:
         ValueError: it is none.
     """
-    found = re.fullmatch(r"([\d.]+)\s*([kmg])bit(?:/s|ps)?", link.strip().lower())
+    found = re.fullmatch(rf"({NUMBER})\s*([kmg])bit(?:/s|ps)?", link.strip().lower())
     if found is None or not float(found[1]):
         raise ValueError(f"{link!r} is no rate of a link: say 100mbit, 1gbit or 25gbit")
     return float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]] / 8
@@ -252,7 +254,7 @@ def seconds(duration: str) -> float:
     Raises:
         ValueError: it is none.
     """
-    found = re.fullmatch(r"([\d.]+)\s*(us|ms|s)", duration.strip().lower())
+    found = re.fullmatch(rf"({NUMBER})\s*(us|ms|s)", duration.strip().lower())
     if found is None:
         raise ValueError(f"{duration!r} is no duration: say 50us, 0.1ms or 2s")
     return float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[found[2]]

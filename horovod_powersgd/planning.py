@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+from pathlib import Path
 from typing import Any
 
 from horovod_powersgd.environment.frameworks import TENSORFLOW, TORCH
@@ -11,6 +12,8 @@ from horovod_powersgd.layout import trailing_columns
 from horovod_powersgd.network import Network
 from horovod_powersgd.plan import SETTINGS, TYPICAL_WORK, Plan, bytes_per_second, seconds
 from horovod_powersgd.shapes import Tensors, Unreadable, of_file, of_function
+
+PLOTTED = ".png", ".svg", ".pdf"
 
 
 class Refused(Exception):
@@ -32,9 +35,11 @@ def main(options: argparse.Namespace) -> int:
     if link is None and (options.workers is not None or per_host != 1):
         raise Refused("--workers and --workers-per-host go with --link; without it, the launcher's workers are counted")
     if link is not None and (options.workers is None or options.workers < 1):
-        raise Refused("--link is of each host: say with --workers how many workers there are")
+        raise Refused("--link is of each host: say with --workers how many workers there are, one or more")
     if link is not None and (per_host < 1 or options.workers % per_host):
         raise Refused(f"--workers-per-host {per_host} does not divide --workers {options.workers}; hosts must be alike")
+    if options.plot and Path(options.plot).suffix not in PLOTTED:
+        raise Refused(f"--plot {options.plot}: its name ends in none of {', '.join(PLOTTED)}")
     tensors = _tensors(options)
     measured = _calibration(tensors)
     if link is not None:
@@ -53,12 +58,17 @@ def main(options: argparse.Namespace) -> int:
     if not first:
         return 0
     plan = Plan.of(tensors, network, works, backward)
-    print(plan.as_json() if options.json else plan.as_table(), flush=True)
-    if options.plot:
-        try:
+    try:
+        if options.json in (None, "-"):
+            print(plan.as_json() if options.json else plan.as_table(), flush=True)
+        else:
+            Path(options.json).write_text(plan.as_json() + "\n")
+        if options.plot:
             plan.plot(options.plot)
-        except ImportError as error:
-            raise Refused(f"--plot needs matplotlib: {error}") from error
+    except ImportError as error:
+        raise Refused(f"--plot needs matplotlib: {error}") from error
+    except OSError as error:
+        raise Refused(str(error)) from error
     return 0
 
 

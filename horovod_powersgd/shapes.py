@@ -3,6 +3,8 @@
 import importlib
 import json
 import math
+import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -10,6 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from horovod_powersgd.layout import leading_rows, trailing_columns
+
+# What is in a checkpoint beside the model: means of its weights and earlier ones, by their names, and states of
+# optimizers and of this package's compressors, by what they hold.
+OTHERS = re.compile(r"(^|[_.])(ema|swa|best)([_.]|$)")
+KEPT = {"state", "param_groups"}, {"config", "tensors", "workers"}
 
 
 class Unreadable(Exception):
@@ -50,13 +57,20 @@ def of_function(name: str) -> Tensors:
         raise Unreadable(f"--model {name}: it is no function that makes a model, but {make!r}")
     model = make()
     if hasattr(model, "named_parameters"):
-        found = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-        return Tensors(found)
+        try:
+            return Tensors({name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad})
+        except RuntimeError as error:  # a lazy one has none
+            unknown = f"--model {name}: a parameter has no shape yet: the function has to call the model once"
+            raise Unreadable(unknown) from error
     if hasattr(model, "trainable_variables"):
         variables = model.trainable_variables
         if not variables:
             raise Unreadable(f"--model {name}: the model has no variables yet: the function has to build it")
-        return Tensors({_path(v, i): tuple(v.shape) for i, v in enumerate(variables)}, trailing_columns)
+        found: dict[str, tuple[int, ...]] = {}
+        for number, variable in enumerate(variables):
+            path = _path(variable, number)  # which several may have, in a model of models
+            found[f"{path} ({number})" if path in found else path] = tuple(variable.shape)
+        return Tensors(found, trailing_columns)
     raise Unreadable(f"--model {name}: it makes a {type(model).__name__}, which is no model of PyTorch's or Keras'")
 
 
@@ -95,10 +109,11 @@ def _of_json(path: Path) -> Tensors:
         parts = [of_file(path.parent / name).shapes for name in dict.fromkeys(found["weight_map"].values())]
         return Tensors({name: shape for part in parts for name, shape in part.items()})
     named = found.items() if isinstance(found, dict) else ((str(i), shape) for i, shape in enumerate(found))
-    shapes = {name: tuple(shape) for name, shape in named}
-    for name, shape in shapes.items():
-        if not all(isinstance(side, int) and side >= 0 for side in shape):
+    shapes = {}
+    for name, shape in named:
+        if not (isinstance(shape, list) and all(isinstance(side, int) and side >= 0 for side in shape)):
             raise Unreadable(f"{path}: the shape of {name} must be a list of integers, not {shape}")
+        shapes[name] = tuple(shape)
     return Tensors(shapes)
 
 
@@ -119,7 +134,12 @@ def _of_pytorch(path: Path) -> Tensors:
     except ImportError:
         raise Unreadable(f"{path}: PyTorch is needed to read it, and is not installed") from None
     # Mapped into memory, and not read: of the numbers only their places count, which tied weights have in common.
-    found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise Unreadable(
+            f"{path}: it holds more than tensors, numbers and names: save model.state_dict() alone, or say --model"
+        ) from error
     tensors: dict[Any, tuple[str, tuple[int, ...]]] = {}
     for name, tensor in _leaves(found):
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
@@ -131,12 +151,15 @@ def _of_pytorch(path: Path) -> Tensors:
 
 
 def _leaves(found: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """What is in a checkpoint, without what optimizers keep."""
+    """What is in a checkpoint, without copies of a model, and what optimizers and compressors keep."""
+    if isinstance(found, (list, tuple)):
+        found = dict(enumerate(found))
     if not isinstance(found, Mapping):
         return [(prefix, found)]
     leaves = []
     for name, value in found.items():
-        if "optim" not in str(name):
+        is_other = isinstance(value, Mapping) and (OTHERS.search(str(name)) or any(k <= value.keys() for k in KEPT))
+        if not is_other and "optim" not in str(name):
             leaves += _leaves(value, f"{prefix}.{name}" if prefix else str(name))
     return leaves
 

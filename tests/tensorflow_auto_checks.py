@@ -129,6 +129,32 @@ def check_a_saved_choice_goes_on_and_statistics_say_what_it_was():
         assert alone.stats().bytes_sent < resumed.stats().bytes_sent < whole.stats().bytes_uncompressed
 
 
+def check_what_a_choice_does_not_keep_is_saved_too():
+    few = AUTO.candidates[:2]
+    with choosing(PLAIN, Choice(0), Choice(1)):
+        whole = EagerTrainee(Auto(*few), "float64", SHAPES)
+        for step in range(5):
+            whole.exchange(gradients(step))
+    assert {tensor.chosen for tensor in whole.stats().tensors} == {repr(few[1])}
+    [kept] = {state.memory.ref() for state in known_states([whole.variables["linear"]])}
+    saved = whole.saved()
+    np.testing.assert_array_equal(saved["tensors"]["linear"]["memory"], kept.deref().numpy())
+    assert kept.deref().numpy().any()
+    with choosing():
+        resumed, alone = EagerTrainee(Auto(few[1], few[0]), "float64", SHAPES), EagerTrainee(few[0], "float64", SHAPES)
+        for trainee in (resumed, alone):
+            trainee.load(saved)
+            state = known_states([trainee.variables["linear"]])[0]
+            np.testing.assert_array_equal(state.memory.numpy(), kept.deref().numpy())
+        cases.assert_close(resumed.exchange(gradients(5)), whole.exchange(gradients(5)), 1e-9, "resumed")
+    assert {tensor.chosen for tensor in resumed.stats().tensors} == {repr(few[1])}
+    without = EagerTrainee(Auto(few[0]), "float64", SHAPES)
+    without.load(saved)  # what was chosen is none of its candidates
+    with choosing():
+        without.exchange(gradients(5))
+    assert {tensor.chosen for tensor in without.stats().tensors} == {"none"}
+
+
 def check_all_workers_choose_alike_in_fit():
     few = Auto(*AUTO.candidates[:2])
     slow = Curve(((0, 1e-2), (1e6, 1.0)))

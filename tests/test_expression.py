@@ -2,7 +2,7 @@
 
 import pytest
 
-from horovod_powersgd import Accordion, Float16, PowerSGD, TopK
+from horovod_powersgd import Accordion, Auto, Float16, PowerSGD, TopK
 from horovod_powersgd.expression import COMPRESSORS, compressor_from
 
 
@@ -14,6 +14,8 @@ from horovod_powersgd.expression import COMPRESSORS, compressor_from
         (" Float16( )", Float16()),
         ("Accordion(PowerSGD(4), high=PowerSGD(1), interval=100)", Accordion(PowerSGD(4), PowerSGD(1), interval=100)),
         ("TopK(1e-2)", TopK(0.01)),
+        ("hvd.PowerSGD(rank=8)", PowerSGD(rank=8)),
+        ("hvd.Auto(hvd.Compression.fp16, PowerSGD(8))", Auto(Float16(error_feedback=False), PowerSGD(8))),
     ],
 )
 def test_it_is_what_python_makes_of_it(expression, compressor):
@@ -28,6 +30,8 @@ def test_it_is_what_python_makes_of_it(expression, compressor):
         ("4", "4 is none with its arguments"),
         ("", "invalid syntax"),
         ("PowerSGD(", "was never closed"),
+        ("hvd.PowerSGD", "hvd.PowerSGD is none with its arguments"),
+        ("other.PowerSGD(rank=8)", "other.PowerSGD.rank=8. is none with its arguments"),
         ("PowerSGD(rank=0)", "rank must be 1 or more, not 0"),
         ("PowerSGD(rnk=1)", "unexpected keyword argument 'rnk'"),
         ("PowerSGD(rank=2 ** 3)", "2 .. 3 is no literal"),

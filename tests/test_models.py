@@ -40,14 +40,18 @@ def test_checkpoints_of_pytorch(tmp_path, is_zip):
     optimizer = torch.optim.Adam(model.parameters())
     model.hidden(model.embedding.weight).sum().backward()
     optimizer.step()
-    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "best": 0.9}
+    saved = {"model": model.state_dict(), "adam": optimizer.state_dict(), "epoch": 3, "best": 0.9}
+    saved["model_ema"] = saved["best_model"] = {name: 2 * tensor for name, tensor in saved["model"].items()}
+    saved["compression"] = {"config": {}, "workers": 1, "tensors": {"hidden.weight": {"memory": torch.ones(8, 8)}}}
     torch.save(saved, path, _use_new_zipfile_serialization=is_zip)
     assert of_file(path).shapes == {f"model.{name}": shape for name, shape in expected.items()}
+    torch.save([{"schema.best": torch.ones(2, 3)}], path, _use_new_zipfile_serialization=is_zip)
+    assert of_file(path).shapes == {"0.schema.best": (2, 3)}
 
 
 def test_what_a_checkpoint_lacks_is_said(tmp_path):
     path = tmp_path / "model.pt"
-    for saved, word in (({"epoch": 3}, "no tensors"), (torch.nn.Linear(2, 2), "cannot be read as .pt: Weights only")):
+    for saved, word in (({"epoch": 3}, "no tensors"), (torch.nn.Linear(2, 2), "save model.state_dict.. alone")):
         torch.save(saved, path)
         with pytest.raises(Unreadable, match=word):
             of_file(path)
@@ -75,12 +79,27 @@ def test_a_function_makes_a_model_of_keras(monkeypatch, keras_model):
     assert found.matrix_shape is trailing_columns
 
 
+def test_variables_of_one_path_are_several(monkeypatch):
+    from tensorflow import keras
+
+    towers = [keras.Sequential([keras.Input((5,)), keras.layers.Dense(3, name="one")], name="tower") for _ in range(2)]
+    model = keras.Sequential([keras.Input((5,)), towers[0], keras.layers.Dense(5)])
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(make=lambda: SimpleNamespace(
+        trainable_variables=model.trainable_variables + towers[1].trainable_variables
+    )))  # fmt: skip
+    assert list(of_function("mine:make").shapes.values()) == [(5, 3), (3,), (3, 5), (5,), (5, 3), (3,)]
+
+
 def test_a_model_that_is_not_built_yet_is_told_of(monkeypatch):
     from tensorflow import keras
 
-    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(make=lambda: keras.Sequential([keras.layers.Dense(3)])))
-    with pytest.raises(Unreadable, match="no variables yet"):
-        of_function("mine:make")
+    not_built = keras.Sequential([keras.layers.Dense(3)])
+    monkeypatch.setitem(
+        sys.modules, "mine", SimpleNamespace(keras=lambda: not_built, lazy=lambda: torch.nn.LazyLinear(3))
+    )
+    for name, word in (("mine:keras", "no variables yet"), ("mine:lazy", "no shape yet")):
+        with pytest.raises(Unreadable, match=word):
+            of_function(name)
 
 
 def test_checkpoints_of_keras(tmp_path, keras_model):

@@ -43,10 +43,17 @@ def without_horovod(monkeypatch):
 
 
 def test_a_slow_link_is_recommended_the_most_careful_of_the_fast_ones():
-    found = plan("1gbit")
-    assert found.recommended.setting == "hvd.PowerSGD(rank=8)"
-    assert found.option(PLAIN).step > 5 * found.recommended.step
-    assert "less" in found.reason()
+    recommended = []
+    for link in ("10mbit", "1gbit", "10gbit"):
+        found = plan(link)
+        careful = [found.option(setting) for setting in CAREFUL]
+        least = min(option.step for option in careful)
+        recommended.append(careful.index(found.recommended))
+        assert found.recommended.step <= 1.1 * least
+        assert all(option.step > 1.1 * least for option in careful[: recommended[-1]])
+        assert "less" in found.reason()
+    assert recommended == [4, 4, 3]
+    assert plan("10mbit").option(PLAIN).step > 50 * plan("10mbit").recommended.step
 
 
 def test_a_large_model_is_recommended_a_higher_rank():
@@ -151,6 +158,7 @@ def test_shapes_of_a_list(tmp_path):
         ("model.onnx", b"", "ends in none of"),
         ("broken.json", b"{", "cannot be read"),
         ("words.json", b'{"a": "b"}', "list of integers"),
+        ("number.json", b'{"a": 5}', "the shape of a must be a list of integers, not 5"),
         ("short.safetensors", b"abc", "cannot be read"),
         ("wrong.safetensors", b"\xff" * 20, "no .safetensors file"),
         ("broken.keras", b"no zip", "cannot be read"),
@@ -176,9 +184,12 @@ def test_a_function_that_makes_no_model_is_named(name, word):
 def test_the_command_prints_a_table_or_json(file, without_horovod, capsys):
     arguments = ["plan", "--shapes", str(file), "--link", "1gbit", "--workers", "8"]
     assert __main__.main(arguments) == 0
-    assert "compression=hvd.PowerSGD(rank=8): a step takes" in capsys.readouterr().out
+    assert 'compression=hvd.PowerSGD(rank=8, wire_dtype="int8"): a step takes' in capsys.readouterr().out
     assert __main__.main([*arguments, "--json", "--backward", "10ms", "--latency", "1ms"]) == 0
     assert json.loads(capsys.readouterr().out)["backward_seconds"] == 0.01
+    assert __main__.main([*arguments, "--json", str(file.with_name("plan.json"))]) == 0
+    assert capsys.readouterr().out == ""
+    assert json.loads(file.with_name("plan.json").read_text())["workers"] == 8
     assert __main__.main([*arguments, "--workers-per-host", "4"]) == 0
     assert "hvd.PowerSGD(rank=8, hierarchical=True)" in capsys.readouterr().out
 
@@ -192,6 +203,9 @@ def test_the_command_prints_a_table_or_json(file, without_horovod, capsys):
         (["--link", "quick", "--workers", "2"], "quick"),
         (["--link", "1gbit", "--workers", "8", "--workers-per-host", "3"], "does not divide"),
         (["--workers-per-host", "2"], "go with --link"),
+        (["--link", "1gbit", "--workers", "8", "--plot", "steps.doc"], "steps.doc: its name ends in none of .png"),
+        (["--link", "1gbit", "--workers", "8", "--json", "nowhere/plan.json"], "nowhere/plan.json"),
+        (["--link", "1.2.3gbit", "--workers", "8"], "no rate"),
     ],
 )
 def test_what_is_missing_is_said(file, without_horovod, capsys, more, word):

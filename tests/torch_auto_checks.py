@@ -100,6 +100,7 @@ def check_sparse_missing_and_shared_gradients_travel_as_they_are():
         torch.optim.SGD([embedding.weight, weight], lr=1.0),
         [("embedding", embedding.weight), ("weight", weight)],
         compression=AUTO,
+        sparse_as_dense=True,
     )
     start = embedding.weight.detach().clone()
     with choosing():
@@ -116,6 +117,72 @@ def check_sparse_missing_and_shared_gradients_travel_as_they_are():
     torch.testing.assert_close(start - embedding.weight.detach(), changed)
     torch.testing.assert_close(weight.detach(), torch.full_like(weight, 1 - 6 * 2 / hvd.size()))
     assert optimizer.compression_stats().bytes_sent == 4 * (20 * 4 + 6 * 4)
+
+
+def check_sparse_gradients_are_gathered_whatever_is_chosen():
+    embedding = torch.nn.Embedding(300, 8, sparse=True, device=DEVICE)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(embedding.parameters(), lr=1.0), [("gathered", embedding.weight)], compression=AUTO
+    )
+    start = embedding.weight.detach().clone()
+    with choosing(PLAIN, Choice(1), Choice(0)):
+        for step in range(6):
+            optimizer.zero_grad()
+            if hvd.rank() > 0 or step % 2:
+                embedding(torch.tensor([hvd.rank(), 10 + step], device=DEVICE)).sum().backward()
+            optimizer.step()
+            numbers = optimizer._engine._gradients.by_name()["gathered"].parameter.grad._nnz()
+            assert 0 < numbers <= 2 * hvd.size() and embedding.weight.grad.is_sparse
+            rows = 2 if hvd.rank() > 0 or step % 2 else 0
+            assert optimizer.compression_stats().bytes_sent == rows * (8 + 4 * 8), step
+    assert optimizer._engine._choice == Choice(0)
+    changed = torch.zeros_like(start)
+    for step in range(6):
+        changed[10 + step] = hvd.size() - (step % 2 == 0)
+    changed[: hvd.size()] = 6
+    changed[0] = 3
+    torch.testing.assert_close(start - embedding.weight.detach(), changed / hvd.size())
+
+
+def check_what_is_gathered_or_frozen_is_not_predicted():
+    linear = torch.nn.Linear(30, 20, device=DEVICE)
+    for with_linear in (True, False):
+        embedding = torch.nn.Embedding(300, 8, sparse=True, device=DEVICE)
+        named = [(f"predicted.{with_linear}.embedding", embedding.weight)]
+        if with_linear:
+            named += [("predicted.weight", linear.weight), ("predicted.bias", linear.bias.requires_grad_(False))]
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD([parameter for _, parameter in named], lr=0.1), named, compression=AUTO
+        )
+        with short_tries:
+            for _ in range(12):
+                optimizer.zero_grad()
+                loss = embedding(torch.tensor([1, 2], device=DEVICE)).sum()
+                (loss + linear.weight.sum() if with_linear else loss).backward()
+                optimizer.step()
+        chooser = optimizer._engine._chooser
+        assert chooser.predicted and chooser.shapes == ({"predicted.weight": (20, 30)} if with_linear else {})
+
+
+def check_parameters_that_come_later_are_chosen_for_too():
+    body, head = (torch.nn.Linear(40, 40, device=DEVICE) for _ in range(2))
+    hvd.broadcast_parameters({**body.state_dict(prefix="body."), **head.state_dict(prefix="head.")}, root_rank=0)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(head.parameters(), lr=0.01),
+        [*head.named_parameters("later.head"), *body.named_parameters("later.body")],
+        compression=AUTO,
+    )
+    with short_tries:
+        for step in range(60):
+            if step == 30:
+                assert len(optimizer._engine._chooser.shapes) == 2
+                optimizer.add_param_group({"params": list(body.parameters())})
+            optimizer.zero_grad()
+            head(body(torch.randn(8, 40, device=DEVICE))).square().mean().backward()
+            optimizer.step()
+    chooser = optimizer._engine._chooser
+    assert len(chooser.shapes) == 4 and chooser.predicted
+    hvd.assert_replicas_equal(torch.nn.Sequential(body, head))
 
 
 def check_gradients_leave_together_where_they_come_at_once_on_all_workers():
@@ -233,6 +300,38 @@ def check_a_saved_choice_goes_on():
             expected = whole.exchange(gradients(step, dtype))
             cases.assert_close(resumed.exchange(gradients(step, dtype)), expected, 1e-9, step)
         assert resumed.optimizer._engine._choice == Choice(0, frozenset({"linear"}))
+
+
+def check_a_saved_choice_is_one_of_any_order_and_what_it_does_not_keep_is_saved_too():
+    def memories(trainee, number):
+        gradients = trainee.optimizer._engine._gradient_sets[number]._compressed()
+        return {g.name: g.memory for g in gradients if g.memory is not None and g.memory.any()}
+
+    power, halves, top, _ = AUTO.candidates
+    with choosing(PLAIN, Choice(0), Choice(0), Choice(2), Choice(0), Choice(1)):
+        whole = Trainee(AUTO)
+        for step in range(8):
+            whole.exchange(gradients(step))
+        saved = copy.deepcopy(whole.optimizer.compression_state_dict())
+    kept = memories(whole, 0)
+    assert len(kept) == 5 and whole.optimizer._engine._choice == Choice(1)
+    assert memories(whole, 2).keys() == {"row"}  # which rank 2 does not compress
+    with choosing(PLAIN, Choice(0)):
+        other = Trainee(Auto(top, power, hvd.Compression.fp16))
+        for step in range(4):
+            other.exchange(gradients(step))
+        other.optimizer.load_compression_state_dict(saved)
+    assert other.optimizer._engine._choice == Choice(2)
+    assert memories(other, 1).keys() == kept.keys() and not memories(other, 0)  # of its own steps
+    assert all(torch.equal(memory, kept[name]) for name, memory in memories(other, 1).items())
+    with choosing():
+        for step in range(8, 10):
+            cases.assert_close(other.exchange(gradients(step)), whole.exchange(gradients(step)), 1e-6, step)
+    assert Trainee(Auto(power)).optimizer._engine._number_of(halves.description()) is None
+    alone = Trainee(Auto(power))
+    alone.optimizer.load_compression_state_dict(saved)
+    assert alone.optimizer._engine._choice == PLAIN  # what was chosen is none of its candidates
+    pytest.raises(ValueError, alone.optimizer.load_compression_state_dict, []).match("states of all workers are needed")
 
 
 def check_all_workers_choose_alike_from_what_they_measure():

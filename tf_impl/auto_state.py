@@ -41,6 +41,11 @@ class AutoState(VariableState):
     def current(self) -> VariableState:
         return self.candidates[int(self.chosen.candidate)]
 
+    @property
+    def keeping(self) -> VariableState:
+        memories = (state for state in (self.current, *self.candidates) if state.config.keeps_memory)
+        return next(memories, self.current)
+
     def shared(self) -> dict[str, tf.Variable]:
         return self._together(state.shared() for state in self.candidates)
 

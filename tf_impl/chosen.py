@@ -37,13 +37,20 @@ class Chosen:
         self.candidate.assign(0)
         self.plain.assign(ALL)
 
-    def state_dict(self) -> dict[str, int]:
-        """What is saved beside the state of the candidate."""
-        return {name: int(variable) for name, variable in self.variables().items()}
+    def state_dict(self) -> dict[str, object]:
+        """What is saved beside the state of a candidate."""
+        return {"chosen": self._auto.candidates[int(self.candidate)].description(), "plain": int(self.plain)}
+
+    def take(self, description: Mapping) -> bool:
+        """Takes the candidate that has this description; whether there is one."""
+        for number, candidate in enumerate(self._auto.candidates):
+            if candidate.description() == description:
+                self.candidate.assign(number)
+                return True
+        return False
 
     def load_state_dict(self, saved: Mapping) -> None:
-        """Takes what was saved: with Auto, or with one of its candidates alone."""
-        for number, candidate in enumerate(self._auto.candidates):
-            if candidate.description() == saved["config"]:
-                self.candidate.assign(number)
-        self.plain.assign(saved.get("auto", {"plain": NOTHING_MORE})["plain"])
+        """Takes what was saved: with Auto, or with one of its candidates alone. What is none of the candidates is not
+        chosen."""
+        choice = saved.get("auto", {"chosen": saved["config"], "plain": NOTHING_MORE})
+        self.plain.assign(choice["plain"] if self.take(choice["chosen"]) else ALL)

@@ -67,8 +67,8 @@ def compression_state_dict(variables: Sequence) -> dict[str, object]:
 
 def saved(states: Sequence[VariableState]) -> dict[str, object]:
     """compression_state_dict of these states."""
-    config, process_set, counters = states[0].current.config, states[0].process_set, states[0].counters
-    tensors = {state.name: state.current.state_dict() for state in states}
+    config, process_set, counters = states[0].keeping.config, states[0].process_set, states[0].counters
+    tensors = {state.name: state.keeping.state_dict() for state in states}
     found = checkpoint.state_dict(config, process_set.size(), process_set.rank(), int(counters.steps), tensors)
     return found if counters.chosen is None else {**found, "auto": counters.chosen.state_dict()}
 
@@ -126,7 +126,7 @@ def load(
             state.rename(name)
     chosen = mine[0].counters.chosen
     if chosen is not None:
-        chosen.load_state_dict(first)
+        chosen.take(first["config"])
     mine = [state.current for state in mine]
     share = checkpoint.share_of(
         first if alone else map(named_as_here, itertools.chain([first], rest)),
@@ -138,6 +138,8 @@ def load(
     mine[0].counters.steps.assign(share.steps)
     for state in mine:
         state.load_state_dict(share.tensors[state.name], share.memories.get(state.name, ()), share.weight)
+    if chosen is not None:
+        chosen.load_state_dict(first)
 
 
 def _begun_or_loaded(variables: Sequence, config: Compressor, process_set: ProcessSet) -> list[VariableState]:
@@ -149,7 +151,8 @@ def _begun_or_loaded(variables: Sequence, config: Compressor, process_set: Proce
 def _known(saved: Mapping, variables: Sequence) -> Compressor:
     """The compressor of a saved state: one that these variables are exchanged with, or a new one."""
     for state in known_states(variables):
-        if saved["config"] in (state.config.description(), state.current.config.description()):
+        known = state.config, *getattr(state.config, "candidates", ())
+        if saved["config"] in [config.description() for config in known]:
             return state.config
     if "auto" in saved:
         raise ValueError("the compression state was saved with hvd.Auto: give it as compression=")

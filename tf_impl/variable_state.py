@@ -104,7 +104,12 @@ class VariableState:
 
     @property
     def current(self) -> "VariableState":
-        """The one that is saved: this one."""
+        """The one that the last steps were exchanged with, unless the gradient travelled as it is: this one."""
+        return self
+
+    @property
+    def keeping(self) -> "VariableState":
+        """The one that is saved: this one; of several, one that has the memory."""
         return self
 
     @property

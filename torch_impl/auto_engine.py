@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -57,6 +58,8 @@ class AutoEngine(Engine):
     def add(self, name: str, parameter: torch.nn.Parameter) -> None:
         super().add(name, parameter)
         self._as_they_are |= {name}
+        if self._chooser is not None:  # of a smaller model
+            self._settle(self._choice)
 
     def _take_candidate(self, number: int) -> None:
         self._number, self._gradients, self._bucketed = number, self._gradient_sets[number], ()
@@ -90,7 +93,7 @@ class AutoEngine(Engine):
 
     def _goes_directly(self) -> bool:
         """Whether the step's gradients all travel as they are, or as Horovod's fp16 has them; begins such a step."""
-        if self._chooser is None or self._groups is not None:
+        if self._chooser is None or self._groups is not None or self._gradients.gathers:
             return False
         if self._choice.number is not None and not is_horovods_fp16(self._config):
             return False
@@ -173,7 +176,11 @@ class AutoEngine(Engine):
             self._to_compare = None
 
     def _calibrate(self) -> tuple[Network, Sequence[Work]]:
-        device, shapes = next(iter(self._gradients)).parameter.device, list(self._gradients.shapes().values())
+        assert self._chooser is not None
+        # Of the gradients that there are now, those that no choice gathers.
+        dense = [gradient for gradient in self._trainable() if not gradient.sparse_dim]
+        self._chooser.shapes = {gradient.name: gradient.layout.shape for gradient in dense}
+        device, shapes = next(iter(self._gradients)).parameter.device, list(self._chooser.shapes.values())
         calibration = Calibration(self.workers.process_set, shapes, prefix=self.workers.prefix, device=device)
         works = [calibration.work(candidate) for candidate in self._auto.candidates]
         # A worker that has joined (hvd.join) takes part in means only.
@@ -181,14 +188,18 @@ class AutoEngine(Engine):
 
     def _go_over(self, choice: Choice) -> None:
         """Exchanges as this choice says, from the next step on. What memories hold goes along."""
-        before = self._gradients.by_name()
         if choice.number is not None and choice.number != self._number:
             self._take_candidate(choice.number)
             self._is_new = True
             if self._config.keeps_memory:
-                for gradient in self._gradients:
-                    _inherit(gradient, before[gradient.name])
-        self._as_they_are = set(before if choice.number is None else choice.plain)
+                for other in self._others():
+                    for mine, theirs in zip(self._gradients, other, strict=True):
+                        _inherit(mine, theirs)
+        self._as_they_are = set(self._gradients.shapes() if choice.number is None else choice.plain)
+
+    def _others(self) -> list[GradientSet]:
+        """Those of the other candidates."""
+        return [some for some in self._gradient_sets if some is not self._gradients]
 
     def _begin_generation(self, root: int | None) -> None:
         self._direct.forget()
@@ -217,22 +228,34 @@ class AutoEngine(Engine):
         return tuple(chooser.told(stats, self._config) for stats in super()._tensor_stats())
 
     def state_dict(self) -> dict[str, object]:
-        choice = self._choice
-        return {**super().state_dict(), "auto": {"number": choice.number, "plain": sorted(choice.plain)}}
+        number, plain = self._choice
+        chosen = None if number is None else self._auto.candidates[number].description()
+        # Of a candidate without a memory, what the one before has left is saved.
+        kept = next((some for some in (self._gradients, *self._others()) if some.has_memory()), self._gradients)
+        state = kept.state_dict(self.workers, self.steps)
+        return {**state, "auto": {"chosen": chosen, "plain": sorted(plain)}}
 
     def load_state_dict(self, states: Mapping | Iterable[Mapping]) -> None:
         if not isinstance(states, Mapping):
             states = list(states)
-        first = states if isinstance(states, Mapping) else states[0]
-        saved = first.get("config")
-        for number, candidate in enumerate(self._auto.candidates):
-            if candidate.description() == saved:
-                self._take_candidate(number)
+        first = states if isinstance(states, Mapping) else next(iter(states), {})
+        number = self._number_of(first.get("config"))
+        if number is not None:
+            self._take_candidate(number)
         super().load_state_dict(states)
-        chosen = first.get("auto")
-        choice = Choice(self._number) if chosen is None else Choice(chosen["number"], frozenset(chosen["plain"]))
+        for some in self._others():
+            for gradient in some:
+                gradient.load_state_dict(gradient.state_dict(), [], 1.0)
+        # Without Auto, its compressor is what it had.
+        saved = first.get("auto", {"chosen": first["config"], "plain": ()})
+        choice = Choice(self._number_of(saved["chosen"]), frozenset(saved["plain"]))
         self._settle(choice)
         self._is_new = choice.number is None
+
+    def _number_of(self, description: Any) -> int | None:
+        """Of the candidate that has this description; None where none has."""
+        found = [candidate.description() for candidate in self._auto.candidates]
+        return found.index(description) if description in found else None
 
 
 def _inherit(gradient: PlainGradient, other: PlainGradient) -> None:

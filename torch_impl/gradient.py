@@ -88,7 +88,8 @@ class PlainGradient:
         self.overlaps = False
         self._shared = not gradient.is_sparse and not owns_storage(gradient, self.incoming)
         # What is done to it here does not count as a change of it.
-        self._dense = gradient.to_dense() if gradient.is_sparse else gradient.data
+        if not self.is_sparse:
+            self._dense = gradient.to_dense() if gradient.is_sparse else gradient.data
 
     @property
     def borrowed(self) -> torch.Tensor | None:

@@ -24,10 +24,13 @@ class GradientSet:
     Args:
         config: the compressor.
         sparse_as_dense: compress sparse gradients, too.
+
+    Attributes:
+        gathers: whether some gradients are sparse, on some worker, and do not become dense.
     """
 
     def __init__(self, config: Compressor, sparse_as_dense: bool):
-        self.config, self.sparse_as_dense = config, sparse_as_dense
+        self.config, self.sparse_as_dense, self.gathers = config, sparse_as_dense, False
         self._gradients: list[PlainGradient] = []
         # Each one's other way: averaged as it is.
         self._plain: dict[PlainGradient, PlainGradient] = {}
@@ -81,6 +84,7 @@ class GradientSet:
         """Takes note of which gradients are sparse on some worker, and how: sparse_dim, by name."""
         for gradient in (*self._plain, *self._plain.values()):
             gradient.sparse_dim = 0 if self.sparse_as_dense else dims.get(gradient.name, 0)
+        self.gathers = any(gradient.sparse_dim for gradient in self._gradients)
 
     def share_host(self, host: Host | None) -> None:
         """Between two steps: lets the exchange have two levels, or one where the host is None."""
@@ -98,6 +102,10 @@ class GradientSet:
         for name, gradient in mine.items():
             gradient.take_over(theirs[name])
         return True
+
+    def has_memory(self) -> bool:
+        """Whether any of them has something left from the steps before."""
+        return any(gradient.memory is not None for gradient in self._compressed())
 
     def shared_state(self) -> list:
         """What is the same on all workers that have taken the same steps."""

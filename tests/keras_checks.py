@@ -128,6 +128,51 @@ def check_fit_equals_numpy():
         assert cases.error(model.get_weights()[0], numpy_weights(model, config)) < 1e-3, (config, options)
 
 
+def check_synchronized_normalization_does_as_the_reference_with_the_whole_batch():
+    everyone = [np.float32(10 * w + np.random.default_rng(w).standard_normal((6, 4))) for w in range(hvd.size())]
+    weights = np.random.default_rng(99).standard_normal((6 * hvd.size(), 4)).astype("float32")
+
+    def trained(layer, batch, weights):
+        layer.build(batch.shape)
+        batch = tf.constant(batch)
+        with tf.GradientTape() as tape:
+            tape.watch(batch)
+            normalized = layer(batch, training=True)
+            loss = tf.reduce_sum(normalized * weights)
+        return normalized.numpy(), tape.gradient(loss, batch).numpy()
+
+    whole = keras.layers.BatchNormalization(momentum=0.5)
+    expected = trained(whole, np.concatenate(everyone), weights)
+    mine = slice(6 * hvd.rank(), 6 * hvd.rank() + 6)
+    synchronized = hvd.SyncBatchNormalization(momentum=0.5)
+    for found, of_all in zip(trained(synchronized, everyone[hvd.rank()], weights[mine]), expected):
+        np.testing.assert_allclose(found, of_all[mine], rtol=1e-3, atol=1e-4)
+    for moving in ("moving_mean", "moving_variance"):
+        np.testing.assert_allclose(*(getattr(layer, moving).numpy() for layer in (synchronized, whole)), rtol=1e-4)
+    with pytest.raises(ValueError, match="fused"):
+        hvd.SyncBatchNormalization(fused=True)
+
+
+def check_gradients_that_the_optimizer_computes_are_exchanged_once_as_the_reference_does():
+    optimizer = hvd_keras.DistributedOptimizer(keras.optimizers.SGD(1.0), compression=PowerSGD(rank=2))
+    v, w = (tf.Variable(np.zeros(shape, "float32"), name=name) for name, shape in (("v", (5, 4)), ("w", (3,))))
+    factor, state = np.float32(1 + hvd.rank()), reference.State()
+    gradients = {"v": np.arange(20, dtype="float32").reshape(5, 4), "w": np.ones(3, "float32")}
+    mean = (1 + hvd.size()) / 2
+    means = {name: mean * gradient for name, gradient in gradients.items()}
+    [expected] = reference.simulate([means], [state], PowerSGD(rank=2), trailing_columns)
+
+    def loss():
+        return factor * sum(tf.reduce_sum(x * gradients[name]) for name, x in (("v", v), ("w", w)))
+
+    found = optimizer.compute_gradients(loss, [v, w])
+    optimizer.apply_gradients(found)
+    for (gradient, variable), name in zip(found, ("v", "w")):
+        np.testing.assert_allclose(gradient.numpy(), expected[name], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(-variable.numpy(), expected[name], rtol=1e-4, atol=1e-4)
+    assert optimizer.compression_stats().steps == 1
+
+
 def check_a_train_step_of_the_users_own():
     class Model(keras.Model):
         def __init__(self):

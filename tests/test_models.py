@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from horovod_powersgd import __main__, planning
 from horovod_powersgd.layout import leading_rows, trailing_columns
 from horovod_powersgd.shapes import Tensors, Unreadable, of_file, of_function
 
@@ -55,6 +56,20 @@ def test_what_a_checkpoint_lacks_is_said(tmp_path):
         torch.save(saved, path)
         with pytest.raises(Unreadable, match=word):
             of_file(path)
+
+
+def test_a_plan_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(planning, "_calibration", lambda tensors: None)
+    (tmp_path / "shapes.json").write_text("[[300, 400]]")
+    arguments = ["plan", "--shapes", str(tmp_path / "shapes.json"), "--link", "1gbit", "--workers", "8", "--plot"]
+    for name, begin in (("steps.png", b"\x89PNG"), ("steps.svg", b"<?xml"), ("steps.pdf", b"%PDF")):
+        assert __main__.main([*arguments, str(tmp_path / name)]) == 0
+        assert (tmp_path / name).read_bytes().startswith(begin)
+    assert __main__.main([*arguments, str(tmp_path / "nowhere" / "steps.png")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert __main__.main([*arguments, str(tmp_path / "steps.png")]) == 1
+    assert "--plot needs matplotlib" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

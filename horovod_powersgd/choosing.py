@@ -36,6 +36,8 @@ CLOSE = 1.15
 # which is a matter of luck, twice in a row and for so long.
 PERIOD_SECONDS, FEW, PERIOD = 0.3, 5, 50
 CHANGE, CYCLE, ODD_SECONDS = 1.5, 1.2e-3, 0.3
+# Each time for twice as long, as to look again and again costs more than it finds; until so many seconds were calm.
+CALM_SECONDS = 30.0
 # It looks again after so many seconds and steps, too: compressed steps do not tell that links have become faster.
 AGAIN_SECONDS, AGAIN_STEPS = 120.0, 500
 
@@ -92,6 +94,8 @@ class Chooser:
         self._latest = 0.0
         # How often in a row it was another one than expected, and seconds; steps, and seconds, since that is expected.
         self._odd, self._odd_seconds, self._steps, self._age = 0, 0.0, 0, 0.0
+        # For how many seconds they have to be others.
+        self._patience = ODD_SECONDS
 
     @property
     def is_settled(self) -> bool:
@@ -125,9 +129,12 @@ class Chooser:
             self._latest = seconds
             self._odd = self._odd + 1 if changed else 0
             self._odd_seconds = self._odd_seconds + steps * seconds if changed else 0.0
-            is_odd = self._odd >= 2 and self._odd_seconds >= ODD_SECONDS
+            if self._age >= CALM_SECONDS:
+                self._patience = ODD_SECONDS
+            is_odd = self._odd >= 2 and self._odd_seconds >= self._patience
             if not is_odd and (changed or not is_old):
                 return self.choice
+            self._patience *= 2
             self.measured, self._expected, self._close = {self.choice: seconds}, None, None
             self._look(*calibrate())
         else:

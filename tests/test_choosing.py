@@ -7,6 +7,7 @@ import pytest
 from horovod_powersgd import Accordion, Auto, Float16, NoCompression, PowerSGD
 from horovod_powersgd.choosing import (
     AGAIN_STEPS,
+    CALM_SECONDS,
     CHANGE,
     CLOSE,
     CYCLE,
@@ -131,6 +132,35 @@ def test_a_short_disturbance_is_no_change():
     assert found._odd > 2 and not calibrated
     found.report(found.measured[Choice()], calibrated.append)
     assert found._odd == found._odd_seconds == 0
+
+
+def test_steps_that_take_turns_are_looked_at_again_less_and_less_often():
+    found, seconds, looks = chooser(), 0.0, []
+    short, long = (Job(link(1e7), backward=backward) for backward in (0.02, 0.1))
+
+    def train(until, job_at):
+        nonlocal seconds
+        steps = 0
+        while seconds < until:
+            job = job_at(seconds)
+
+            def calibrate(job=job):
+                looks.append(seconds)
+                return job.calibrate()
+
+            step = job.step(found.choice)
+            seconds, steps = seconds + step, steps + 1
+            if steps >= found.interval:
+                found.report(step, calibrate)
+                steps = 0
+
+    train(120, lambda at: long if int(at / 3) % 2 else short)
+    assert 4 < len(looks) <= 14, len(looks)
+    train(120 + 2 * CALM_SECONDS, lambda at: short)
+    count, changed, two_reports = len(looks), seconds, found.interval + FEW
+    # After a calm time a change is noticed as soon as the first one.
+    train(seconds + 20, lambda at: long)
+    assert len(looks) == count + 1 and looks[-1] <= changed + two_reports * long.step(found.choice)
 
 
 def test_comparisons_come_after_as_many_steps_as_are_asked_for():

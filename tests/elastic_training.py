@@ -1,10 +1,11 @@
 """An elastic job: the workers of the last host kill themselves, the others go on and ask for a new host, and all end.
 
-    elastic_training.py FOLDER SGD|AdamW|hierarchical
+    elastic_training.py FOLDER SGD|AdamW|hierarchical|Auto
 
 Each worker writes what it saw to FOLDER/<process>.jsonl. FOLDER/grow appears when the new worker is to come.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 import horovod_powersgd.torch as hvd
+from choices import looking_again
 
 FOLDER, KIND = Path(sys.argv[1]), sys.argv[2]
 STEPS, DIES_AT = 24, 8
@@ -45,6 +47,8 @@ if KIND == "AdamW":
     compression = hvd.Accordion(hvd.PowerSGD(rank=2), hvd.PowerSGD(rank=1), interval=3)
 if KIND == "hierarchical":
     compression = hvd.PowerSGD(rank=2, hierarchical=True)
+if KIND == "Auto":
+    compression = hvd.Auto(hvd.PowerSGD(rank=2), hvd.Compression.fp16)
 optimizer = hvd.DistributedOptimizer(
     optimizer, named_parameters=model.named_parameters(), compression=compression
 )
@@ -75,7 +79,10 @@ def train(state):
             state.check_host_updates()
 
 
-train(hvd.elastic.TorchState(model=model, optimizer=optimizer, step=0))
+# Auto tries and measures all the time, so that workers go and come meanwhile.
+with looking_again if KIND == "Auto" else contextlib.nullcontext():
+    train(hvd.elastic.TorchState(model=model, optimizer=optimizer, step=0))
 hvd.assert_replicas_equal(model)
 stats = optimizer.compression_stats()
-report(event="end", size=hvd.size(), exchanged=stats.steps, decisions=[t.decisions for t in stats.tensors])
+told = {"decisions": [t.decisions for t in stats.tensors], "predicted": [t.predicted_step for t in stats.tensors]}
+report(event="end", size=hvd.size(), exchanged=stats.steps, **told)

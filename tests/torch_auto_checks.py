@@ -110,7 +110,7 @@ def check_sparse_missing_and_shared_gradients_travel_as_they_are():
                 if hvd.rank() == 0:
                     (embedding(torch.tensor([3, 3], device=DEVICE)).sum() + (weight + weight).sum()).backward()
                 optimizer.step()
-            assert embedding.weight.grad.is_sparse and embedding.weight.grad.sparse_dim() == 1
+            assert embedding.weight.grad.is_sparse == (hvd.rank() == 0)  # where there was none, zeros are dense
             assert leave_together(optimizer) == (step <= 3)
     changed = torch.zeros_like(start)
     changed[3] = 6 * 2 / hvd.size()

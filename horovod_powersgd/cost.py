@@ -22,13 +22,12 @@ import numpy as np
 
 from horovod_powersgd.buckets import BUCKET_BYTES, sort_into_buckets
 from horovod_powersgd.compressors.compressor import Compressor
-from horovod_powersgd.compressors.precision import Float16, is_horovods_fp16
+from horovod_powersgd.compressors.precision import HOROVODS_FP16, Float16, is_horovods_fp16
 from horovod_powersgd.layout import Layout, layout_of, leading_rows
 from horovod_powersgd.network import HostNetwork, Network
 from horovod_powersgd.quantization import Slices, slice_count
 
 ITEMSIZE = 4  # gradients are float32 here
-HALVES = Float16(error_feedback=False)
 # A sample of a model has so many bytes, and so many matrices, at most, since a calibration has seconds; before a job as
 # many bytes as a bucket. Together samples have more of them than a processor's caches, as a large model has.
 SAMPLE_BYTES, SAMPLE_BYTES_BEFORE, SAMPLE_MATRICES = 2**24, BUCKET_BYTES, 24
@@ -248,7 +247,7 @@ def predict_plain(
         on_network, on_processor, sent = network.allreduce(nbytes), 0.0, nbytes
     else:
         on_network, sent = network.halves(nbytes // 2), nbytes // 2
-        matrices = [layout_of(shape, HALVES, matrix_shape).matrix for shape in shapes]
+        matrices = [layout_of(shape, HOROVODS_FP16, matrix_shape).matrix for shape in shapes]
         on_processor = casts.seconds(matrices)
     # Horovod sends what is there.
     buckets = max(1, math.ceil(nbytes / BUCKET_BYTES))

@@ -6,7 +6,7 @@ from typing import Any
 
 import horovod_powersgd
 from horovod_powersgd.compressors.compressor import Compressor
-from horovod_powersgd.compressors.precision import Float16, NoCompression
+from horovod_powersgd.compressors.precision import HOROVODS_FP16, HOROVODS_NONE
 
 _exported = {name: vars(horovod_powersgd)[name] for name in horovod_powersgd.__all__}
 # By name: all but the one whose argument is a function.
@@ -15,8 +15,7 @@ COMPRESSORS = {
     for name, value in _exported.items()
     if inspect.isclass(value) and issubclass(value, Compressor) and name not in ("Compressor", "Custom")
 }
-# What Horovod's own are in this package.
-HOROVODS = {"Compression.none": NoCompression(), "Compression.fp16": Float16(error_feedback=False)}
+HOROVODS = {"Compression.none": HOROVODS_NONE, "Compression.fp16": HOROVODS_FP16}
 
 
 def compressor_from(expression: str) -> Compressor:
@@ -36,12 +35,11 @@ def compressor_from(expression: str) -> Compressor:
 
 
 def _compressor(node: ast.expr) -> Compressor:
-    name = _name(node.func) if isinstance(node, ast.Call) else ""
-    if not isinstance(node, ast.Call) or name not in COMPRESSORS:
+    if not (isinstance(node, ast.Call) and _name(node.func) in COMPRESSORS):
         names = ", ".join(COMPRESSORS)
         raise ValueError(f"{ast.unparse(node)} is none with its arguments, as PowerSGD(rank=8) is. There are {names}")
     keywords: dict[Any, Any] = {keyword.arg: _argument(keyword.value) for keyword in node.keywords}
-    return COMPRESSORS[name](*map(_argument, node.args), **keywords)
+    return COMPRESSORS[_name(node.func)](*map(_argument, node.args), **keywords)
 
 
 def _name(node: ast.expr) -> str:
@@ -51,9 +49,7 @@ def _name(node: ast.expr) -> str:
 def _argument(node: ast.expr) -> Any:
     if isinstance(node, ast.Call):
         return _compressor(node)
-    if _name(node) in HOROVODS:
-        return HOROVODS[_name(node)]
     try:
-        return ast.literal_eval(node)
+        return HOROVODS.get(_name(node)) or ast.literal_eval(node)
     except ValueError:
         raise ValueError(f"{ast.unparse(node)} is no literal") from None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
-from horovod_powersgd.compressors.precision import Float16, Int8
+from horovod_powersgd.compressors.precision import HOROVODS_FP16, Int8
 from horovod_powersgd.cost import Prediction, Work, predict, predict_plain
 from horovod_powersgd.layout import layout_of
 from horovod_powersgd.network import Network
@@ -18,7 +18,7 @@ from horovod_powersgd.shapes import Tensors, numbers
 # By the argument that users write. None is no compression.
 SETTINGS: dict[str, Compressor | None] = {
     "hvd.Compression.none": None,
-    "hvd.Compression.fp16": Float16(error_feedback=False),
+    "hvd.Compression.fp16": HOROVODS_FP16,
     "hvd.Int8()": Int8(),
     "hvd.PowerSGD(rank=1)": PowerSGD(1),
     "hvd.PowerSGD(rank=4)": PowerSGD(4),

@@ -43,11 +43,10 @@ class Chosen:
 
     def take(self, description: Mapping) -> bool:
         """Takes the candidate that has this description; whether there is one."""
-        for number, candidate in enumerate(self._auto.candidates):
-            if candidate.description() == description:
-                self.candidate.assign(number)
-                return True
-        return False
+        number = self._auto.number_of(description)
+        if number is not None:
+            self.candidate.assign(number)
+        return number is not None
 
     def load_state_dict(self, saved: Mapping) -> None:
         """Takes what was saved: with Auto, or with one of its candidates alone. What is none of the candidates is not

@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -239,7 +238,7 @@ class AutoEngine(Engine):
         if not isinstance(states, Mapping):
             states = list(states)
         first = states if isinstance(states, Mapping) else next(iter(states), {})
-        number = self._number_of(first.get("config"))
+        number = self._auto.number_of(first.get("config"))
         if number is not None:
             self._take_candidate(number)
         super().load_state_dict(states)
@@ -248,14 +247,9 @@ class AutoEngine(Engine):
                 gradient.load_state_dict(gradient.state_dict(), [], 1.0)
         # Without Auto, its compressor is what it had.
         saved = first.get("auto", {"chosen": first["config"], "plain": ()})
-        choice = Choice(self._number_of(saved["chosen"]), frozenset(saved["plain"]))
+        choice = Choice(self._auto.number_of(saved["chosen"]), frozenset(saved["plain"]))
         self._settle(choice)
         self._is_new = choice.number is None
-
-    def _number_of(self, description: Any) -> int | None:
-        """Of the candidate that has this description; None where none has."""
-        found = [candidate.description() for candidate in self._auto.candidates]
-        return found.index(description) if description in found else None
 
 
 def _inherit(gradient: PlainGradient, other: PlainGradient) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from horovod_powersgd.compressors.accordion import Accordion
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.compressors.powersgd import PowerSGD
-from horovod_powersgd.compressors.precision import Float16, NoCompression
+from horovod_powersgd.compressors.precision import HOROVODS_FP16, HOROVODS_NONE, NoCompression
 
 
 @dataclass(frozen=True, init=False)
@@ -36,7 +36,7 @@ class Auto(Compressor):
     candidates: tuple[Compressor, ...]
 
     def __init__(self, *candidates: Any):
-        found = tuple(map(_candidate, candidates or (Float16(error_feedback=False), PowerSGD(rank=8))))
+        found = tuple(map(_candidate, candidates or (HOROVODS_FP16, PowerSGD(rank=8))))
         compressing = tuple(candidate for candidate in found if not isinstance(candidate, NoCompression))
         if not compressing:
             raise ValueError("Auto: there is nothing to choose from: give a candidate that compresses")
@@ -55,6 +55,11 @@ class Auto(Compressor):
         numbered = {f"candidate {i}": candidate.description() for i, candidate in enumerate(self.candidates)}
         return {"compressor": "Auto", **numbered}
 
+    def number_of(self, description: Any) -> int | None:
+        """Of the candidate that has this description; None where none has."""
+        found = [candidate.description() for candidate in self.candidates]
+        return found.index(description) if description in found else None
+
     def exchange(self, delta, state) -> Generator[Any, Any, Any]:
         """Not to be called: a step is one of the candidates'."""
         raise NotImplementedError("Auto exchanges as one of its candidates does")
@@ -69,7 +74,7 @@ def _candidate(given: Any) -> Compressor:
             )
         return given
     # Horovod's own, of either framework; this package imports neither.
-    known = {"NoneCompressor": NoCompression(), "FP16Compressor": Float16(error_feedback=False)}
+    known = {"NoneCompressor": HOROVODS_NONE, "FP16Compressor": HOROVODS_FP16}
     name = getattr(given, "__name__", "")
     if hasattr(given, "decompress") and name in known:
         return known[name]

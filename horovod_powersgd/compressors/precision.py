@@ -58,6 +58,10 @@ class Float16(Compressor):
         return rows * columns * 2
 
 
+# What Horovod's own do, Compression.none and Compression.fp16.
+HOROVODS_NONE, HOROVODS_FP16 = NoCompression(), Float16(error_feedback=False)
+
+
 def is_horovods_fp16(compressor: Compressor) -> bool:
     """Whether it is Float16 without error feedback: what Horovod's Compression.fp16 does."""
     return isinstance(compressor, Float16) and not compressor.error_feedback

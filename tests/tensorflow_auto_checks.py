@@ -179,10 +179,12 @@ def check_all_workers_choose_alike_in_fit():
         y = np.zeros((8 * 25, 50), "float32")
         with contextlib.ExitStack() as patches:
             patches.enter_context(short_tries)
+            warning = patches.enter_context(mock.patch.object(tf.get_logger(), "warning"))
             if slowly:
                 patches.enter_context(mock.patch.object(AutoExchange, "_calibrate", calibrate))
                 patches.enter_context(mock.patch.object(auto_exchange, "passes", lambda *_: []))
             model.fit(x, y, batch_size=8, epochs=1, verbose=0, callbacks=[noting])
+        assert not any("retracing" in str(call) for call in warning.mock_calls)
         assert len(chosen) == 25 and {what for what, *_ in chosen[0]} == {"none"}
         everyones = hvd.allgather_object(chosen, name="chosen")
         assert all(theirs == chosen for theirs in everyones)
@@ -192,6 +194,39 @@ def check_all_workers_choose_alike_in_fit():
         )
         hvd.assert_replicas_equal(model.variables)
     assert len({what for (what, *_), *_ in chosen}) > 1  # on the slow one, something else was tried
+
+
+def check_exchanges_with_variables_in_common_choose_together():
+    halves, slow, looks = Auto(hvd.Compression.fp16), Curve(((0, 1e-2), (1e6, 1.0))), []
+
+    def calibrate(self, calibration):
+        looks.append(self)
+        return Network(hvd.size(), slow, slow, slow, slow), [Work(1e-5, 1e-10)]
+
+    few, more = ["linear", "tall"], ["linear", "square", "vector"]
+    whole = EagerTrainee(halves, "float32", SHAPES)
+    heads = [EagerTrainee(halves, "float32", {}) for _ in range(2)]
+    for head, names in zip(heads, (few, more)):
+        head.variables = {name: whole.variables[name] for name in names}
+    with (
+        short_tries,
+        mock.patch.object(AutoExchange, "_calibrate", calibrate),
+        mock.patch.object(auto_exchange, "passes", lambda *_: []),
+        mock.patch.object(auto_exchange, "UNUSED", 100),
+    ):
+        for step in range(30):
+            for head in heads:
+                head.exchange(gradients(step, "float32"))
+        [counters] = {state.counters for state in known_states(whole.variables.values())}
+        first, decider = counters.exchanges.values()
+        assert looks == [decider] and decider._chosen.decider is decider and len(decider.states) == 3
+        chosen = [{t.name: t.chosen for t in head.stats().tensors} for head in heads]
+        assert len({*chosen[0].values(), *chosen[1].values()}) == 1
+        # The one that has chosen is used no more.
+        for step in range(30, 200):
+            heads[0].exchange(gradients(step, "float32"))
+        assert decider._chosen.decider is first and set(looks[1:]) == {first}
+    assert all(theirs == chosen for theirs in hvd.allgather_object(chosen, name="chosen"))
 
 
 def check_an_optimizer_of_tensorflow_1_in_a_session():

@@ -16,9 +16,11 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import keras
 
+import choices
 import horovod_powersgd.tensorflow as hvd
 import horovod_powersgd.tensorflow.elastic as elastic
 import horovod_powersgd.tensorflow.keras.elastic as keras_elastic
+from horovod_powersgd.choosing import Choice
 from horovod_powersgd.tensorflow.replicas import assert_replicas_equal, optimizer_variables
 from horovod_powersgd.tensorflow.training import known_states
 
@@ -82,8 +84,8 @@ class AfterBatch(keras.callbacks.Callback):
         after_batch(state)
 
 
-# Workers that come have to learn the basis.
-in_a_basis = hvd.GradiVeq(slice_size=8, dimensions=2, learning_steps=2, compressed_steps=30)
+# Workers that come have to learn the basis, and that it has been chosen.
+in_a_basis = hvd.Auto(hvd.GradiVeq(slice_size=8, dimensions=2, learning_steps=2, compressed_steps=30))
 
 
 @tf.function
@@ -119,7 +121,8 @@ def begin(state):
 if KIND == "tape":
     model.optimizer.build(model.trainable_variables)
     state = elastic.TensorFlowState(variables(), step=0)
-    train_with_tape(state)
+    with choices.choosing(Choice(0)):
+        train_with_tape(state)
 else:
     state = keras_elastic.KerasState(model, step=0, batch=0, epoch=0)
     train_with_fit(state)

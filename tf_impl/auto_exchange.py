@@ -29,6 +29,9 @@ from horovod_powersgd.tensorflow.variable_state import VariableState
 # these lose against a choice tensor by tensor, benchmarks/tensor_by_tensor.py predicts.
 NUMBERS = {SMALL: 2**16, MIDDLE: 2**20}
 
+# An exchange that has not been looked at for so many steps is used no more.
+UNUSED = 500
+
 
 class _Way(NamedTuple):
     """What a choice is in the graph.
@@ -55,8 +58,9 @@ class AutoExchange(Exchange):
         self._auto, self._auto_states, self._chosen = states[0].config, states, states[0].chosen
         self._shapes = {state.name: state.layout.shape for state in states}
         self._ways = _ways(states)
-        # How many steps this choice has had, and seconds of the last ones.
-        self._since, self._seconds = make_variable(np.int64(0)), make_variable(np.zeros(PERIOD))
+        # How many steps this way has had in a row, which way, and seconds of the last ones.
+        self._since, self._last_way = make_variable(np.int64(0)), make_variable(np.int32(0))
+        self._seconds = make_variable(np.zeros(PERIOD))
         # How many of them were timed since they were last looked at, and after how many they are.
         self._timed, self._interval = make_variable(np.int64(0)), make_variable(np.int64(1))
         # When the last step ended; 0 where what the next one takes is not known.
@@ -84,7 +88,7 @@ class AutoExchange(Exchange):
 
     def _look(self) -> tf.Operation:
         # Those that were there before, and others, go on from the same numbers.
-        numbers = {"_since": 0, "_timed": 0, "_interval": 1, "_ended": 0.0, "_new_workers": True}
+        numbers = {"_since": 0, "_last_way": 0, "_timed": 0, "_interval": 1, "_ended": 0.0, "_new_workers": True}
         return tf.group([getattr(self, name).assign(number, read_value=False) for name, number in numbers.items()])
 
     def _way(self) -> tf.Tensor:
@@ -99,20 +103,25 @@ class AutoExchange(Exchange):
         return tf.gather_nd(tf.constant(table), tf.stack(numbers))
 
     def _by_branch(self, number: tf.Tensor, exchange: Callable):
-        def of(way: _Way):
+        def of(place: int):
+            way = self._ways[place]
             if way.choice.number is None:
                 return exchange(way.states, "plain")
             prefix = "{}.{}".format(*way.numbers)
             # As a training of its own: what it has kept may be old, or nothing.
             return by_branch(
                 self._auto.candidates[way.choice.number],
-                tf.convert_to_tensor(self._since),
+                self._steps_of(place),
                 lambda branch, *args, **kwargs: exchange(way.states, f"{prefix}.{branch}", *args, **kwargs),
             )
 
         if self._workers.alone:  # and has nothing to choose
-            return of(self._ways[0])
-        return tf.switch_case(self._way(), [functools.partial(of, way) for way in self._ways])
+            return of(0)
+        return tf.switch_case(self._way(), [functools.partial(of, place) for place in range(len(self._ways))])
+
+    def _steps_of(self, place: int | tf.Tensor) -> tf.Tensor:
+        """How many steps, up to the last one, went this way in a row."""
+        return tf.where(tf.equal(place, self._last_way), self._since, tf.zeros_like(self._since))
 
     def _count(self, finite: tf.Tensor, traffic: Traffic, bytes_uncompressed: tf.Tensor) -> tf.Operation:
         counted = super()._count(finite, traffic, bytes_uncompressed)
@@ -124,9 +133,11 @@ class AutoExchange(Exchange):
         known = finite & (ended > 0)
         times = tf.where(known, tf.concat([self._seconds[1:], [seconds]], 0), self._seconds)
         timed = self._timed + tf.cast(known, tf.int64)
+        way = self._way()
         kept = [
             self._seconds.assign(times, read_value=False),
-            self._since.assign_add(tf.cast(finite, tf.int64), read_value=False),
+            self._since.assign(self._steps_of(way) + tf.cast(finite, tf.int64), read_value=False),
+            self._last_way.assign(way, read_value=False),
         ]
         with tf.control_dependencies(kept):
             due = timed >= self._interval
@@ -140,26 +151,24 @@ class AutoExchange(Exchange):
 
     def _look_at(self, seconds: tf.Tensor) -> tf.Tensor:
         """Lets the Chooser choose; what it says is the same on every worker."""
-        before, new = self._way(), tf.identity(self._new_workers)
-        way, interval = tf.numpy_function(self._report, [seconds, before, new], [tf.int64, tf.int64])
-        way, interval = tf.ensure_shape(way, ()), tf.ensure_shape(interval, ())
-        candidate, plain = tf.unstack(tf.gather(tf.constant([way.numbers for way in self._ways], tf.int64), way))
-        stays = tf.equal(way, tf.cast(before, tf.int64))
+        given = [seconds, self._way(), self._new_workers, self.counters.steps, *self._chosen.variables().values()]
+        found = tf.numpy_function(self._report, [tf.convert_to_tensor(one) for one in given], [tf.int64] * 3)
+        candidate, plain, interval = (tf.ensure_shape(number, ()) for number in found)
         assigned = [
-            # Of gradients as they are, the last candidate stays the one whose state counts.
-            self._chosen.candidate.assign(
-                tf.where(tf.equal(plain, ALL), self._chosen.candidate, candidate), read_value=False
-            ),
+            self._chosen.candidate.assign(candidate, read_value=False),
             self._chosen.plain.assign(plain, read_value=False),
-            self._since.assign(tf.where(stays, self._since, tf.zeros_like(self._since)), read_value=False),
             self._interval.assign(interval, read_value=False),
             self._new_workers.assign(False, read_value=False),
         ]
         with tf.control_dependencies(assigned):
             return tf.constant(True)
 
-    def _report(self, seconds: np.ndarray, way: np.int32, new_workers: np.bool_) -> tuple[np.int64, np.int64]:
-        """What the next steps take, as its place among all ways; and after how many of them it is asked again."""
+    def _report(
+        self, seconds: np.ndarray, way: int, new_workers: np.bool_, steps: int, candidate: int, plain: int
+    ) -> tuple[np.int64, np.int64, np.int64]:
+        """Chosen's numbers for the next steps; and after how many of them it is asked again."""
+        if not self._decides(bool(new_workers), int(steps)):
+            return np.int64(candidate), np.int64(plain), np.int64(PERIOD)
         choice = self._ways[way].choice
         if new_workers or choice != self._chooser.choice:  # which a checkpoint has brought
             self._chooser = self._new_chooser(choice)
@@ -173,8 +182,20 @@ class AutoExchange(Exchange):
             )
             [slowest] = calibration.largest([int(1e9 * statistics.median(seconds.tolist()))])
             choice = self._chooser.report(slowest / 1e9, functools.partial(self._calibrate, calibration))
-        place = next(i for i, way in enumerate(self._ways) if way.choice == choice)
-        return np.int64(place), np.int64(self._chooser.interval)
+        number, plain = next(way.numbers for way in self._ways if way.choice == choice)
+        # Of gradients as they are, the last candidate stays the one whose state counts.
+        return np.int64(candidate if plain == ALL else number), np.int64(plain), np.int64(self._chooser.interval)
+
+    def _decides(self, new_workers: bool, steps: int) -> bool:
+        """Whether what this exchange's steps take tells what is chosen. Of those that have variables in common, it is
+        the one of most variables, as long as it is used: the others take what it has chosen."""
+        chosen = self._chosen
+        decider = None if new_workers else chosen.decider
+        if decider is None or len(decider.states) < len(self.states) or abs(steps - chosen.decided) > UNUSED:
+            decider = self
+        if decider is self:
+            chosen.decider, chosen.decided = self, steps
+        return decider is self
 
     def _calibrate(self, calibration: Calibration) -> tuple[Network, Sequence[Work]]:
         mine = [int(1e9 * seconds) for samples in self._passes for _, seconds in samples]
@@ -186,7 +207,9 @@ class AutoExchange(Exchange):
     def _tensor_stats(self, state: VariableState, sparse: bool, warming_up: bool) -> TensorStats:
         assert isinstance(state, AutoState)
         way = self._ways[int(self._way())].choice
-        chooser = self._chooser if self._chooser.choice == way else self._new_chooser(way)
+        chooser = (self._chosen.decider or self)._chooser
+        if chooser.choice != way:
+            chooser = self._new_chooser(way)
         return chooser.told(super()._tensor_stats(state.current, sparse, False), state.current.config)
 
 

@@ -1,6 +1,7 @@
 """What hvd.Auto has chosen, in the variables that graphs read."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -22,7 +23,12 @@ class Chosen:
     Attributes:
         candidate: int64 variable: the number of the candidate that was taken last.
         plain: int64 variable: what travels as it is: NOTHING_MORE, SMALL, MIDDLE or ALL.
+        decider: the AutoExchange, of those that have variables in common, that has chosen; None where none has yet.
+        decided: how many steps there had been when that one was last asked.
     """
+
+    decider: Any = None
+    decided = 0
 
     def __init__(self, auto: Auto):
         self._auto = auto

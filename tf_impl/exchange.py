@@ -72,7 +72,8 @@ class Exchange:
             description, self.states, self._workers, self._look, name_of_agreement, self._in_session
         )
         self._order = Order(name, self._in_session)
-        self._eagerly = tf.function(self._build, autograph=False, reduce_retracing=True)
+        # TensorFlow counts how often code is traced, and warns: of a method, it would count that of all exchanges.
+        self._eagerly = tf.function(functools.partial(self._build), autograph=False, reduce_retracing=True)
 
     def __call__(
         self, gradients: Sequence[Tensor], learning_rate=None, snapshots: tuple[Snapshot, ...] = ()

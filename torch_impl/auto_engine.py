@@ -1,11 +1,13 @@
 """The exchange of an optimizer whose compressor is chosen while the job runs: hvd.Auto."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
+from horovod_powersgd.checkpoint import Share
 from horovod_powersgd.choosing import Choice, Chooser
 from horovod_powersgd.compressors.auto import Auto
 from horovod_powersgd.compressors.precision import is_horovods_fp16
@@ -232,6 +234,12 @@ class AutoEngine(Engine):
         # Of a candidate without a memory, what the one before has left is saved.
         kept = next((some for some in (self._gradients, *self._others()) if some.has_memory()), self._gradients)
         state = kept.state_dict(self.workers, self.steps)
+        tensors = state["tensors"]
+        for gradient in itertools.chain(*self._others()):
+            # Of one that this candidate does not compress: it waits for a candidate that does.
+            waits = isinstance(gradient, CompressedGradient) and gradient.memory is not None
+            if waits and "memory" not in tensors[gradient.name]:
+                tensors[gradient.name] = gradient.state_dict()
         return {**state, "auto": {"chosen": chosen, "plain": sorted(plain)}}
 
     def load_state_dict(self, states: Mapping | Iterable[Mapping]) -> None:
@@ -242,14 +250,23 @@ class AutoEngine(Engine):
         if number is not None:
             self._take_candidate(number)
         super().load_state_dict(states)
-        for some in self._others():
-            for gradient in some:
-                gradient.load_state_dict(gradient.state_dict(), [], 1.0)
         # Without Auto, its compressor is what it had.
         saved = first.get("auto", {"chosen": first["config"], "plain": ()})
         choice = Choice(self._auto.number_of(saved["chosen"]), frozenset(saved["plain"]))
         self._settle(choice)
         self._is_new = choice.number is None
+
+    def _load(self, share: Share) -> None:
+        super()._load(share)
+        has_room = {gradient.name for gradient in self._gradients if gradient.compressed}
+        for some in self._others():
+            for gradient in some:
+                waiting = share.memories.get(gradient.name, ())
+                if gradient.name in has_room or not some.config.keeps_memory:
+                    waiting = ()
+                elif gradient.compressed:
+                    has_room.add(gradient.name)
+                gradient.load_state_dict(gradient.state_dict(), waiting, share.weight)
 
 
 def _inherit(gradient: PlainGradient, other: PlainGradient) -> None:

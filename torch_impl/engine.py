@@ -8,6 +8,7 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 
 from horovod_powersgd.agreement import Description
+from horovod_powersgd.checkpoint import Share
 from horovod_powersgd.compressors.compressor import Compressor
 from horovod_powersgd.hosts import Host, host_key, host_of
 from horovod_powersgd.statistics import CompressionStats, TensorStats
@@ -276,6 +277,10 @@ class Engine:
         share = self._gradients.share_of(states, self.workers)
         self.discard()
         self.steps = share.steps
+        self._load(share)
+
+    def _load(self, share: Share) -> None:
+        """Lets gradients go on where this worker's share was saved."""
         self._gradients.load(share)
 
     @property

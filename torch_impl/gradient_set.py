@@ -1,6 +1,7 @@
 """The gradients of an optimizer's parameters, and what is kept of them from step to step."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -119,7 +120,7 @@ class GradientSet:
     def _compressed(self) -> list[CompressedGradient]:
         return [gradient for gradient in self._gradients if isinstance(gradient, CompressedGradient)]
 
-    def state_dict(self, workers: Workers, steps: int) -> dict[str, object]:
+    def state_dict(self, workers: Workers, steps: int) -> dict[str, Any]:
         """This worker's state: tensors, numbers and strings."""
         tensors = {gradient.name: gradient.state_dict() for gradient in self._gradients}
         return checkpoint.state_dict(self.config, workers.count, workers.index, steps, tensors)
@@ -144,7 +145,7 @@ class GradientSet:
             gradient.name,
             gradient.layout,
             self.config,
-            gradient.is_sparse,
+            bool(gradient.sparse_dim),
             warming_up,
             gradient.residual,
             decisions,

@@ -1,5 +1,7 @@
 """What a Horovod for GPUs is built with, on machines of several kinds."""
 
+import os
+
 import pytest
 
 from horovod_powersgd.environment import cuda_toolkit
@@ -57,6 +59,24 @@ def test_a_toolkit_that_is_there_is_used(site_packages, tmp_path):
     assert compiler({"HOROVOD_CUDA_HOME": "/opt/cuda"}, tmp_path / "cuda") == ({}, [])
     (tmp_path / "nvcc").touch()
     assert compiler({}, tmp_path / "cuda") == ({}, [])
+
+
+def test_the_toolkit_of_a_script_in_path_is_told(tmp_path):
+    toolkit, beside = tmp_path / "cuda-13.0", tmp_path / "bin"
+    of_toolkit = toolkit / "bin/nvcc"
+    scripts = {of_toolkit: f"echo '#$ TOP={toolkit}/bin/..' >&2", beside / "nvcc": f'exec {of_toolkit} "$@"'}
+    for script, does in scripts.items():
+        script.parent.mkdir(parents=True)
+        script.write_text(f"#!/bin/sh\n{does}\n")
+        script.chmod(0o755)
+    path = {"PATH": f"{beside}:{os.environ['PATH']}"}
+    expected = {"HOROVOD_CUDA_HOME": str(toolkit), "CUDA_HOME": str(toolkit), "PATH": f"{toolkit}/bin:{path['PATH']}"}
+    assert cuda_toolkit.toolkit_environment(path) == expected
+    assert cuda_toolkit.toolkit_environment(expected) == {}
+    assert cuda_toolkit.toolkit_environment({"PATH": expected["PATH"]}) == {}
+    (beside / "nvcc").write_text("#!/bin/sh\nexit 1\n")  # which says nothing
+    assert cuda_toolkit.toolkit_environment(path) == {}
+    assert cuda_toolkit.toolkit_environment({"PATH": str(tmp_path)}) == {}
 
 
 def test_where_pip_has_no_compiler_the_toolkit_is_named(site_packages, tmp_path):

@@ -311,6 +311,17 @@ def test_an_unfinished_build_is_no_wheel(monkeypatch, tmp_path):
     assert BUILD.cached_wheel() == finished
 
 
+def test_cmake_looks_again_and_keeps_what_is_compiled(tmp_path):
+    folder = tmp_path / "build/temp.linux-x86_64-cpython-311/RelWithDebInfo"
+    found = [folder / "CMakeCache.txt", folder / "CMakeFiles/3.31.10/CMakeCUDACompiler.cmake"]
+    compiled = folder / "CMakeFiles/horovod.dir/operations.cc.o"
+    for path in (*found, compiled):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    horovod_build._forget_what_was_found(tmp_path)
+    assert compiled.exists() and not any(path.exists() for path in found)
+
+
 @pytest.mark.framework
 def test_frameworks_and_mpi_can_be_left_out(monkeypatch):
     assert HorovodBuild.for_environment(torch_only=True).tensorflow is None

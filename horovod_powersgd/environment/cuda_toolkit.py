@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -37,6 +38,33 @@ def has_gpu() -> bool:
     return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
 
 
+def toolkit_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables by which Horovod's build finds the toolkit of an nvcc in PATH that is a link or a script outside of
+    it: CMake looks beside that. None where it finds the toolkit by itself, there is no nvcc, or the user says which.
+
+    Args:
+        environment: of the build.
+    """
+    compiler = shutil.which("nvcc", path=environment.get("PATH"))
+    if compiler is None or _says_which(environment):
+        return {}
+    told = subprocess.run([compiler, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    match = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    home = None if match is None else Path(match[1]).resolve()
+    if home is None or not (home / "bin/nvcc").exists() or Path(compiler).parent.resolve() == home / "bin":
+        return {}
+    return _variables(home, environment)
+
+
+def _says_which(environment: Mapping[str, str]) -> bool:
+    return any(environment.get(name) for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH"))
+
+
+def _variables(home: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    path = os.pathsep.join([str(home / "bin"), environment.get("PATH", os.defpath)])
+    return {"HOROVOD_CUDA_HOME": str(home), "CUDA_HOME": str(home), "PATH": path}
+
+
 def compiler_environment(
     environment: Mapping[str, str], folder: Path, get: Callable[[str, Path], None]
 ) -> dict[str, str]:
@@ -50,8 +78,7 @@ def compiler_environment(
     Raises:
         BuildError: there is none, and pip has none for this version.
     """
-    homes = (environment.get(name) for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH"))
-    if any(homes) or shutil.which("nvcc") or SYSTEM_COMPILER.exists():
+    if _says_which(environment) or shutil.which("nvcc") or SYSTEM_COMPILER.exists():
         return {}
     version = cuda_version()
     major = 0 if version is None else int(version.split(".")[0])
@@ -67,8 +94,7 @@ def compiler_environment(
     for link, target in ((home / "lib64", "lib"), (home / "lib/libcudart.so", f"libcudart.so.{major}")):
         if not link.is_symlink():
             link.symlink_to(target)
-    path = os.pathsep.join([str(home / "bin"), environment.get("PATH", os.defpath)])
-    return {"HOROVOD_CUDA_HOME": str(home), "CUDA_HOME": str(home), "PATH": path}
+    return _variables(home, environment)
 
 
 def nccl_environment(environment: Mapping[str, str], folder: Path) -> dict[str, str]:

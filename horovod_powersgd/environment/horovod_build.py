@@ -23,7 +23,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from horovod_powersgd.environment.cuda_toolkit import compiler_environment, nccl_environment, wants_gpu
+from horovod_powersgd.environment.cuda_toolkit import (
+    compiler_environment,
+    nccl_environment,
+    toolkit_environment,
+    wants_gpu,
+)
 from horovod_powersgd.environment.frameworks import TENSORFLOW, TORCH, Framework
 from horovod_powersgd.environment.horovod_patches import PATCH_VERSION, patch_source
 from horovod_powersgd.environment.installed_horovod import extension_path
@@ -157,10 +162,11 @@ def build_wheel(build: HorovodBuild, report: Callable[[str], None], afresh: bool
         source = _get_source(work, tools, run, report)
         jobs = _jobs()
         environment = _build_environment(build, tools, jobs)
-        environment |= nccl_environment(environment, work / "nccl")
+        environment |= nccl_environment(environment, work / "nccl") | toolkit_environment(environment)
         if wants_gpu(environment):
             environment |= compiler_environment(environment, work / "cuda", partial(_get_compiler, run, report))
         minutes = max(1, round(_CORE_MINUTES * (1.0 if build.torch and build.tensorflow else 0.6) / jobs))
+        _forget_what_was_found(source)
         report(f"Building Horovod {HOROVOD_VERSION} for {build}")
         report(f"This takes about {minutes} minute{'s' * (minutes > 1)} with {jobs} core{'s' * (jobs > 1)}, once.")
         run(
@@ -229,6 +235,15 @@ def _get_source(work: Path, tools: Path, run: LoggedRun, report: Callable[[str],
         os.replace(unpacked, source)
         shutil.rmtree(download)
     return source
+
+
+def _forget_what_was_found(source: Path) -> None:
+    """Lets CMake look again for compilers and libraries: an earlier build may have failed by what it had found. What is
+    compiled already stays."""
+    for kept in source.glob("build/temp*/*/CMakeCache.txt"):
+        kept.unlink()
+        for folder in kept.parent.glob("CMakeFiles/[0-9]*"):
+            shutil.rmtree(folder)
 
 
 def _check_wheel(wheel: Path, build: HorovodBuild) -> None:

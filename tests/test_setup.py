@@ -120,9 +120,17 @@ def test_a_missing_tool_is_named_before_anything_is_made(checkout, program, said
 def test_an_unsupported_python_is_named(checkout):
     old = "#!/usr/bin/env bash\nif [[ $1 == --version ]]; then echo Python 3.9.2; else exit 1; fi\n"
     make_interpreter(checkout.parent / "programs/old", old)
-    assert "Python 3.10 to 3.13 is needed, and old is Python 3.9.2." in error_of(set_up(checkout, PYTHON="old"))
+    assert "Python 3.10 to 3.14 is needed, and old is Python 3.9.2." in error_of(set_up(checkout, PYTHON="old"))
     make_interpreter(checkout.parent / "programs/python3", old)
     assert "make PYTHON=/path/to/python3" in error_of(set_up(checkout))
+
+
+def test_a_python_that_tensorflow_is_not_for_is_told(checkout):
+    newest = INTERPRETER.replace("    -m*) ;;", '    -m*) ;;\n    *"version_info >= (3, 14)"*) exit 1 ;;')
+    make_interpreter(checkout.parent / "programs/newest", newest)
+    assert "no TensorFlow, which is for Python 3.10 to 3.13" in set_up(checkout, PYTHON="newest").stdout
+    shutil.rmtree(checkout / ".venv")
+    assert "PyTorch, TensorFlow and Open MPI" in set_up(checkout, PYTHON="python3").stdout
 
 
 def test_a_missing_venv_module_is_named(checkout):

@@ -176,6 +176,10 @@ class Calibration(ABC):
         send()  # the first message of its kind takes longer
         return self._seconds_of(send)
 
+    def all_there(self) -> bool:
+        """Whether no worker has joined (hvd.join): such a one takes part in means only."""
+        return self.largest([-1]) == [-1]
+
     @abstractmethod
     def largest(self, numbers: Sequence[int]) -> list[int]:
         """The largest of all workers', number by number. They go on from here together. A worker that has joined

@@ -113,12 +113,13 @@ class Chooser:
         """Begins with a choice that was made before, perhaps elsewhere."""
         self.choice = choice
 
-    def report(self, seconds: float, calibrate: Callable[[], tuple[Network, Sequence[Work]]]) -> Choice:
+    def report(self, seconds: float, calibrate: Callable[[], tuple[Network, Sequence[Work]] | None]) -> Choice:
         """Takes what a step took since the last report, and gives the choice for the next ones.
 
         Args:
             seconds: of the slowest worker: its median of several steps.
-            calibrate: measures the network, and the work of each candidate; is called now and then.
+            calibrate: measures the network, and the work of each candidate; is called now and then. Gives None where
+                it cannot now: then the choice stays until it can.
         """
         if self._expected is not None:
             steps = self.interval
@@ -134,9 +135,12 @@ class Chooser:
             is_odd = self._odd >= 2 and self._odd_seconds >= self._patience
             if not is_odd and (changed or not is_old):
                 return self.choice
+            found = calibrate()
+            if found is None:
+                return self.choice
             self._patience *= 2
             self.measured, self._expected, self._close = {self.choice: seconds}, None, None
-            self._look(*calibrate())
+            self._look(*found)
         else:
             self._times.append((self.interval, seconds))
             if not self._tried():
@@ -144,7 +148,11 @@ class Chooser:
             typical = self._typical()
             self.measured[self.choice] = (self.measured.get(self.choice, typical) + typical) / 2
             if self._untried is None:
-                self._look(*calibrate())
+                found = calibrate()
+                if found is None:
+                    self._times = []
+                    return self.choice
+                self._look(*found)
         self._go_on()
         return self.choice
 

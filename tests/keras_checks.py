@@ -330,6 +330,25 @@ def check_replicas_stay_equal_with_whatever_optimizer():
             hvd.assert_replicas_equal({str(i): np.asarray(w) for i, w in enumerate(model.trainable_weights)})
 
 
+def check_what_metrics_have_seen_is_no_part_of_the_replicas():
+    class Noting(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.seen = keras.layers.Dense(3), keras.metrics.Mean()
+
+        def call(self, x):
+            return self.layer(x)
+
+    model = Noting()
+    model(np.ones((2, 4), "float32"))
+    hvd.broadcast_variables(model.layer.weights, root_rank=0)
+    model.seen.update_state(hvd.rank())
+    hvd.assert_replicas_equal(model)
+    model.layer.bias.assign_add([0.0, hvd.rank(), 0.0])
+    with pytest.raises(AssertionError, match="differ in 1 variables: .*bias"):
+        hvd.assert_replicas_equal(model)
+
+
 def check_loss_scaling_skips_a_step_on_all_workers():
     def wrapped(order):
         optimizer = keras.optimizers.SGD(0.5)

@@ -155,6 +155,22 @@ def check_what_a_choice_does_not_keep_is_saved_too():
     assert {tensor.chosen for tensor in without.stats().tensors} == {"none"}
 
 
+def check_what_waits_for_another_candidate_is_saved_too():
+    shapes, auto = {name: cases.SHAPES[name] for name in ("linear", "row")}, Auto(PowerSGD(rank=2), TopK(0.1))
+    with choosing(PLAIN, Choice(1), Choice(1), Choice(0)):
+        whole, resumed = (EagerTrainee(auto, "float64", shapes) for _ in range(2))
+        for step in range(7):
+            whole.exchange(cases.gradients(step, hvd.rank(), "float64", shapes))
+    assert {t.name for t in whole.stats().tensors if t.compressed} == {"linear"}  # rank 2 does not compress the row
+    saved = whole.saved()
+    resumed.load(saved)
+    for of_whole, of_resumed in zip(known_states(whole.variables.values()), known_states(resumed.variables.values())):
+        kept = of_whole.memory.numpy()
+        assert kept.any()
+        np.testing.assert_array_equal(saved["tensors"][of_whole.name]["memory"], kept)
+        np.testing.assert_array_equal(of_resumed.memory.numpy(), kept)
+
+
 def check_all_workers_choose_alike_in_fit():
     few = Auto(*AUTO.candidates[:2])
     slow = Curve(((0, 1e-2), (1e6, 1.0)))

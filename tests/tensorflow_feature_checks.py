@@ -1,6 +1,7 @@
 """What users do with tapes, in every worker of a TensorFlow job."""
 
 import gc
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ import tensorflow as tf
 
 import cases
 import horovod_powersgd.tensorflow as hvd
+from choices import looking_again
 from horovod_powersgd import (
     Accordion,
     Allgather,
     AllreduceMean,
+    Auto,
     Custom,
     Float16,
     GradiVeq,
@@ -24,6 +27,7 @@ from horovod_powersgd import (
     clipping,
     reference,
 )
+from horovod_powersgd.choosing import Chooser
 from horovod_powersgd.layout import trailing_columns
 from horovod_powersgd.tensorflow.clipping import after_clipping
 from horovod_powersgd.tensorflow.training import known_states
@@ -146,6 +150,21 @@ def check_a_new_training_begins_with_nothing():
             assert hvd.compression_stats([v]).steps == hvd.compression_stats([v]).total_bytes_sent == 0
     with pytest.raises(RuntimeError, match="outside"):
         tf.function(lambda: hvd.forget_compression([v]))()
+
+
+def check_variables_of_two_exchanges_are_saved_in_two_calls():
+    parts = [EagerTrainee(PowerSGD(rank=2), shapes={name: SHAPE}) for name in ("generator", "critic")]
+    for part, number in zip(parts, (1, 2)):
+        for step in range(number):
+            part.exchange({name: matrix(step) for name in part.variables})
+    both = [variable for part in parts for variable in part.variables.values()]
+    told = "exchanged in 2 parts.*begin with generator, critic"
+    for call in (hvd.compression_state_dict, lambda variables: hvd.CompressionState(variables, PowerSGD(rank=2))):
+        with pytest.raises(ValueError, match=told):
+            call(both)
+    with pytest.raises(ValueError, match=told):
+        hvd.load_compression_state_dict(parts[0].saved(), both)
+    assert [part.saved()["steps"] for part in parts] == [1, 2]
 
 
 def check_each_optimizer_has_a_training_of_its_own():
@@ -620,6 +639,15 @@ def check_join_with_uneven_data():
         # Those that joined first take their factors from the one that went farthest.
         trainee.exchange(cases.gradients(9, hvd.rank(), "float32", shapes))
         assert trainee.state().steps == hvd.size()
+
+
+def check_with_auto_a_worker_joins_where_a_candidate_gathers():
+    trainee = EagerTrainee(Auto(TopK(0.1)), shapes={"linear": (48, 64)})
+    with looking_again, mock.patch.multiple(Chooser, _promising=lambda *_: set(), interval=2):
+        for step in range(12 + 6 * hvd.rank()):
+            trainee.exchange(cases.gradients(step, hvd.rank(), "float32", {"linear": (48, 64)}))
+        assert hvd.join() == hvd.size() - 1
+    assert trainee.stats().steps == 12 + 6 * hvd.rank()
 
 
 def check_a_compressor_of_ones_own_knows_its_tensors():

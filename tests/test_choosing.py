@@ -13,6 +13,7 @@ from horovod_powersgd.choosing import (
     CYCLE,
     ENOUGH_STEPS,
     FEW,
+    LEAST_STEPS,
     MOST_STEPS,
     ODD_SECONDS,
     PERIOD,
@@ -225,6 +226,21 @@ def test_it_does_not_look_again_from_a_disturbed_report():
         found.report(expected, job.calibrate)
     found.report(2 * expected, job.calibrate)
     assert found._steps >= AGAIN_STEPS and found.measured[Choice()] == expected
+
+
+def test_where_nothing_can_be_measured_the_choice_stays_until_it_can():
+    job, asked, never = Job(link(1e7)), [], Job(link(1e7))
+    found, usual = chooser(), chooser()
+    for _ in range(20):
+        assert found.report(job.step(Choice()), lambda: asked.append(True)) == Choice() and not found.predicted
+    assert len(asked) == 20 // LEAST_STEPS
+    assert run(found, job, TRIES)[-1] == run(usual, never, TRIES)[-1] != Choice() and found.is_settled
+    chosen = found.choice
+    for _ in range(3 * AGAIN_STEPS):
+        found.report(10 * job.step(chosen), lambda: asked.append(True))
+    assert found.choice == chosen and len(asked) > 10
+    found.report(10 * job.step(chosen), job.calibrate)
+    assert found.measured[chosen] == 10 * job.step(chosen)
 
 
 def test_long_steps_are_compared_after_fewer_of_them():

@@ -26,6 +26,7 @@ from horovod_powersgd import (
     TopK,
     reference,
 )
+from horovod_powersgd.choosing import Chooser
 from trainee import Trainee
 
 CONFIG = PowerSGD(rank=2)
@@ -351,20 +352,23 @@ def check_join_with_uneven_data():
 
 
 def check_with_auto_workers_join_between_any_two_steps():
-    model, chosen = network(), []
-    # Others than these gather, which a worker that has joined cannot.
-    optimizer = distribute(model, config=Auto(PowerSGD(rank=2, min_compression_rate=1), hvd.Compression.fp16))
-    with looking_again, mock.patch("horovod_powersgd.torch.auto_engine.PERIOD", 2):
-        for number in range(2):
-            # In the ones that go on, what is compared is begun after the others' last step, too.
-            for step in range(13 + number + 3 * hvd.rank()):
-                if step == 12 + number + 3 * hvd.rank():
-                    hvd.join()
-                optimizer.zero_grad()
-                loss_of(model, step).backward()
-                optimizer.step()
-            chosen.append(optimizer._engine._choice)
-    assert all(theirs == chosen for theirs in hvd.allgather_object(chosen))
+    # A worker that has joined cannot gather: where a candidate does, nothing is measured then.
+    linear, gathering = Auto(PowerSGD(rank=2, min_compression_rate=1), hvd.Compression.fp16), Auto(TopK(0.1))
+    promises_nothing = mock.patch.object(Chooser, "_promising", lambda *_: set())
+    for config, patch in ((linear, contextlib.nullcontext()), (gathering, promises_nothing)):
+        model, chosen = network(), []
+        optimizer = distribute(model, config=config)
+        with patch, looking_again, mock.patch("horovod_powersgd.torch.auto_engine.PERIOD", 2):
+            for number in range(2):
+                # In the ones that go on, what is compared is begun after the others' last step, too.
+                for step in range(13 + number + 3 * hvd.rank()):
+                    if step == 12 + number + 3 * hvd.rank():
+                        hvd.join()
+                    optimizer.zero_grad()
+                    loss_of(model, step).backward()
+                    optimizer.step()
+                chosen.append(optimizer._engine._choice)
+        assert all(theirs == chosen for theirs in hvd.allgather_object(chosen))
 
 
 def check_gathering_while_a_worker_has_joined_is_refused():

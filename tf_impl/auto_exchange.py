@@ -197,11 +197,12 @@ class AutoExchange(Exchange):
             chosen.decider, chosen.decided = self, steps
         return decider is self
 
-    def _calibrate(self, calibration: Calibration) -> tuple[Network, Sequence[Work]]:
+    def _calibrate(self, calibration: Calibration) -> tuple[Network, Sequence[Work]] | None:
+        if not (self._auto.linear or calibration.all_there()):
+            return None
         mine = [int(1e9 * seconds) for samples in self._passes for _, seconds in samples]
         slowest = iter(calibration.largest(mine))
         works = [Work.fitted([(shapes, next(slowest) / 1e9) for shapes, _ in samples]) for samples in self._passes]
-        # A worker that has joined (hvd.join) takes part in means only.
         return calibration.network(gathers=not self._auto.linear), works
 
     def _tensor_stats(self, state: VariableState, sparse: bool, warming_up: bool) -> TensorStats:

@@ -1,6 +1,6 @@
 """What is kept of a variable whose compressor is chosen while the job runs: hvd.Auto."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import tensorflow as tf
 
@@ -45,6 +45,22 @@ class AutoState(VariableState):
     def keeping(self) -> VariableState:
         memories = (state for state in (self.current, *self.candidates) if state.config.keeps_memory)
         return next(memories, self.current)
+
+    def saved(self) -> dict[str, object]:
+        found = self.keeping.state_dict()
+        if "memory" in found or self.memory is None:
+            return found
+        return self._with_memory.state_dict()
+
+    def load_state_dict(self, state: Mapping, memories: Sequence[Mapping], weight: float) -> None:
+        self.current.load_state_dict(state, memories, weight)
+        if self.current.memory is None and self.memory is not None:
+            self._with_memory.load_memory(memories, weight)
+
+    @property
+    def _with_memory(self) -> VariableState:
+        """Of a candidate that compresses the variable, and keeps a memory."""
+        return next(state for state in self.candidates if state.memory is not None)
 
     def shared(self) -> dict[str, tf.Variable]:
         return self._together(state.shared() for state in self.candidates)

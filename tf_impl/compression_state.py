@@ -50,13 +50,15 @@ def compression_state_dict(variables: Sequence) -> dict[str, object]:
     """What the compressor keeps, and this worker's memory: what a resumed run needs beside model and optimizer.
 
     Args:
-        variables: whose gradients are exchanged, in the order in which they are.
+        variables: whose gradients are exchanged together, in the order in which they are. Those of two tapes (a GAN's,
+            say) are saved in two calls.
 
     Returns:
         Numbers, strings and numpy arrays, for pickle or numpy.save. Every worker saves its own.
 
     Raises:
         RuntimeError: none of them has been compressed yet.
+        ValueError: they are not exchanged together.
     """
     found = last_training(variables)
     if found is None:
@@ -68,9 +70,21 @@ def compression_state_dict(variables: Sequence) -> dict[str, object]:
 def saved(states: Sequence[VariableState]) -> dict[str, object]:
     """compression_state_dict of these states."""
     config, process_set, counters = states[0].keeping.config, states[0].process_set, states[0].counters
-    tensors = {state.name: state.keeping.state_dict() for state in states}
+    _check_together(states)
+    tensors = {state.name: state.saved() for state in states}
     found = checkpoint.state_dict(config, process_set.size(), process_set.rank(), int(counters.steps), tensors)
     return found if counters.chosen is None else {**found, "auto": counters.chosen.state_dict()}
+
+
+def _check_together(states: Sequence[VariableState]) -> None:
+    parts: dict[int, str] = {}
+    for state in states:
+        parts.setdefault(id(state.counters), state.name)
+    if len(parts) > 1:
+        raise ValueError(
+            f"these variables are exchanged in {len(parts)} parts, each of which counts its own steps: save and load "
+            f"the state of each in a call of its own (they begin with {', '.join(parts.values())})"
+        )
 
 
 def load_compression_state_dict(
@@ -91,7 +105,8 @@ def load_compression_state_dict(
             hvd.Auto and a generator function of one's own have to be given, unless they have exchanged them already.
 
     Raises:
-        ValueError: another model or compressor, or states are missing. It names what differs.
+        ValueError: another model or compressor, or states are missing, or the variables are not exchanged together. It
+            names what differs.
     """
 
     def mine(first: Mapping) -> list[VariableState]:
@@ -111,6 +126,7 @@ def load(
     if first is None:
         raise ValueError("the compression states of all workers are needed, and none is given")
     mine = mine_of(first)
+    _check_together(mine)
     shapes = [state.layout.shape for state in mine]
 
     def fits(saved: Mapping) -> bool:
@@ -127,10 +143,9 @@ def load(
     chosen = mine[0].counters.chosen
     if chosen is not None:
         chosen.take(first["config"])
-    mine = [state.current for state in mine]
     share = checkpoint.share_of(
         first if alone else map(named_as_here, itertools.chain([first], rest)),
-        mine[0].config,
+        mine[0].current.config,
         dict(zip((state.name for state in mine), shapes)),
         mine[0].process_set.size(),
         mine[0].process_set.rank(),
@@ -165,7 +180,7 @@ class CompressionState(tf.Module):
     It is of the training of these variables that began last, or, before any exchange, of the one that begins next.
 
     Args:
-        variables: whose gradients are exchanged, in the order in which they are.
+        variables: whose gradients are exchanged together, in the order in which they are.
         compression: the compressor, or the generator function, that they are exchanged with.
         process_set: of the workers.
 
@@ -186,6 +201,7 @@ class CompressionState(tf.Module):
     ):
         super().__init__()
         states = _begun_or_loaded(variables, required_compressor(compression), process_set)
+        _check_together(states)
         self.steps = states[0].counters.steps
         self.chosen = {} if states[0].counters.chosen is None else states[0].counters.chosen.variables()
         self.tensors = {}

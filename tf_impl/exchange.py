@@ -73,7 +73,7 @@ class Exchange:
         )
         self._order = Order(name, self._in_session)
         # TensorFlow counts how often code is traced, and warns: of a method, it would count that of all exchanges.
-        self._eagerly = tf.function(functools.partial(self._build), autograph=False, reduce_retracing=True)
+        self._function = tf.function(functools.partial(self._build), autograph=False, reduce_retracing=True)
 
     def __call__(
         self, gradients: Sequence[Tensor], learning_rate=None, snapshots: tuple[Snapshot, ...] = ()
@@ -91,10 +91,15 @@ class Exchange:
                 inside a tf.function.
         """
         rate = None if learning_rate is None else tf.cast(learning_rate, tf.float64)
-        if not tf.executing_eagerly():
+        if self._in_session:
             return self._build(list(gradients), rate, snapshots)
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        if graph is not None and control_flow_util.GraphOrParentsInXlaContext(graph):
+            raise RuntimeError(
+                "Horovod's operations cannot be compiled by XLA. Set jit_compile=False in model.compile or tf.function."
+            )
         try:
-            return self._eagerly(list(gradients), rate, snapshots)
+            return self._function(list(gradients), rate, snapshots)
         except tf.errors.InvalidArgumentError as error:
             _, ours, message = error.message.partition("ValueError: ")
             if not ours:
@@ -125,10 +130,6 @@ class Exchange:
     ) -> list[Tensor]:
         """Adds the ops of one step to the graph."""
         graph = tf.compat.v1.get_default_graph()
-        if control_flow_util.GraphOrParentsInXlaContext(graph):
-            raise RuntimeError(
-                "Horovod's operations cannot be compiled by XLA. Set jit_compile=False in model.compile or tf.function."
-            )
         # Horovod's ops are known by their names: without a scope, TensorFlow makes them differ in one graph.
         with graph.name_scope(None), tf.control_dependencies([self._prepare(snapshots)]):
             number = tf.identity(self.counters.steps)

@@ -68,8 +68,8 @@ def assert_replicas_equal(model) -> None:
 
     Args:
         model: a Keras model, whose weights are compared, trained or not, but for the moving statistics of its
-            BatchNormalization layers, which are each worker's own by nature; or a list of variables or arrays, compared
-            in their order, whatever their names are; or a dict of them, compared by name.
+            BatchNormalization layers and what metrics have seen, which are each worker's own by nature; or a list of
+            variables or arrays, compared in their order, whatever their names are; or a dict of them, compared by name.
 
     Raises:
         AssertionError: on every worker, naming the variables that differ, and from which worker on.
@@ -85,9 +85,10 @@ def assert_replicas_equal(model) -> None:
 def _replicated(model):
     """The weights of a Keras model that are the same on all workers."""
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, tf.keras.layers.BatchNormalization)]
-    statistics = {id(v) for layer in layers for v in layer.weights if v is not layer.gamma and v is not layer.beta}
-    # Random states are no weights.
-    return [weight for weight in model.weights if id(weight) not in statistics]
+    own = {id(v) for layer in layers for v in layer.weights if v is not layer.gamma and v is not layer.beta}
+    # Keras 2 counts metrics' variables among the weights. Random states are none.
+    own |= {id(v) for metric in model.metrics for v in metric.variables}
+    return [weight for weight in model.weights if id(weight) not in own]
 
 
 def _hash(array):

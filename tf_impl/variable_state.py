@@ -109,8 +109,12 @@ class VariableState:
 
     @property
     def keeping(self) -> "VariableState":
-        """The one that is saved: this one; of several, one that has the memory."""
+        """The one whose compressor is saved: this one; of several, one that keeps a memory."""
         return self
+
+    def saved(self) -> dict[str, object]:
+        """What is saved of the variable: what that one keeps; of several, the memory also where another one has it."""
+        return self.state_dict()
 
     @property
     def memory_dtype(self) -> tf.DType:
@@ -226,10 +230,11 @@ class VariableState:
         if self.norm is not None:
             self.norm.assign(np.nan)
         if self.memory is not None and self.usual_clipping is not None:
-            self._load_memory(memories, weight)
+            self.load_memory(memories, weight)
             self.usual_clipping.assign(state.get("usual_clipping", 0))
 
-    def _load_memory(self, memories: Sequence[Mapping], weight: float) -> None:
+    def load_memory(self, memories: Sequence[Mapping], weight: float) -> None:
+        """Takes the sum of saved memories, times `weight`."""
         assert self.memory is not None
         rows, whole = self.layout.matrix[0], (0, 1)
         if self.memory_share is not None and weight == 1 and len(memories) == 1:

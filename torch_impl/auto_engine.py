@@ -176,15 +176,16 @@ class AutoEngine(Engine):
             self._compared = begin_largest(self.workers, self._to_compare, "seconds")
             self._to_compare = None
 
-    def _calibrate(self) -> tuple[Network, Sequence[Work]]:
+    def _calibrate(self) -> tuple[Network, Sequence[Work]] | None:
         assert self._chooser is not None
         # Of the gradients that there are now, those that no choice gathers.
         dense = [gradient for gradient in self._trainable() if not gradient.sparse_dim]
         self._chooser.shapes = {gradient.name: gradient.layout.shape for gradient in dense}
         device, shapes = next(iter(self._gradients)).parameter.device, list(self._chooser.shapes.values())
         calibration = Calibration(self.workers.process_set, shapes, prefix=self.workers.prefix, device=device)
+        if not (self._auto.linear or calibration.all_there()):
+            return None
         works = [calibration.work(candidate) for candidate in self._auto.candidates]
-        # A worker that has joined (hvd.join) takes part in means only.
         return calibration.network(gathers=not self._auto.linear), works
 
     def _go_over(self, choice: Choice) -> None:

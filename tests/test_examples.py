@@ -30,7 +30,7 @@ def last_line(example, *arguments, environment=None):
 
 
 RATIOS = {"none": 1, "fp16": 2, "powersgd": 42}
-RUNS = [(framework, "powersgd") for framework in DIGITS] + [("PyTorch", "none"), ("PyTorch", "fp16")]
+RUNS = [(framework, "powersgd") for framework in DIGITS] + [("PyTorch", "none"), ("TensorFlow", "fp16")]
 
 
 @pytest.mark.parametrize("framework, compression", RUNS)

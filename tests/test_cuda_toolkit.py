@@ -61,7 +61,8 @@ def test_a_toolkit_that_is_there_is_used(site_packages, tmp_path):
     assert compiler({}, tmp_path / "cuda") == ({}, [])
 
 
-def test_the_toolkit_of_a_script_in_path_is_told(tmp_path):
+def test_the_toolkit_of_a_script_in_path_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_toolkit, "cuda_version", lambda: "13.0")
     toolkit, beside = tmp_path / "cuda-13.0", tmp_path / "bin"
     of_toolkit = toolkit / "bin/nvcc"
     scripts = {of_toolkit: f"echo '#$ TOP={toolkit}/bin/..' >&2", beside / "nvcc": f'exec {of_toolkit} "$@"'}
@@ -74,6 +75,10 @@ def test_the_toolkit_of_a_script_in_path_is_told(tmp_path):
     assert cuda_toolkit.toolkit_environment(path) == expected
     assert cuda_toolkit.toolkit_environment(expected) == {}
     assert cuda_toolkit.toolkit_environment({"PATH": expected["PATH"]}) == {}
+    monkeypatch.setattr(cuda_toolkit, "cuda_version", lambda: None)
+    assert cuda_toolkit.toolkit_environment(path) == {}
+    path["HOROVOD_GPU_OPERATIONS"] = "NCCL"
+    assert cuda_toolkit.toolkit_environment(path) == expected
     (beside / "nvcc").write_text("#!/bin/sh\nexit 1\n")  # which says nothing
     assert cuda_toolkit.toolkit_environment(path) == {}
     assert cuda_toolkit.toolkit_environment({"PATH": str(tmp_path)}) == {}

@@ -55,7 +55,7 @@ class AutoState(VariableState):
     def load_state_dict(self, state: Mapping, memories: Sequence[Mapping], weight: float) -> None:
         self.current.load_state_dict(state, memories, weight)
         if self.current.memory is None and self.memory is not None:
-            self._with_memory.load_memory(memories, weight)
+            self._with_memory.load_memory(state, memories, weight)
 
     @property
     def _with_memory(self) -> VariableState:

@@ -229,13 +229,13 @@ class VariableState:
             self.accordion.load_state_dict(state["regime"])
         if self.norm is not None:
             self.norm.assign(np.nan)
-        if self.memory is not None and self.usual_clipping is not None:
-            self.load_memory(memories, weight)
-            self.usual_clipping.assign(state.get("usual_clipping", 0))
+        if self.memory is not None:
+            self.load_memory(state, memories, weight)
 
-    def load_memory(self, memories: Sequence[Mapping], weight: float) -> None:
-        """Takes the sum of saved memories, times `weight`."""
-        assert self.memory is not None
+    def load_memory(self, state: Mapping, memories: Sequence[Mapping], weight: float) -> None:
+        """Takes the sum of saved memories, times `weight`, and the usual clipping of what was saved."""
+        assert self.memory is not None and self.usual_clipping is not None
+        self.usual_clipping.assign(state.get("usual_clipping", 0))
         rows, whole = self.layout.matrix[0], (0, 1)
         if self.memory_share is not None and weight == 1 and len(memories) == 1:
             # As it is: the exchange may go on with the same share.

@@ -40,13 +40,14 @@ def has_gpu() -> bool:
 
 def toolkit_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables by which Horovod's build finds the toolkit of an nvcc in PATH that is a link or a script outside of
-    it: CMake looks beside that. None where it finds the toolkit by itself, there is no nvcc, or the user says which.
+    it: CMake looks beside that. None where it finds the toolkit by itself, there is no nvcc, the user says which, or
+    neither PyTorch nor the build is for CUDA.
 
     Args:
         environment: of the build.
     """
     compiler = shutil.which("nvcc", path=environment.get("PATH"))
-    if compiler is None or _says_which(environment):
+    if compiler is None or _says_which(environment) or not (wants_gpu(environment) or cuda_version()):
         return {}
     told = subprocess.run([compiler, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     match = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)

@@ -156,7 +156,7 @@ def check_what_is_gathered_or_frozen_is_not_predicted():
             torch.optim.SGD([parameter for _, parameter in named], lr=0.1), named, compression=AUTO
         )
         with short_tries:
-            for _ in range(12):
+            for _ in range(20):  # of short steps, up to ten are told of together
                 optimizer.zero_grad()
                 loss = embedding(torch.tensor([1, 2], device=DEVICE)).sum()
                 (loss + linear.weight.sum() if with_linear else loss).backward()

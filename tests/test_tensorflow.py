@@ -21,11 +21,10 @@ KERAS_2, AS_BUILT = ("TF_USE_LEGACY_KERAS", "1"), ("GRAPHS", "as-built")
 # Of Keras: where workers meet. One worker runs the others.
 OF_TWO = COMPARING + "|algorithm_2|summed|disagree|local|loss_scaling|resumed|as_the_reference|replicas|alike_in_fit"
 OF_ONE = f"check_(?!.*({OF_TWO}))|fit_equals"
-# Two levels in 8 bits are for four workers: of two or three, one level stands for them.
-TWO_MPI, THREE = f"check_(?!two_levels_in_8).*({OF_TWO})", f"check_(?!two_levels_in_8|averages_in_two).*({COMPARING})"
 # What a third worker takes part in: means that are not halves, more than one other's part, workers that are left. Two
 # and four workers try two rounds.
-THREE_MPI = THREE + "|algorithm_2|mean|sum_is|predivision|sparse|disagree_are_told_in_fit|another_number"
+OF_THREE = "check_(?!averages_in_two).*(" + COMPARING + ")"
+THREE_MPI = OF_THREE + "|algorithm_2|mean|sum_is|predivision|sparse|disagree_are_told_in_fit|another_number"
 THREE_MPI += "|process_set|join"
 # Three workers decide as four do.
 OF_FOUR = f"check_(?!accordion).*({COMPARING})"
@@ -35,9 +34,9 @@ LAUNCHES = [
     Launch(None, 1, (CHECKS,), partly=(KERAS,), pattern=OF_ONE, variables=(AS_BUILT,)),
     Launch(None, 1, partly=(KERAS,), pattern=OF_ONE, variables=(KERAS_2,)),
     Launch("horovodrun --gloo", 2, (CHECKS, AUTO, CALLBACKS, ACTIVATED), variables=(AS_BUILT,), compression=ACTIVE),
-    Launch("horovodrun --gloo", 3, partly=(CHECKS, KERAS, TWO_LEVELS), pattern=THREE),
+    Launch("horovodrun --gloo", 3, partly=(CHECKS, KERAS, TWO_LEVELS), pattern=OF_THREE),
     Launch("horovodrun --gloo", 4, (TWO_LEVELS,), (CHECKS, KERAS), pattern=OF_FOUR, variables=(KERAS_2, AS_BUILT)),
-    Launch("mpirun", 2, (FEATURES,), (CHECKS, KERAS, TWO_LEVELS), pattern=TWO_MPI, variables=(AS_BUILT,)),
+    Launch("mpirun", 2, (FEATURES,), (CHECKS, KERAS, TWO_LEVELS), pattern=OF_TWO, variables=(AS_BUILT,)),
     Launch("mpirun", 2, (CALLBACKS,), partly=(KERAS, AUTO), pattern=OF_TWO, variables=(KERAS_2, AS_BUILT)),
     Launch("mpirun", 3, partly=(FEATURES, CHECKS, KERAS), pattern=THREE_MPI, variables=(AS_BUILT,)),
     Launch("mpirun", 4, partly=(CHECKS, KERAS, TWO_LEVELS), pattern=OF_FOUR, variables=(AS_BUILT,)),

@@ -141,7 +141,7 @@ class AutoExchange(Exchange):
         ]
         with tf.control_dependencies(kept):
             due = timed >= self._interval
-            looked = tf.cond(due, lambda: self._look_at(times[PERIOD - timed :]), lambda: tf.constant(False))
+            looked = tf.cond(due, lambda: self._look_at(way, times[PERIOD - timed :]), lambda: tf.constant(False))
         with tf.control_dependencies([looked]):
             # What looking takes is no part of the next step.
             return tf.group(
@@ -149,9 +149,9 @@ class AutoExchange(Exchange):
                 self._ended.assign(tf.where(finite, tf.timestamp(), tf.zeros_like(ended)), read_value=False),
             )
 
-    def _look_at(self, seconds: tf.Tensor) -> tf.Tensor:
-        """Lets the Chooser choose; what it says is the same on every worker."""
-        given = [seconds, self._way(), self._new_workers, self.counters.steps, *self._chosen.variables().values()]
+    def _look_at(self, way: tf.Tensor, seconds: tf.Tensor) -> tf.Tensor:
+        """Lets the Chooser choose, after so long steps of this way; what it says is the same on every worker."""
+        given = [seconds, way, self._new_workers, self.counters.steps, *self._chosen.variables().values()]
         found = tf.numpy_function(self._report, [tf.convert_to_tensor(one) for one in given], [tf.int64] * 3)
         candidate, plain, interval = (tf.ensure_shape(number, ()) for number in found)
         assigned = [
@@ -164,10 +164,10 @@ class AutoExchange(Exchange):
             return tf.constant(True)
 
     def _report(
-        self, seconds: np.ndarray, way: int, new_workers: np.bool_, steps: int, candidate: int, plain: int
+        self, seconds: np.ndarray, way: int, new_workers: bool, steps: int, candidate: int, plain: int
     ) -> tuple[np.int64, np.int64, np.int64]:
         """Chosen's numbers for the next steps; and after how many of them it is asked again."""
-        if not self._decides(bool(new_workers), int(steps)):
+        if not self._decides(new_workers, steps):
             return np.int64(candidate), np.int64(plain), np.int64(PERIOD)
         choice = self._ways[way].choice
         if new_workers or choice != self._chooser.choice:  # which a checkpoint has brought

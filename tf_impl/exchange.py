@@ -91,13 +91,13 @@ class Exchange:
                 inside a tf.function.
         """
         rate = None if learning_rate is None else tf.cast(learning_rate, tf.float64)
-        if self._in_session:
-            return self._build(list(gradients), rate, snapshots)
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         if graph is not None and control_flow_util.GraphOrParentsInXlaContext(graph):
             raise RuntimeError(
                 "Horovod's operations cannot be compiled by XLA. Set jit_compile=False in model.compile or tf.function."
             )
+        if self._in_session:
+            return self._build(list(gradients), rate, snapshots)
         try:
             return self._function(list(gradients), rate, snapshots)
         except tf.errors.InvalidArgumentError as error:
